@@ -1,0 +1,54 @@
+"""Fine-tuning language models with forward passes only. Start at `MeZO`; `reference` is the paper's algorithm."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from justforward import noise
+    from justforward.errors import NonFiniteLoss, UserError
+    from justforward.optim import MeZO, linear_samples
+    from justforward.trajectory import Log, Step, fingerprint, read_log, replay, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Log",
+    "MeZO",
+    "NonFiniteLoss",
+    "Step",
+    "UserError",
+    "fingerprint",
+    "linear_samples",
+    "noise",
+    "read_log",
+    "replay",
+    "verify",
+]
+
+# Imported on first use: the command line answers --help without waiting for torch.
+_HOMES = {
+    "Log": "trajectory",
+    "MeZO": "optim",
+    "NonFiniteLoss": "errors",
+    "Step": "trajectory",
+    "UserError": "errors",
+    "fingerprint": "trajectory",
+    "linear_samples": "optim",
+    "read_log": "trajectory",
+    "replay": "trajectory",
+    "verify": "trajectory",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "noise":
+        return importlib.import_module("justforward.noise")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"justforward.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'justforward' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,360 @@
+"""Activation space: one rank-one direction an example, looked along without touching a weight.
+
+While `looking`, every trainable parameter of the model intercepts the torch functions it is passed to
+(`__torch_function__`; its class is swapped, the object stays the same, so tied weights stay tied) and adds to
+the result what the perturbed weight of each row would have added:
+
+    linear   y[r] += c[r] a[r] (b[r] . x[r])        for z[r] = a[r] b[r]^T
+    lookup   y[r] += c[r] a[r, token] b[r]
+    norm     y[r]  = norm(x[r]) * (w + c[r] z[r])   vectors take a dense z[r]
+
+with c[r] = +eps or -eps. A use of a parameter that is not known here is refused by name: no direction is ever
+half applied in silence. Flipout (arXiv 1803.04386) has the rank-one signs, EGGROLL (arXiv 2511.16652) and GRZO
+(arXiv 2606.02857) the per-example rank-one directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from justforward.directions import Weights
+from justforward.errors import UserError
+
+_plain = torch._C.DisableTorchFunctionSubclass
+
+
+class Look:
+    """The directions of one step, row by row.
+
+    Args:
+        weights: the trainable tensors.
+        seeds: uint64 [D], the direction of each example (for several samples: sample-major).
+        signs: whole numbers [R]; row r of the model's batch looks along direction r mod D, this many eps
+            away. R is a multiple of D.
+        eps: per parameter group.
+        factors: filled on first use and reused by the update: tensor number -> (a, b).
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        seeds: Any,
+        signs: Sequence[float],
+        eps: Sequence[float],
+        factors: dict[int, tuple[Any, Any]],
+    ) -> None:
+        self.weights = weights
+        self.seeds = seeds
+        self.signs = list(signs)
+        self.rows = len(self.signs)
+        self.eps = eps
+        self.factors = factors
+        self.leading = 0  # rows of the model's own batch, once seen: rows x choices
+        self._ready: dict[int, tuple[Tensor, ...]] = {}
+
+    def outer(self, i: int) -> tuple[Tensor, Tensor]:
+        """c a [R, rows] and b [R, columns] of matrix i, one line for each row of the batch."""
+        if i not in self._ready:
+            if i not in self.factors:
+                self.factors[i] = self.weights.factors(i, self.seeds)
+            a, b = (torch.as_tensor(x) for x in self.factors[i])
+            times = self.rows // len(a)
+            self._ready[i] = (a.repeat(times, 1) * self._c(i), b.repeat(times, 1))
+        a, b = self._ready[i]
+        return a, b
+
+    def vector(self, i: int) -> Tensor:
+        """c z [R, elements] of a tensor that is not a matrix."""
+        if i not in self._ready:
+            z = torch.as_tensor(self.weights.dense(i, self.seeds))
+            self._ready[i] = (z.repeat(self.rows // len(z), 1) * self._c(i),)
+        return self._ready[i][0]
+
+    def _c(self, i: int) -> Tensor:
+        eps = self.eps[self.weights.groups[i]]
+        tensor = self.weights.tensors[i]
+        return torch.tensor(self.signs, device=tensor.device)[:, None] * eps
+
+
+class _Looking(nn.Parameter):
+    """A parameter that adds its direction to whatever it is used in. Set up by `looking`, never constructed."""
+
+    _jf_look: Look
+    _jf_index: int
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with _plain():
+            handler = _HANDLERS.get(func)
+            if handler is not None:
+                result = handler(func, *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            elif func in _HARMLESS or getattr(func, "__name__", "") == "__get__" and _getter(func):
+                return func(*args, **kwargs)
+            raise _unknown(func, args, kwargs)
+
+
+def _getter(func: Any) -> bool:
+    """Attributes of a tensor that say nothing of its values."""
+    return getattr(func.__self__, "__name__", "") in _ATTRIBUTES
+
+
+_ATTRIBUTES = {"shape", "dtype", "device", "requires_grad", "ndim", "is_meta", "layout", "is_leaf", "is_cpu", "is_cuda",
+               "is_mps", "is_xla", "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes", "names", "grad", "grad_fn"}  # fmt: skip
+_HARMLESS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_contiguous, Tensor.stride,
+             Tensor.is_complex, Tensor.element_size, Tensor.__len__, Tensor.__hash__, Tensor.data_ptr,
+             torch.is_floating_point, torch.numel, torch.is_complex}  # fmt: skip
+
+
+def _unknown(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UserError:
+    names = [_name(x) for x in (*args, *kwargs.values()) if isinstance(x, _Looking)]
+    what = getattr(func, "__qualname__", None) or str(func)
+    if what.endswith("__get__"):
+        what = f"attribute {getattr(func.__self__, '__name__', what)}"
+    return UserError(
+        f"activation space: parameter {' and '.join(names) or 'in a list'} is used by {what}, which it does not "
+        "know how to look along: use estimator='weight' or freeze the parameter"
+    )
+
+
+def _name(p: _Looking) -> str:
+    return p._jf_look.weights.names[p._jf_index]
+
+
+def _group(look: Look, x: Tensor, p: _Looking) -> int:
+    """How many leading rows of x belong to one row of the batch (1, or the number of choices)."""
+    leading = x.shape[0] if x.dim() else 0
+    if leading == 0 or leading % look.rows:
+        raise UserError(
+            f"activation space: parameter {_name(p)} sees an input of shape {tuple(x.shape)} while the batch has "
+            f"{look.rows} rows: the first axis must be the batch's rows (mixture-of-experts and sequence-first "
+            "models are not like that): use estimator='weight' or freeze the parameter"
+        )
+    look.leading = max(look.leading, leading) if x.dim() > 1 else look.leading
+    return leading // look.rows
+
+
+def _spread(look: Look, x: Tensor) -> Tensor:
+    """Input shared by all rows (first axis 1, as GPT-2's position numbers): one copy a row."""
+    if x.dim() and x.shape[0] == 1 and look.rows > 1:
+        return x.expand(look.leading or look.rows, *x.shape[1:])
+    return x
+
+
+def _add_outer(y: Tensor, x: Tensor, a: Tensor, b: Tensor, look: Look, p: _Looking) -> Tensor:
+    """y += a (b . x), row by row; x [R k, ..., n], y [R k, ..., m], a [R, m], b [R, n]."""
+    _group(look, x, p)
+    rows = look.rows
+    dots = torch.bmm(x.reshape(rows, -1, x.shape[-1]), b[:, :, None])
+    out = y.reshape(rows, -1, y.shape[-1])  # a view: y is a fresh result, contiguous
+    out.baddbmm_(dots, a[:, None, :])
+    return out.view(y.shape)
+
+
+def _add_vector(y: Tensor, p: _Looking) -> Tensor:
+    """y += c z row by row: a bias of shape [m] added to y [R k, ..., m]."""
+    look = p._jf_look
+    z = _rows_of(look.vector(p._jf_index), y, look, p)
+    return y.add_(z)
+
+
+def _rows_of(z: Tensor, x: Tensor, look: Look, p: _Looking) -> Tensor:
+    """z [R, m] shaped to broadcast against x [R k, ..., m]."""
+    z = z.repeat_interleave(_group(look, x, p), 0)
+    return z.view(z.shape[0], *([1] * (x.dim() - 2)), z.shape[1])
+
+
+def _base(p: Any) -> Any:
+    return p
+
+
+def _linear(func: Any, input: Tensor, weight: Any, bias: Any = None) -> Any:
+    if isinstance(input, _Looking):
+        return NotImplemented
+    look = (weight if isinstance(weight, _Looking) else bias)._jf_look
+    input = _spread(look, input)
+    y = F.linear(input, weight, bias)
+    if isinstance(weight, _Looking):
+        if weight.dim() != 2:
+            return NotImplemented
+        a, b = look.outer(weight._jf_index)
+        y = _add_outer(y, input, a, b, look, weight)
+    return _add_vector(y, bias) if isinstance(bias, _Looking) else y
+
+
+def _addmm(func: Any, input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    """GPT-2's Conv1D: bias + x W with W [in, out], x flattened to [B L, in]."""
+    if isinstance(mat1, _Looking) or beta != 1 or alpha != 1:
+        return NotImplemented
+    y = torch.addmm(input, mat1, mat2)
+    if isinstance(mat2, _Looking):
+        a, b = mat2._jf_look.outer(mat2._jf_index)
+        y = _add_outer(y, mat1, b, a, mat2._jf_look, mat2)
+    if isinstance(input, _Looking):
+        return _add_vector(y, input) if input.dim() == 1 else NotImplemented
+    return y
+
+
+def _matmul(func: Any, input: Any, other: Any) -> Any:
+    if isinstance(input, _Looking) or other.dim() != 2 or input.dim() < 2:
+        return NotImplemented
+    input = _spread(other._jf_look, input)
+    a, b = other._jf_look.outer(other._jf_index)
+    return _add_outer(torch.matmul(input, other), input, b, a, other._jf_look, other)
+
+
+def _embedding(
+    func: Any,
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if max_norm is not None or not isinstance(weight, _Looking):
+        return NotImplemented
+    look = weight._jf_look
+    input = _spread(look, input)
+    group = _group(look, input, weight)
+    a, b = look.outer(weight._jf_index)
+    y = F.embedding(input, weight)
+    picked = a.gather(1, input.reshape(look.rows, -1))
+    y = y.view(look.rows, -1, y.shape[-1]).baddbmm_(picked[:, :, None], b[:, None, :]).view(y.shape)
+    return y if group else NotImplemented
+
+
+def _affine(y: Tensor, weight: Any, bias: Any) -> Tensor:
+    if isinstance(weight, _Looking):
+        z = _rows_of(weight._jf_look.vector(weight._jf_index), y, weight._jf_look, weight)
+        y = y * (weight + z)
+    elif weight is not None:
+        y = y * weight
+    if bias is None:
+        return y
+    y = y + bias
+    return _add_vector(y, bias) if isinstance(bias, _Looking) else y
+
+
+def _layer_norm(
+    func: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
+    if isinstance(input, _Looking) or len(normalized_shape) != 1:
+        return NotImplemented
+    return _affine(F.layer_norm(input, normalized_shape, None, None, eps), weight, bias)
+
+
+def _rms_norm(
+    func: Any, input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None
+) -> Any:
+    if isinstance(input, _Looking) or len(normalized_shape) != 1:
+        return NotImplemented
+    return _affine(F.rms_norm(input, normalized_shape, None, eps), weight, None)
+
+
+def _pointwise(func: Any, input: Any, other: Any, *, alpha: Any = 1) -> Any:
+    """x * w and x + w with a vector w along the last axis of x [R k, ..., m]."""
+    x, p = (other, input) if isinstance(input, _Looking) else (input, other)
+    if isinstance(x, _Looking) or not isinstance(x, Tensor) or p.dim() != 1 or x.dim() < 2 or alpha != 1:
+        return NotImplemented
+    if x.shape[-1] != p.shape[0]:
+        return NotImplemented
+    x = _spread(p._jf_look, x)
+    z = _rows_of(p._jf_look.vector(p._jf_index), x, p._jf_look, p)
+    return x * (p + z) if func in _MULTIPLY else x + (p + z)
+
+
+def _same_type(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+    """`.to(x.dtype)`, `.float()` and the like where they change nothing hand back the parameter itself."""
+    result = func(input, *args, **kwargs)
+    return input if result is input else NotImplemented
+
+
+_MULTIPLY = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply}
+_ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    F.embedding: _embedding,
+    torch.embedding: lambda func, weight, input, *rest: _embedding(func, input, weight),
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    Tensor.to: _same_type,
+    Tensor.float: _same_type,
+    Tensor.contiguous: _same_type,
+    **{f: _pointwise for f in (*_MULTIPLY, *_ADD)},
+}
+
+
+@contextmanager
+def looking(look: Look) -> Iterator[None]:
+    """While inside, every trainable parameter adds its rows' directions to the results it takes part in."""
+    tensors = look.weights.tensors
+    classes = [type(tensor) for tensor in tensors]
+    try:
+        for i, tensor in enumerate(tensors):
+            tensor.__class__ = _Looking
+            tensor._jf_look, tensor._jf_index = look, i  # type: ignore[attr-defined]
+        yield
+    finally:
+        for tensor, kind in zip(tensors, classes, strict=True):
+            with _plain():
+                tensor.__dict__.pop("_jf_look", None)
+                tensor.__dict__.pop("_jf_index", None)
+                tensor.__class__ = kind  # type: ignore[assignment]
+
+
+def repeat_rows(batch: Any, times: int) -> tuple[Any, int]:
+    """The batch concatenated with itself along the first axis of every tensor, and its number of rows.
+
+    Args:
+        batch: tensors nested in dicts, lists, tuples; other leaves are passed on as they are.
+        times: how often.
+
+    Raises:
+        UserError: no tensor, or tensors whose first axes differ.
+    """
+    rows: set[int] = set()
+
+    def repeat(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            if x.dim() == 0:
+                raise UserError("activation space: the batch has a tensor without rows (0-d): move it into loss_fn")
+            rows.add(x.shape[0])
+            return x.repeat(times, *([1] * (x.dim() - 1))) if times > 1 else x
+        if isinstance(x, dict) or hasattr(x, "keys"):
+            return {key: repeat(x[key]) for key in x.keys()}  # noqa: SIM118 - BatchEncoding iterates otherwise
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            return type(x)(*(repeat(y) for y in x))
+        if isinstance(x, (list, tuple)):
+            return type(x)(repeat(y) for y in x)
+        return x
+
+    result = repeat(batch)
+    if len(rows) != 1:
+        raise UserError(
+            "activation space: every tensor of the batch must have one row an example; first axes are "
+            f"{sorted(rows) or 'none: the batch has no tensors'}"
+        )
+    return result, rows.pop()
+
+
+def direction_array(seeds: Sequence[int]) -> Any:
+    """Seeds as the kernels take them: uint64 [D]."""
+    return np.array(seeds, np.uint64)

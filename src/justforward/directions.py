@@ -1,0 +1,335 @@
+"""Weight space: the only code that moves weights.
+
+`Weights` holds the trainable tensors on their grids (`docs/design.md`, "Exact weights"), looks along dense or
+rank-one directions in place, and applies steps. All of it is a sweep over tiles of 1,024 elements; tiles are
+dealt to threads in contiguous ranges and no tile depends on another, so threads never change a bit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from justforward.errors import UserError
+from justforward.noise import spec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Factors of rank-one directions are materialised for this many directions at a time in a long replay.
+_FACTORS_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a direction z looks like.
+
+    Attributes:
+        outer: matrices take z = a b^T with keyed factors; other shapes take a dense z.
+        signs: elements (or factors) are +1 or -1 instead of standard normal. E[z z^T] = I either way.
+    """
+
+    outer: bool
+    signs: bool
+
+    @property
+    def largest(self) -> float:
+        """A bound on |z|, for the headroom of the grid."""
+        one = 1.0 if self.signs else spec.MAX_ABS_GAUSSIAN
+        return one * one if self.outer else one
+
+
+FAMILIES = {
+    "gaussian": Family(outer=False, signs=False),
+    "rademacher": Family(outer=False, signs=True),
+    "rank1": Family(outer=True, signs=False),
+    "rank1-rademacher": Family(outer=True, signs=True),
+}
+
+
+@dataclass(frozen=True)
+class Move:
+    """One step as the weights see it: theta <- theta - decay theta + sum_d coefficients[g, d] z_d.
+
+    Attributes:
+        dither: seed of the stochastic rounding.
+        seeds: uint64 [D], the directions.
+        coefficients: float32 [groups, D].
+        decays: float32 [groups].
+    """
+
+    dither: int
+    seeds: NDArray[np.uint64]
+    coefficients: NDArray[np.float32]
+    decays: NDArray[np.float32]
+
+
+def check_trainable(name: str, tensor: Tensor) -> None:
+    """Raise UserError where a tensor cannot be moved exactly in place."""
+    advice = "freeze it (requires_grad_(False))"
+    if tensor.is_meta:
+        raise UserError(f"parameter {name} is on the meta device and has no values: load it first")
+    if tensor.dtype != torch.float32:
+        raise UserError(
+            f"parameter {name} is {tensor.dtype}: only float32 can be tuned; "
+            f"convert the model (model.float()) or {advice}"
+        )
+    if tensor.layout != torch.strided or not tensor.is_contiguous():
+        raise UserError(
+            f"parameter {name} is not contiguous (shape {tuple(tensor.shape)}, strides "
+            f"{tensor.stride() if tensor.layout == torch.strided else tensor.layout}): "
+            f"replace it by its .contiguous() copy or {advice}"
+        )
+
+
+class Weights:
+    """The trainable tensors, each with a stream number and a power-of-two grid.
+
+    Construction rounds every weight to its grid: per tile of 1,024 elements q = 2^k, chosen so that the
+    largest magnitude takes about 23 bits; the change is at most q / 2, below 2^-23 of that magnitude. Weights
+    that have been on a grid before do not change.
+
+    Args:
+        tensors: (name, tensor) pairs; a tensor's place is its noise stream.
+        groups: parameter group of each tensor.
+        family: shape of the directions.
+        eps: per group, the longest look there will be; sets the finest grid.
+
+    Raises:
+        UserError: a tensor cannot be tuned, is not finite, or shares memory with another.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[tuple[str, Tensor]],
+        groups: Sequence[int],
+        family: Family,
+        eps: Sequence[float],
+    ) -> None:
+        self.names = [name for name, _ in tensors]
+        self.tensors = [tensor for _, tensor in tensors]
+        self.groups = list(groups)
+        self.family = family
+        self.floors = [grid_floor(e, family) for e in eps]
+        for name, tensor in tensors:
+            check_trainable(name, tensor)
+        self._check_apart()
+        self._numba = all(tensor.device.type == "cpu" for tensor in self.tensors)
+        self.exponents: list[Tensor] = []
+        self._shares: tuple[int, list[list[tuple[int, int, int]]]] = (0, [])
+        for name, tensor in tensors:
+            tiles = -(-tensor.numel() // spec.TILE)
+            self.exponents.append(torch.zeros(tiles, dtype=torch.int8, device=tensor.device))
+        for i, name in enumerate(self.names):
+            bad = self._backend().lay_grid(
+                self._flat(i), self._grid(i), self.floors[self.groups[i]]
+            )
+            if bad >= 0:
+                raise UserError(
+                    f"parameter {name} is {self.tensors[i].reshape(-1)[bad].item()} at element {bad}: "
+                    "all weights must be finite before tuning"
+                )
+
+    def _check_apart(self) -> None:
+        spans = sorted(
+            (t.data_ptr(), t.data_ptr() + 4 * t.numel(), name)
+            for name, t in zip(self.names, self.tensors, strict=True)
+            if t.numel()
+        )
+        for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+            if start < end:
+                raise UserError(
+                    f"parameters {first} and {second} share memory but are not one parameter: "
+                    "tie them (the same nn.Parameter in both places) or freeze one"
+                )
+
+    def _backend(self) -> Any:
+        # One set of function names, two implementations; Numba's import is paid for on first use.
+        if self._numba:
+            from justforward.noise import cpu
+
+            return cpu
+        from justforward.noise import plain
+
+        return plain
+
+    def _flat(self, i: int) -> Any:
+        flat = self.tensors[i].detach().view(-1)
+        return flat.numpy() if self._numba else flat
+
+    def _grid(self, i: int) -> Any:
+        return self.exponents[i].numpy() if self._numba else self.exponents[i]
+
+    def is_outer(self, i: int) -> bool:
+        """Whether tensor i takes rank-one directions."""
+        return self.family.outer and self.tensors[i].dim() == 2
+
+    def factors(self, i: int, seeds: NDArray[np.uint64]) -> tuple[Any, Any]:
+        """a [D, rows] and b [D, columns] of the rank-one directions of tensor i."""
+        rows, columns = self.tensors[i].shape
+        fill = self._fill_rows
+        return (
+            fill(seeds, i, rows, spec.DOMAIN_OUT),
+            fill(seeds, i, columns, spec.DOMAIN_IN),
+        )
+
+    def dense(self, i: int, seeds: NDArray[np.uint64]) -> Any:
+        """z [D, elements] of tensor i, materialised: for small tensors only."""
+        domain = spec.DOMAIN_RADEMACHER if self.family.signs else spec.DOMAIN_GAUSSIAN
+        return self._fill_rows(seeds, i, self.tensors[i].numel(), domain)
+
+    def _fill_rows(self, seeds: NDArray[np.uint64], i: int, count: int, domain: int) -> Any:
+        if self._numba:
+            out: Any = np.empty((len(seeds), count), np.float32)
+        else:
+            out = torch.empty(len(seeds), count, device=self.tensors[i].device)
+        self._backend().fill_rows(out, seeds, np.uint64(i), domain, self.family.signs)
+        return out
+
+    def look(self, seed: int, eps: Sequence[float], times: float) -> None:
+        """theta += times * q rint(eps z / q), in place. Exact: what +1 did, -1 undoes to the last bit.
+
+        Args:
+            seed: the direction.
+            eps: length of the look, one for each parameter group.
+            times: whole number of lengths, negative to go back.
+        """
+        seeds = np.array([seed], np.uint64)
+        kernels = self._backend()
+        calls: list[Callable[[int, int], None]] = []
+        for i in range(len(self.tensors)):
+            c = np.float32(eps[self.groups[i]])
+            theta, grid, stream, t = self._flat(i), self._grid(i), np.uint64(i), np.float32(times)
+            if self.is_outer(i):
+                a, b = self.factors(i, seeds)
+                columns = self.tensors[i].shape[1]
+                calls.append(_bind(kernels.look_outer, theta, grid, columns, a * c, b, t))
+            else:
+                look = kernels.look_signs if self.family.signs else kernels.look
+                calls.append(_bind(look, theta, grid, seeds[0], stream, c, t))
+        self._sweep(calls)
+
+    def update(
+        self,
+        moves: Sequence[Move],
+        back: Sequence[float] | None = None,
+        factors: dict[int, tuple[Any, Any]] | None = None,
+    ) -> None:
+        """Apply steps, any number of them in one pass over the weights.
+
+        Args:
+            moves: the steps, in order.
+            back: eps of each group when the weights still stand at -eps along the last direction of the
+                (single) move; they are brought home in the same pass, with the same z.
+            factors: factors of the (single) move's directions by tensor, where already known.
+        """
+        directions = sum(len(move.seeds) for move in moves)
+        if self.family.outer and len(moves) > 1 and directions > _FACTORS_AT_ONCE:
+            half = len(moves) // 2
+            self.update(moves[:half])
+            self.update(moves[half:])
+            return
+        if back is not None and self.family.outer:
+            self.look(int(moves[0].seeds[-1]), back, 1.0)
+            back = None
+        dithers = np.array([move.dither for move in moves], np.uint64)
+        ends = np.cumsum([len(move.seeds) for move in moves], dtype=np.int64)
+        seeds = np.concatenate([move.seeds for move in moves]).astype(np.uint64)
+        coefficients = np.concatenate([move.coefficients for move in moves], axis=1)
+        decays = np.stack([move.decays for move in moves], axis=1)
+        kernels = self._backend()
+        calls: list[Callable[[int, int], None]] = []
+        for i in range(len(self.tensors)):
+            group = self.groups[i]
+            theta, grid, stream = self._flat(i), self._grid(i), np.uint64(i)
+            decay = np.ascontiguousarray(self.decays_of(i, decays[group]), np.float32)
+            c = np.ascontiguousarray(coefficients[group], np.float32)
+            if self.is_outer(i):
+                a, b = factors[i] if factors is not None else self.factors(i, seeds)
+                scaled = a * (c[:, None] if self._numba else torch.as_tensor(c[:, None], device=a.device))
+                columns = self.tensors[i].shape[1]
+                calls.append(
+                    _bind(
+                        kernels.update_outer, theta, grid, columns, stream, dithers, ends, scaled, b, decay
+                    )
+                )
+            else:
+                update = kernels.update_signs if self.family.signs else kernels.update
+                home = np.float32(0.0 if back is None else back[group])
+                calls.append(
+                    _bind(update, theta, grid, stream, dithers, ends, seeds, c, decay, home)
+                )
+        self._sweep(calls)
+
+    def decays_of(self, i: int, decays: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Weight decay leaves biases and norm scales (tensors of fewer than two dimensions) alone."""
+        return decays if self.tensors[i].dim() >= 2 else np.zeros_like(decays)
+
+    def _sweep(self, calls: Sequence[Callable[[int, int], None]]) -> None:
+        """Call every tensor's kernel over all of its tiles, dealt evenly to torch's number of threads."""
+        threads = torch.get_num_threads() if self._numba else 1
+        if self._shares[0] != threads:
+            self._shares = (threads, _deal([len(e) for e in self.exponents], threads))
+
+        def work(share: list[tuple[int, int, int]]) -> None:
+            for i, first, last in share:
+                calls[i](first, last)
+
+        mine, *others = self._shares[1]
+        futures = [_pool(threads - 1).submit(work, share) for share in others if share]
+        try:
+            work(mine)
+        finally:
+            # Another thread's share must be done before anyone looks at the weights, whatever happened here.
+            errors = [future.exception() for future in futures]
+        for error in errors:
+            if error is not None:
+                raise error
+
+
+def grid_floor(eps: float, family: Family) -> int:
+    """The finest grid exponent k on which a look of length eps stays within GRID_LOOK multiples of 2^k."""
+    return max(math.ceil(math.log2(eps * family.largest / spec.GRID_LOOK)), -100)
+
+
+def _bind(kernel: Any, theta: Any, grid: Any, *rest: Any) -> Callable[[int, int], None]:
+    def call(first: int, last: int) -> None:
+        kernel(theta, grid, first, last, *rest)
+
+    return call
+
+
+def _deal(tiles: Sequence[int], threads: int) -> list[list[tuple[int, int, int]]]:
+    """Split all tiles of all tensors into `threads` contiguous shares of (tensor, first, last)."""
+    total = sum(tiles)
+    shares: list[list[tuple[int, int, int]]] = [[] for _ in range(max(threads, 1))]
+    per_share = max(-(-total // len(shares)), 1)
+    done = 0
+    for i, count in enumerate(tiles):
+        first = 0
+        while first < count:
+            share = done // per_share
+            last = min(count, first + (share + 1) * per_share - done)
+            shares[share].append((i, first, last))
+            done += last - first
+            first = last
+    return shares
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
+
+
+def _pool(workers: int) -> ThreadPoolExecutor:
+    if workers not in _pools:
+        _pools[workers] = ThreadPoolExecutor(workers, thread_name_prefix="justforward")
+    return _pools[workers]
+

@@ -1,0 +1,192 @@
+"""Rules: projected gradients in, coefficients out. They see scalars only.
+
+A rule is a chain of transformations of the K projected gradients of a step, written `"rms+clip(3)+momentum"`.
+The optimizer turns the result s into coefficients c_k = -lr s_k / K. Transformations that normalise multiply by
+sqrt(K), so that lr is the rms distance a coordinate moves in a step, whatever the number of directions.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from justforward.errors import UserError
+
+State = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One transformation. Subclasses say how many scalars of state they keep between steps (all in the log)."""
+
+    state_size: ClassVar[int] = 0
+
+    def __call__(self, grads: Sequence[float], state: State, step: int) -> tuple[list[float], State]:
+        """Transform the projected gradients of a step.
+
+        Args:
+            grads: one number a direction.
+            state: what the previous step returned; zeros at step 0.
+            step: index of the step.
+        """
+        return list(grads), state
+
+
+@dataclass(frozen=True)
+class Sgd(Rule):
+    """The paper's rule (Algorithm 1): the projected gradients as they are."""
+
+
+@dataclass(frozen=True)
+class Rms(Rule):
+    """Divide by the running root mean square of the projected gradients, with Adam's bias correction."""
+
+    beta: float = 0.9
+    state_size: ClassVar[int] = 1
+
+    def __call__(self, grads: Sequence[float], state: State, step: int) -> tuple[list[float], State]:
+        """See `Rule`."""
+        square = sum(g * g for g in grads) / len(grads)
+        mean = self.beta * state[0] + (1.0 - self.beta) * square
+        rms = math.sqrt(mean / (1.0 - self.beta ** (step + 1)))
+        scale = math.sqrt(len(grads)) / rms if rms > 0.0 else 0.0
+        return [g * scale for g in grads], (mean,)
+
+
+@dataclass(frozen=True)
+class Sign(Rule):
+    """The sign of each projected gradient."""
+
+    def __call__(self, grads: Sequence[float], state: State, step: int) -> tuple[list[float], State]:
+        """See `Rule`."""
+        root = math.sqrt(len(grads))
+        return [math.copysign(root, g) if g != 0.0 else 0.0 for g in grads], state
+
+
+@dataclass(frozen=True)
+class Clip(Rule):
+    """Limit the root mean square over directions to `limit` (as gradient clipping limits the norm).
+
+    Alone it is in units of the loss a unit of z; after `rms` in units of a normal step.
+    """
+
+    limit: float = 1.0
+
+    def __call__(self, grads: Sequence[float], state: State, step: int) -> tuple[list[float], State]:
+        """See `Rule`."""
+        rms = math.sqrt(sum(g * g for g in grads) / len(grads))
+        scale = min(1.0, self.limit / rms) if rms > 0.0 else 1.0
+        return [g * scale for g in grads], state
+
+
+@dataclass(frozen=True)
+class Momentum(Rule):
+    """Each direction is followed for `window` steps with weight beta^age: a heavy ball without a buffer.
+
+    Not a transformation of one step's scalars: the optimizer and replay read it off the chain, and take the
+    past coefficients, which are in the log, along their regenerated directions again. A step's update makes
+    `window` times as much noise.
+    """
+
+    beta: float = 0.9
+    window: int = 20
+
+
+KINDS: dict[str, type[Rule]] = {
+    "sgd": Sgd,
+    "rms": Rms,
+    "sign": Sign,
+    "clip": Clip,
+    "momentum": Momentum,
+}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Rules one after the other.
+
+    Attributes:
+        spec: the text it was made from, with all parameters spelled out.
+        rules: the transformations in order.
+        momentum: the window, if the chain has one.
+    """
+
+    spec: str
+    rules: tuple[Rule, ...]
+    momentum: Momentum | None
+
+    @property
+    def state_size(self) -> int:
+        """Scalars kept between steps."""
+        return sum(rule.state_size for rule in self.rules)
+
+    def __call__(self, grads: Sequence[float], state: State, step: int) -> tuple[list[float], State]:
+        """Apply all rules; state is the concatenation of theirs."""
+        values, after, at = list(grads), (), 0
+        for rule in self.rules:
+            values, new = rule(values, state[at : at + rule.state_size], step)
+            after += new
+            at += rule.state_size
+        return values, after
+
+
+def parse(spec: str) -> Chain:
+    """Read `"rms"`, `"rms(beta=0.95)+clip(3)+momentum(0.9, window=10)"` and the like.
+
+    Raises:
+        UserError: an unknown rule or parameter, a value out of range, or two momentum windows.
+    """
+    rules: list[Rule] = []
+    momentum: Momentum | None = None
+    for part in str(spec).split("+"):
+        match = re.fullmatch(r"\s*([A-Za-z0-9_]+)\s*(?:\((.*)\))?\s*", part)
+        if match is None or match[1] not in KINDS:
+            raise UserError(
+                f"rule {spec!r}: {part.strip()!r} is unknown; known are {', '.join(KINDS)}, "
+                "joined by '+', with parameters as in 'rms(beta=0.9)'"
+            )
+        rule = _build(spec, match[1], match[2] or "")
+        if isinstance(rule, Momentum):
+            if momentum is not None:
+                raise UserError(f"rule {spec!r}: momentum is there twice; keep one")
+            momentum = rule
+        else:
+            rules.append(rule)
+    chain = (*rules, momentum) if momentum else tuple(rules)
+    return Chain("+".join(_spell(rule) for rule in chain), tuple(rules), momentum)
+
+
+def _build(spec: str, name: str, arguments: str) -> Rule:
+    kind = KINDS[name]
+    values: dict[str, float | int] = {}
+    names = [field.name for field in fields(kind)]
+    for place, argument in enumerate(a for a in arguments.split(",") if a.strip()):
+        key, _, text = argument.rpartition("=")
+        key = key.strip() or (names[place] if place < len(names) else "?")
+        if key not in names:
+            known = str(inspect.signature(kind)).split(" ->")[0]
+            raise UserError(f"rule {spec!r}: {name} has no parameter {argument.strip()!r}; it is {name}{known}")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        good = {
+            "beta": 0.0 <= value < 1.0,
+            "limit": 0.0 < value < math.inf,
+            "window": value.is_integer() and 1 <= value <= 1000,
+        }[key]
+        if not good:
+            allowed = {"beta": "in [0, 1)", "limit": "positive and finite", "window": "a whole number, 1 to 1000"}
+            raise UserError(f"rule {spec!r}: {name}'s {key} is {text.strip()!r}: it must be {allowed[key]}")
+        values[key] = int(value) if key == "window" else value
+    return kind(**values)  # type: ignore[arg-type]
+
+
+def _spell(rule: Rule) -> str:
+    name = next(key for key, kind in KINDS.items() if kind is type(rule))
+    parameters = ", ".join(f"{field.name}={getattr(rule, field.name)!r}" for field in fields(rule))
+    return f"{name}({parameters})" if parameters else name

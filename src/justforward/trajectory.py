@@ -1,0 +1,476 @@
+"""A run is a log of scalars: write it, read it, replay it.
+
+Layout (all little-endian):
+
+    "JFLOG 1\\n" | uint32 length | header: zlib-compressed JSON | uint32 CRC-32 of all before
+    then 32-bit words: 26 bits of data, 6 bits of check
+
+A data word is a float32 rounded to its upper 26 bits (18 significant bits), which is the number that training
+itself uses: 4 bytes a plain step. Words whose exponent bits are all ones are marks: the number of coefficients,
+the scales and decays of the parameter groups (written only when they change), and the seal. The check of a word
+is six bits of a CRC-32 chained from the header through every word before it, so that a flipped bit anywhere
+shows; the seal, written on a clean end, holds the whole of that CRC. A step is written by one system call: what
+a kill leaves behind is whole steps and at most one torn one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+import zlib
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from justforward import noise
+from justforward.directions import FAMILIES, Move, Weights
+from justforward.errors import UserError
+
+MAGIC = b"JFLOG 1\n"
+_COUNT, _SCALES, _DECAYS, _SEAL = range(4)
+_MAX_COUNT = (1 << 13) - 1
+
+
+def rounded(value: float) -> float:
+    """`value` as the log keeps it: a float32 with 18 significant bits, to nearest even."""
+    bits = int(np.float32(value).view(np.uint32))
+    if bits & 0x7F800000 == 0x7F800000:
+        raise UserError(f"a coefficient of the step is {value}: lower lr")
+    bits = (bits + 31 + (bits >> 6 & 1)) & ~63
+    return float(np.uint32(bits).view(np.float32))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step did to the weights, in a few scalars.
+
+    Attributes:
+        index: number of the step, from 0.
+        coefficients: of this step's directions: theta <- theta + sum_k coefficients[k] z_k (times the group's
+            scale). With momentum, later steps follow these directions again.
+        scales: per parameter group, what the coefficients are multiplied by.
+        decays: per parameter group, the part of each weight taken away.
+        rule_state: the rule's scalars after the step.
+        loss: mean loss over all looks (not in the log: NaN when read from one).
+        projected_grads: (L+ - L-) / (2 eps) of each direction (not in the log).
+        forwards: passes over the batch it took to estimate (not in the log).
+    """
+
+    index: int
+    coefficients: tuple[float, ...]
+    scales: tuple[float, ...] = (1.0,)
+    decays: tuple[float, ...] = (0.0,)
+    rule_state: tuple[float, ...] = ()
+    loss: float = math.nan
+    projected_grads: tuple[float, ...] = ()
+    forwards: int = 0
+
+
+@dataclass
+class Course:
+    """Turns steps into moves: knows the run's seed and momentum, remembers the window of past coefficients."""
+
+    seed: int
+    beta: float = 0.0
+    window: int = 1
+    past: deque[tuple[list[int], tuple[float, ...]]] = field(default_factory=deque)
+
+    def move(self, step: Step) -> Move:
+        """The move of a step; steps must come in order."""
+        lanes = range(len(step.coefficients))
+        own = [noise.direction_seed(self.seed, step.index, lane) for lane in lanes]
+        self.past.appendleft((own, step.coefficients))
+        while len(self.past) > self.window:
+            self.past.pop()
+        seeds: list[int] = []
+        values: list[float] = []
+        # Oldest first: the newest direction is last, where `Weights.update` looks for the one to come back from.
+        for age, (past_seeds, coefficients) in reversed(list(enumerate(self.past))):
+            seeds.extend(past_seeds)
+            values.extend(c * self.beta**age for c in coefficients)
+        scales = np.array(step.scales, np.float32)[:, None]
+        return Move(
+            dither=noise.step_seed(self.seed, step.index),
+            seeds=np.array(seeds, np.uint64),
+            coefficients=np.array(values, np.float32)[None] * scales,
+            decays=np.array(step.decays, np.float32),
+        )
+
+
+class _Words:
+    """The chain of checked words, for writer and reader alike."""
+
+    def __init__(self, state: int) -> None:
+        self.state = state
+        self.count = 1
+        self.groups: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+
+    def next(self, data: int) -> int:
+        """The word for 26 bits of data (which stand in the upper bits)."""
+        self.state = zlib.crc32(struct.pack("<I", data), self.state)
+        return data | self.state & 63
+
+    def mark(self, kind: int, argument: int = 0) -> int:
+        return self.next((0xFF0 | kind) << 19 | argument << 6)
+
+    def number(self, value: float) -> int:
+        return self.next(int(np.float32(value).view(np.uint32)))
+
+
+def _encode(words: _Words, step: Step) -> bytes:
+    out: list[int] = []
+    if len(step.coefficients) != words.count:
+        words.count = len(step.coefficients)
+        out.append(words.mark(_COUNT, words.count))
+    for kind, values, before in (
+        (_SCALES, step.scales, words.groups[0]),
+        (_DECAYS, step.decays, words.groups[1]),
+    ):
+        if values != before:
+            out.append(words.mark(kind))
+            out.extend(words.number(v) for v in values)
+    words.groups = (step.scales, step.decays)
+    out.extend(words.number(v) for v in (*step.coefficients, *step.rule_state))
+    return struct.pack(f"<{len(out)}I", *out)
+
+
+@dataclass(frozen=True)
+class Log:
+    """A log as read from disk.
+
+    Attributes:
+        path: the file.
+        header: what it was made with.
+        steps: all whole steps.
+        size: bytes up to the last whole step.
+        truncated: bytes after that: the torn end of a step whose writing was cut short.
+        sealed: whether the run that wrote it ended cleanly.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    steps: list[Step]
+    size: int
+    truncated: int
+    sealed: bool
+    _words: _Words
+
+    def course(self) -> Course:
+        """A fresh course for this run."""
+        beta, window = self.header["momentum"]
+        return Course(self.header["seed"], beta, window)
+
+
+def read_log(path: str | os.PathLike[str]) -> Log:
+    """Read and check a log.
+
+    Raises:
+        UserError: not a log, another format version, or damaged (naming the byte and the step). A torn end is
+            not an error: `Log.truncated` says how many bytes were left out.
+    """
+    file = Path(path)
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: the log cannot be read: {error.strerror}") from None
+    if not raw.startswith(MAGIC[:6]):
+        raise UserError(f"{file}: not a justforward log (it does not start with {MAGIC[:6].decode()!r})")
+    if not raw.startswith(MAGIC):
+        version = raw[6:8].decode("latin-1").strip()
+        raise UserError(f"{file}: log format {version!r}, this version reads format '1': use the version that wrote it")
+    header, at = _read_header(file, raw)
+    words = _Words(zlib.crc32(raw[:at]))
+    steps, good, sealed = _read_steps(file, raw, at, header, words)
+    return Log(file, header, steps, good, len(raw) - good, sealed, words)
+
+
+def _read_header(file: Path, raw: bytes) -> tuple[dict[str, Any], int]:
+    start = len(MAGIC) + 4
+    length = struct.unpack("<I", raw[len(MAGIC) : start])[0] if len(raw) >= start else 0
+    end = start + length
+    if len(raw) < end + 4 or length == 0:
+        raise UserError(f"{file}: the header is cut short or damaged: the log cannot be used")
+    if zlib.crc32(raw[:end]) != struct.unpack("<I", raw[end : end + 4])[0]:
+        raise UserError(f"{file}: the header is damaged (its checksum differs): the log cannot be used")
+    return json.loads(zlib.decompress(raw[start:end])), end + 4
+
+
+def _read_steps(
+    file: Path, raw: bytes, at: int, header: dict[str, Any], words: _Words
+) -> tuple[list[Step], int, bool]:
+    groups, state_size = len(header["groups"]), header["rule_state"]
+    steps: list[Step] = []
+    good, sealed = at, False
+    kept = (words.state, words.count, words.groups)
+    values = np.frombuffer(raw, "<u4", (len(raw) - at) // 4, at)
+    floats = (values & np.uint32(0xFFFFFFC0)).view(np.float32).tolist()
+    data = (values & np.uint32(0xFFFFFFC0)).tolist()
+    checks = (values & np.uint32(63)).tolist()
+    scales, decays = (1.0,) * groups, (0.0,) * groups
+    words.groups = (scales, decays)
+    place = 0
+    total = len(data)
+
+    def take(count: int) -> list[float] | None:
+        nonlocal place
+        if place + count > total:
+            return None
+        for i in range(place, place + count):
+            words.state = zlib.crc32(struct.pack("<I", data[i]), words.state)
+            if words.state & 63 != checks[i]:
+                raise UserError(
+                    f"{file}: damaged at byte {at + 4 * i}, in step {len(steps)}: a checksum differs: the log cannot "
+                    "be used (a copy of it, or fewer steps, may be)"
+                )
+        place += count
+        return floats[place - count : place]
+
+    while place < total:
+        if data[place] >> 23 & 0xFF == 0xFF:
+            kind, argument = data[place] >> 19 & 15, data[place] >> 6 & _MAX_COUNT
+            before = words.state
+            if take(1) is None:
+                break
+            if kind == _COUNT:
+                words.count = argument
+            elif kind in (_SCALES, _DECAYS):
+                taken = take(groups)
+                if taken is None:
+                    break
+                if kind == _SCALES:
+                    scales = tuple(taken)
+                else:
+                    decays = tuple(taken)
+            elif kind == _SEAL:
+                first = place
+                if take(2) is None:
+                    break
+                crc = (data[first] >> 6 & 0xFFFF) << 16 | data[first + 1] >> 6 & 0xFFFF
+                if crc != before:
+                    raise UserError(f"{file}: damaged before byte {at + 4 * first}: the seal differs: the log cannot be used")
+                good, sealed = at + 4 * place, place == total and (len(raw) - at) % 4 == 0
+                kept = (words.state, words.count, (scales, decays))
+            else:
+                raise UserError(f"{file}: unknown mark {kind} at byte {at + 4 * place - 4}: written by a newer version?")
+            continue
+        taken = take(words.count + state_size)
+        if taken is None:
+            break
+        steps.append(
+            Step(len(steps), tuple(taken[: words.count]), scales, decays, tuple(taken[words.count :]))
+        )
+        good, kept = at + 4 * place, (words.state, words.count, (scales, decays))
+    words.state, words.count, words.groups = kept
+    return steps, good, sealed
+
+
+class Writer:
+    """Appends steps to a log; each is on its way to disk when `append` returns."""
+
+    def __init__(self, path: Path, words: _Words, size: int) -> None:
+        self.path = path
+        self._words = words
+        self._size = size
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - lives as long as the run
+        self._file.truncate(size)
+        self._file.seek(size)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Writer:
+        """Start a log.
+
+        Raises:
+            UserError: the file exists, or cannot be written.
+        """
+        file = Path(path)
+        packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+        raw = MAGIC + struct.pack("<I", len(packed)) + packed
+        raw += struct.pack("<I", zlib.crc32(raw))
+        try:
+            with open(file, "xb") as out:
+                out.write(raw)
+        except FileExistsError:
+            raise UserError(f"{file}: the log exists: resume it (resume=True) or choose another name") from None
+        except OSError as error:
+            file.unlink(missing_ok=True)
+            raise UserError(f"{file}: the log cannot be written: {error.strerror}") from None
+        words = _Words(zlib.crc32(raw))
+        groups = len(header["groups"])
+        words.groups = ((1.0,) * groups, (0.0,) * groups)
+        return cls(file, words, len(raw))
+
+    @classmethod
+    def resume(cls, log: Log) -> Writer:
+        """Go on after the last whole step of a log; a torn end is cut off."""
+        return cls(log.path, log._words, log.size)
+
+    def append(self, step: Step) -> None:
+        """Write one step.
+
+        Raises:
+            UserError: it could not be written (disk full); the log is as before.
+        """
+        self._write(lambda words: _encode(words, step))
+
+    def seal(self) -> None:
+        """Write the whole checksum: the mark of a clean end. More steps may follow a seal."""
+
+        def encode(words: _Words) -> bytes:
+            crc = words.state
+            marks = [words.mark(_SEAL), words.next((crc >> 16) << 6), words.next((crc & 0xFFFF) << 6)]
+            return struct.pack("<3I", *marks)
+
+        self._write(encode)
+
+    def _write(self, encode: Any) -> None:
+        words = _Words(self._words.state)
+        words.count, words.groups = self._words.count, self._words.groups
+        raw = encode(words)
+        try:
+            written = self._file.write(raw)
+            if written != len(raw):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            self._file.truncate(self._size)
+            self._file.seek(self._size)
+            raise UserError(f"{self.path}: the log cannot be written: {error.strerror}; the step was not taken") from None
+        self._words = words
+        self._size += len(raw)
+
+    def close(self) -> None:
+        """Seal and close; does nothing the second time."""
+        if not self._file.closed:
+            self.seal()
+            self._file.close()
+
+
+def verify(path: str | os.PathLike[str]) -> Log:
+    """Check every byte of a log against its checksums; the same as `read_log`, under the name of the intent."""
+    return read_log(path)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over name, dtype, shape and bytes of every parameter and buffer (tied ones under each name).
+
+    Works in slices, so that it never holds a copy of a tensor.
+    """
+    digest = hashlib.sha256()
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    seen: dict[int, str] = {}
+    for name, tensor in sorted(named, key=lambda item: item[0]):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if id(tensor) in seen:
+            digest.update(f"tied to {seen[id(tensor)]}\0".encode())
+            continue
+        seen[id(tensor)] = name
+        for part in _slices(tensor):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _slices(tensor: Tensor) -> Iterable[Any]:
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), 1 << 24):
+        yield flat[start : start + (1 << 24)].cpu().view(torch.uint8).numpy().data
+
+
+def header_for(
+    weights: Weights,
+    *,
+    seed: int,
+    family: str,
+    eps: Sequence[float],
+    rule: str,
+    rule_state: int,
+    momentum: tuple[float, int],
+    base: str,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """All that a replay needs to know, and what resuming compares."""
+    return {
+        "noise": noise.NOISE_VERSION,
+        "base": base,
+        "seed": seed,
+        "family": family,
+        "groups": list(eps),
+        "rule": rule,
+        "rule_state": rule_state,
+        "momentum": list(momentum),
+        "settings": settings,
+        "tensors": [
+            [name, list(tensor.shape), str(tensor.dtype), group]
+            for name, tensor, group in zip(weights.names, weights.tensors, weights.groups, strict=True)
+        ],
+    }
+
+
+def check_base(model: nn.Module, log: Log) -> list[tuple[str, Tensor]]:
+    """The log's tensors in the model, in the log's order.
+
+    Raises:
+        UserError: the model is not the log's base: noise version, a name, shape or dtype, or the values differ.
+    """
+    header = log.header
+    if header["noise"] != noise.NOISE_VERSION:
+        raise UserError(
+            f"{log.path}: made with noise version {header['noise']}, this is version {noise.NOISE_VERSION}: use the version that wrote it"
+        )
+    have = dict(model.named_parameters(remove_duplicate=False))
+    found: list[tuple[str, Tensor]] = []
+    for name, shape, dtype, _ in header["tensors"]:
+        if name not in have:
+            raise UserError(f"{log.path}: tunes parameter {name}, which this model does not have: another model or layout")
+        for what, theirs, ours in (
+            ("shape", shape, list(have[name].shape)),
+            ("dtype", dtype, str(have[name].dtype)),
+        ):
+            if theirs != ours:
+                raise UserError(f"{log.path}: parameter {name} has {what} {theirs} in the log and {ours} in this model: another base model")
+        found.append((name, have[name]))
+    base = fingerprint(model)
+    if base != header["base"]:
+        raise UserError(
+            f"{log.path}: made from a base model with fingerprint {header['base'][:16]}..., this model has {base[:16]}...: "
+            "the values differ: load the very base the run started from"
+        )
+    return found
+
+
+def replay(model: nn.Module, path: str | os.PathLike[str], steps: int | None = None) -> int:
+    """Rebuild the tuned model: base + log, bit for bit, in one pass over the weights.
+
+    Args:
+        model: the base model; changed in place.
+        path: the log.
+        steps: how many steps (default all).
+
+    Returns:
+        How many steps were applied.
+
+    Raises:
+        UserError: the log is damaged, the model is not its base (naming what differs), or it has fewer steps.
+    """
+    log = read_log(path)
+    if steps is not None and not 0 <= steps <= len(log.steps):
+        raise UserError(f"{log.path}: has {len(log.steps)} whole steps; {steps} were asked for")
+    header = log.header
+    tensors = check_base(model, log)
+    groups = [group for *_, group in header["tensors"]]
+    weights = Weights(tensors, groups, FAMILIES[header["family"]], header["groups"])
+    return apply_steps(weights, log.course(), log.steps[:steps])
+
+
+def apply_steps(weights: Weights, course: Course, steps: Sequence[Step]) -> int:
+    """Apply steps in bounded batches, each one pass over the weights."""
+    for start in range(0, len(steps), 1024):
+        weights.update([course.move(step) for step in steps[start : start + 1024]])
+    return len(steps)
