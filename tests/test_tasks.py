@@ -1,0 +1,95 @@
+"""Templates and labels: what is accepted renders as str.format would, the rest is named."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from justforward.errors import UserError
+from justforward.tasks import Task, parse_labels, parse_template
+
+LABELS = {"0": "terrible", "1": "great"}
+
+
+def test_prompt_puts_the_fields_in() -> None:
+    task = Task("{premise} Question: {hypothesis}?", LABELS)
+    assert task.fields == ("premise", "hypothesis")
+    assert task.prompt({"premise": "a {b}", "hypothesis": "c"}) == "a {b} Question: c?"
+    assert task.tail == "?"
+    assert Task("so {text}", LABELS).tail == ""
+
+
+@given(st.lists(st.sampled_from(["a", " ", "{{", "}}", "{x}", "{y z}", "\n", "é"]), min_size=1))
+def test_prompt_is_str_format(parts: list[str]) -> None:
+    template = "{x}" + "".join(parts)
+    fields = {"x": "{1}", "y z": "two words"}
+    assert Task(template, LABELS).prompt(fields) == template.format(**fields)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("", "empty"),
+        ("  \n", "empty"),
+        ("It was", "no field"),
+        ("{{text}} It was", "no field"),
+        ("{text It was", "expected '}'"),
+        ("text} It was", "Single '}'"),
+        ("{} It was", "not a plain field"),
+        ("{text!r}", "not a plain field"),
+        ("{text:>9}", "not a plain field"),
+        ("{text} {label}", "answer"),
+    ],
+)
+def test_templates_refused(template: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        Task(template, LABELS)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.text(alphabet="{}ab!:. \n", max_size=12))
+def test_any_template_parses_or_is_refused(template: str) -> None:
+    try:
+        pieces = parse_template(template)
+    except UserError as error:
+        said = str(error)
+    else:
+        assert any(name for _, name in pieces)
+        said = ""
+    assert "\n" not in said
+
+
+def test_unknown_field_names_what_there_is() -> None:
+    with pytest.raises(UserError, match=r"'text'.*'sentence'"):
+        Task("{text} It was", LABELS).prompt({"sentence": "x"})
+
+
+def test_parse_labels_keeps_order_and_inner_spaces() -> None:
+    parsed = parse_labels(" neg = not good , pos=very good,x=a=b")
+    assert list(parsed.items()) == [("neg", "not good"), ("pos", "very good"), ("x", "a=b")]
+
+
+@pytest.mark.parametrize("text", ["", "a", "a=", "=b", "a=b,", "a=b,a=c"])
+def test_parse_labels_refuses(text: str) -> None:
+    with pytest.raises(UserError, match="labels"):
+        parse_labels(text)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [{}, {"a": "b"}, {"a": "same", "b": "same"}, {"a": "", "b": "x"}, {"a": " w", "b": "x"},
+     {" a": "w", "b": "x"}],
+)  # fmt: skip
+def test_labels_refused(labels: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="labels"):
+        Task("{text}", labels)
+
+
+def test_options_refused() -> None:
+    with pytest.raises(UserError, match="truncation 'middle'"):
+        Task("{text}", LABELS, truncation="middle")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="loss 'mse'"):
+        Task("{text}", LABELS, loss="mse")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="label_field"):
+        Task("{text}", LABELS, label_field="")
