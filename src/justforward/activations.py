@@ -175,10 +175,6 @@ def _rows_of(z: Tensor, x: Tensor, look: Look, p: _Looking) -> Tensor:
     return z.view(z.shape[0], *([1] * (x.dim() - 2)), z.shape[1])
 
 
-def _base(p: Any) -> Any:
-    return p
-
-
 def _linear(func: Any, input: Tensor, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, _Looking):
         return NotImplemented
@@ -249,7 +245,12 @@ def _affine(y: Tensor, weight: Any, bias: Any) -> Tensor:
 
 
 def _layer_norm(
-    func: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    func: Any,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
 ) -> Any:
     if isinstance(input, _Looking) or len(normalized_shape) != 1:
         return NotImplemented
@@ -267,7 +268,13 @@ def _rms_norm(
 def _pointwise(func: Any, input: Any, other: Any, *, alpha: Any = 1) -> Any:
     """x * w and x + w with a vector w along the last axis of x [R k, ..., m]."""
     x, p = (other, input) if isinstance(input, _Looking) else (input, other)
-    if isinstance(x, _Looking) or not isinstance(x, Tensor) or p.dim() != 1 or x.dim() < 2 or alpha != 1:
+    if (
+        isinstance(x, _Looking)
+        or not isinstance(x, Tensor)
+        or p.dim() != 1
+        or x.dim() < 2
+        or alpha != 1
+    ):
         return NotImplemented
     if x.shape[-1] != p.shape[0]:
         return NotImplemented
@@ -317,7 +324,7 @@ def looking(look: Look) -> Iterator[None]:
             with _plain():
                 tensor.__dict__.pop("_jf_look", None)
                 tensor.__dict__.pop("_jf_index", None)
-                tensor.__class__ = kind  # type: ignore[assignment]
+                tensor.__class__ = kind
 
 
 def repeat_rows(batch: Any, times: int) -> tuple[Any, int]:
@@ -335,7 +342,9 @@ def repeat_rows(batch: Any, times: int) -> tuple[Any, int]:
     def repeat(x: Any) -> Any:
         if isinstance(x, Tensor):
             if x.dim() == 0:
-                raise UserError("activation space: the batch has a tensor without rows (0-d): move it into loss_fn")
+                raise UserError(
+                    "activation space: the batch has a tensor without rows (0-d): move it into loss_fn"
+                )
             rows.add(x.shape[0])
             return x.repeat(times, *([1] * (x.dim() - 1))) if times > 1 else x
         if isinstance(x, dict) or hasattr(x, "keys"):

@@ -254,11 +254,22 @@ class Weights:
             c = np.ascontiguousarray(coefficients[group], np.float32)
             if self.is_outer(i):
                 a, b = factors[i] if factors is not None else self.factors(i, seeds)
-                scaled = a * (c[:, None] if self._numba else torch.as_tensor(c[:, None], device=a.device))
+                scaled = a * (
+                    c[:, None] if self._numba else torch.as_tensor(c[:, None], device=a.device)
+                )
                 columns = self.tensors[i].shape[1]
                 calls.append(
                     _bind(
-                        kernels.update_outer, theta, grid, columns, stream, dithers, ends, scaled, b, decay
+                        kernels.update_outer,
+                        theta,
+                        grid,
+                        columns,
+                        stream,
+                        dithers,
+                        ends,
+                        scaled,
+                        b,
+                        decay,
                     )
                 )
             else:
@@ -332,4 +343,3 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     if workers not in _pools:
         _pools[workers] = ThreadPoolExecutor(workers, thread_name_prefix="justforward")
     return _pools[workers]
-

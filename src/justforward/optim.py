@@ -1,8 +1,8 @@
 """`MeZO`: a torch optimizer that looks along random directions instead of backpropagating.
 
-    estimate(closure) -> Step     look: losses at +eps and -eps; the weights end up bit-identical
-    apply(step)                   move: one pass over the weights
-    step(closure)                 both, with one pass fewer; the same bits
+estimate(closure) -> Step     look: losses at +eps and -eps; the weights end up bit-identical
+apply(step)                   move: one pass over the weights
+step(closure)                 both, with one pass fewer; the same bits
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class MeZO(torch.optim.Optimizer):
         resume: bool = False,
     ) -> None:
         if estimator not in ESTIMATORS:
-            raise UserError(f"estimator is {estimator!r}: it must be one of {', '.join(ESTIMATORS)}")
+            raise UserError(
+                f"estimator is {estimator!r}: it must be one of {', '.join(ESTIMATORS)}"
+            )
         self.estimator = estimator
         self.family = _family(family, estimator)
         self.rule = rules.parse(rule)
@@ -101,7 +103,9 @@ class MeZO(torch.optim.Optimizer):
         if isinstance(num_samples, int) and num_samples < 1:
             raise UserError(f"num_samples is {num_samples}: it must be at least 1")
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise UserError(f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^64")
+            raise UserError(
+                f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^64"
+            )
         self._samples = (lambda step: num_samples) if isinstance(num_samples, int) else num_samples
 
         groups, names = _groups(params, self.model)
@@ -111,10 +115,14 @@ class MeZO(torch.optim.Optimizer):
         base = ""
         if log is not None:
             if self.model is None:
-                raise UserError("log: the log names the model's parameters: pass the model (or model=...)")
+                raise UserError(
+                    "log: the log names the model's parameters: pass the model (or model=...)"
+                )
             # A log that exists must not cost the model its exact base values: look before the grid is laid.
             if not resume and os.path.exists(log):
-                raise UserError(f"{log}: the log exists: resume it (resume=True) or choose another name")
+                raise UserError(
+                    f"{log}: the log exists: resume it (resume=True) or choose another name"
+                )
             base = fingerprint(self.model)
         old = read_log(log) if log is not None and resume and os.path.exists(log) else None
         if old is not None and self.model is not None:
@@ -125,7 +133,9 @@ class MeZO(torch.optim.Optimizer):
             raise UserError("there is nothing to tune: no parameter has requires_grad")
         owners = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
         looks = [group["eps"] for group in self.param_groups]
-        self.weights = Weights(list(zip(names, tensors, strict=True)), owners, FAMILIES[self.family], looks)
+        self.weights = Weights(
+            list(zip(names, tensors, strict=True)), owners, FAMILIES[self.family], looks
+        )
         self._longest = looks
         momentum = self.rule.momentum
         self._course = Course(seed, momentum.beta, momentum.window) if momentum else Course(seed)
@@ -192,14 +202,18 @@ class MeZO(torch.optim.Optimizer):
             As `estimate` and `apply`.
         """
         if closure is None:
-            raise UserError("step() needs a closure that returns the loss: step(closure) or step(loss_fn, batch)")
+            raise UserError(
+                "step() needs a closure that returns the loss: step(closure) or step(loss_fn, batch)"
+            )
         with Shield() as shield:
             step, back, factors = self._estimate(closure, batch, shield, keep_back=True)
             try:
                 self._apply(step, back, factors)
             except BaseException:
                 if back is not None and self.steps == step.index:
-                    self.weights.look(self._direction(step.index, len(step.coefficients) - 1), back, 1.0)
+                    self.weights.look(
+                        self._direction(step.index, len(step.coefficients) - 1), back, 1.0
+                    )
                 raise
         return step.loss
 
@@ -209,8 +223,11 @@ class MeZO(torch.optim.Optimizer):
         eps = self._eps()
         samples = self._samples(self.steps)
         if not isinstance(samples, int) or samples < 1:
-            raise UserError(f"num_samples gave {samples!r} at step {self.steps}: it must be a whole number, at least 1")
-        back, factors = None, None
+            raise UserError(
+                f"num_samples gave {samples!r} at step {self.steps}: it must be a whole number, at least 1"
+            )
+        back: list[float] | None = None
+        factors: dict[int, Any] | None = None
         with _looking_mode(self.model):
             if self.estimator == "weight":
                 losses = self._look_weights(closure, batch, eps, samples, shield, keep_back)
@@ -227,7 +244,13 @@ class MeZO(torch.optim.Optimizer):
             raise
 
     def _look_weights(
-        self, closure: Any, batch: Any, eps: list[float], samples: int, shield: Shield, keep_back: bool
+        self,
+        closure: Any,
+        batch: Any,
+        eps: list[float],
+        samples: int,
+        shield: Shield,
+        keep_back: bool,
     ) -> list[tuple[float, float]]:
         """Losses at +eps and -eps of each sample; with `keep_back` the weights stay at -eps of the last."""
         losses: list[tuple[float, float]] = []
@@ -251,7 +274,13 @@ class MeZO(torch.optim.Optimizer):
         return losses
 
     def _look_activations(
-        self, closure: Any, batch: Any, eps: list[float], samples: int, shield: Shield, factors: dict[int, Any]
+        self,
+        closure: Any,
+        batch: Any,
+        eps: list[float],
+        samples: int,
+        shield: Shield,
+        factors: dict[int, Any],
     ) -> list[tuple[float, float]]:
         """Losses at +eps and -eps of each direction, sample-major."""
         run = _Rows(self, closure, batch, eps, shield, factors)
@@ -277,7 +306,9 @@ class MeZO(torch.optim.Optimizer):
 
     # -- moving -----------------------------------------------------------------------------------------------
 
-    def _step_from(self, losses: list[tuple[float, float]], grads: list[float], samples: int) -> Step:
+    def _step_from(
+        self, losses: list[tuple[float, float]], grads: list[float], samples: int
+    ) -> Step:
         signal, state = self.rule(grads, self._rule_state, self.steps)
         rates = [float(group["lr"]) for group in self.param_groups]
         lr = max(rates)
@@ -370,7 +401,9 @@ class MeZO(torch.optim.Optimizer):
         if own is None:
             raise UserError("load_state_dict: not the state of a MeZO optimizer")
         if own["rule"] != self.rule.spec:
-            raise UserError(f"load_state_dict: the rule is {own['rule']} in the state and {self.rule.spec} here")
+            raise UserError(
+                f"load_state_dict: the rule is {own['rule']} in the state and {self.rule.spec} here"
+            )
         shapes = [tuple(e.shape) for e in own["exponents"]]
         if shapes != [tuple(e.shape) for e in self.weights.exponents]:
             raise UserError("load_state_dict: the state is of other tensors")
@@ -392,12 +425,20 @@ class _Rows:
     """Activation-space forwards of one step."""
 
     def __init__(
-        self, opt: MeZO, closure: Any, batch: Any, eps: list[float], shield: Shield, factors: dict[int, Any]
+        self,
+        opt: MeZO,
+        closure: Any,
+        batch: Any,
+        eps: list[float],
+        shield: Shield,
+        factors: dict[int, Any],
     ) -> None:
         self.opt, self.function, self.data = opt, closure, batch
         self.eps, self.shield, self.factors = eps, shield, factors
 
-    def _call(self, seeds: Any, signs: list[float], batch: Any, factors: dict[int, Any]) -> list[float]:
+    def _call(
+        self, seeds: Any, signs: list[float], batch: Any, factors: dict[int, Any]
+    ) -> list[float]:
         look = Look(self.opt.weights, seeds, signs, self.eps, factors)
         arguments = () if batch is None else (batch,)
         with looking(look):
@@ -511,9 +552,13 @@ def _groups(params: Any, model: nn.Module | None) -> tuple[list[dict[str, Any]],
         for member in members:
             name, tensor = member if isinstance(member, tuple) else (None, member)
             if not isinstance(tensor, Tensor):
-                raise UserError(f"params: {_describe(tensor)} is not a parameter: pass a model, parameters, or groups of them")
+                raise UserError(
+                    f"params: {_describe(tensor)} is not a parameter: pass a model, parameters, or groups of them"
+                )
             if id(tensor) in seen:
-                raise UserError(f"params: parameter {known.get(id(tensor), name or len(names))} is there twice")
+                raise UserError(
+                    f"params: parameter {known.get(id(tensor), name or len(names))} is there twice"
+                )
             if not tensor.requires_grad:
                 continue
             seen.add(id(tensor))
@@ -544,7 +589,9 @@ def _scalar(loss: Any, step: int, where: str) -> float:
         try:
             value = float(loss)
         except (TypeError, ValueError):
-            raise UserError(f"the closure returned {_describe(loss)}: it must return the loss") from None
+            raise UserError(
+                f"the closure returned {_describe(loss)}: it must return the loss"
+            ) from None
     if not math.isfinite(value):
         raise NonFiniteLoss(step, value, where)
     return value
@@ -561,7 +608,11 @@ def _per_row(losses: Any, rows: int, whole: bool) -> list[float]:
 
 
 def _describe(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return (
+        f"a tensor {list(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+    )
 
 
 def _short(value: Any) -> str:
@@ -572,7 +623,9 @@ def _short(value: Any) -> str:
 @contextmanager
 def _looking_mode(model: nn.Module | None) -> Iterator[None]:
     """No gradients, and the model in eval mode: dropout would drown a look in noise."""
-    modules: Sequence[nn.Module] = [] if model is None else [m for m in model.modules() if m.training]
+    modules: Sequence[nn.Module] = (
+        [] if model is None else [m for m in model.modules() if m.training]
+    )
     for module in modules:
         module.training = False
     try:

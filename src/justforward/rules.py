@@ -25,7 +25,9 @@ class Rule:
 
     state_size: ClassVar[int] = 0
 
-    def __call__(self, grads: Sequence[float], state: State, step: int) -> tuple[list[float], State]:
+    def __call__(
+        self, grads: Sequence[float], state: State, step: int
+    ) -> tuple[list[float], State]:
         """Transform the projected gradients of a step.
 
         Args:
@@ -48,7 +50,9 @@ class Rms(Rule):
     beta: float = 0.9
     state_size: ClassVar[int] = 1
 
-    def __call__(self, grads: Sequence[float], state: State, step: int) -> tuple[list[float], State]:
+    def __call__(
+        self, grads: Sequence[float], state: State, step: int
+    ) -> tuple[list[float], State]:
         """See `Rule`."""
         square = sum(g * g for g in grads) / len(grads)
         mean = self.beta * state[0] + (1.0 - self.beta) * square
@@ -61,7 +65,9 @@ class Rms(Rule):
 class Sign(Rule):
     """The sign of each projected gradient."""
 
-    def __call__(self, grads: Sequence[float], state: State, step: int) -> tuple[list[float], State]:
+    def __call__(
+        self, grads: Sequence[float], state: State, step: int
+    ) -> tuple[list[float], State]:
         """See `Rule`."""
         root = math.sqrt(len(grads))
         return [math.copysign(root, g) if g != 0.0 else 0.0 for g in grads], state
@@ -76,7 +82,9 @@ class Clip(Rule):
 
     limit: float = 1.0
 
-    def __call__(self, grads: Sequence[float], state: State, step: int) -> tuple[list[float], State]:
+    def __call__(
+        self, grads: Sequence[float], state: State, step: int
+    ) -> tuple[list[float], State]:
         """See `Rule`."""
         rms = math.sqrt(sum(g * g for g in grads) / len(grads))
         scale = min(1.0, self.limit / rms) if rms > 0.0 else 1.0
@@ -124,9 +132,13 @@ class Chain:
         """Scalars kept between steps."""
         return sum(rule.state_size for rule in self.rules)
 
-    def __call__(self, grads: Sequence[float], state: State, step: int) -> tuple[list[float], State]:
+    def __call__(
+        self, grads: Sequence[float], state: State, step: int
+    ) -> tuple[list[float], State]:
         """Apply all rules; state is the concatenation of theirs."""
-        values, after, at = list(grads), (), 0
+        values = list(grads)
+        after: State = ()
+        at = 0
         for rule in self.rules:
             values, new = rule(values, state[at : at + rule.state_size], step)
             after += new
@@ -169,7 +181,9 @@ def _build(spec: str, name: str, arguments: str) -> Rule:
         key = key.strip() or (names[place] if place < len(names) else "?")
         if key not in names:
             known = str(inspect.signature(kind)).split(" ->")[0]
-            raise UserError(f"rule {spec!r}: {name} has no parameter {argument.strip()!r}; it is {name}{known}")
+            raise UserError(
+                f"rule {spec!r}: {name} has no parameter {argument.strip()!r}; it is {name}{known}"
+            )
         try:
             value = float(text)
         except ValueError:
@@ -180,10 +194,16 @@ def _build(spec: str, name: str, arguments: str) -> Rule:
             "window": value.is_integer() and 1 <= value <= 1000,
         }[key]
         if not good:
-            allowed = {"beta": "in [0, 1)", "limit": "positive and finite", "window": "a whole number, 1 to 1000"}
-            raise UserError(f"rule {spec!r}: {name}'s {key} is {text.strip()!r}: it must be {allowed[key]}")
+            allowed = {
+                "beta": "in [0, 1)",
+                "limit": "positive and finite",
+                "window": "a whole number, 1 to 1000",
+            }
+            raise UserError(
+                f"rule {spec!r}: {name}'s {key} is {text.strip()!r}: it must be {allowed[key]}"
+            )
         values[key] = int(value) if key == "window" else value
-    return kind(**values)  # type: ignore[arg-type]
+    return kind(**values)
 
 
 def _spell(rule: Rule) -> str:

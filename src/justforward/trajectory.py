@@ -183,10 +183,14 @@ def read_log(path: str | os.PathLike[str]) -> Log:
     except OSError as error:
         raise UserError(f"{file}: the log cannot be read: {error.strerror}") from None
     if not raw.startswith(MAGIC[:6]):
-        raise UserError(f"{file}: not a justforward log (it does not start with {MAGIC[:6].decode()!r})")
+        raise UserError(
+            f"{file}: not a justforward log (it does not start with {MAGIC[:6].decode()!r})"
+        )
     if not raw.startswith(MAGIC):
         version = raw[6:8].decode("latin-1").strip()
-        raise UserError(f"{file}: log format {version!r}, this version reads format '1': use the version that wrote it")
+        raise UserError(
+            f"{file}: log format {version!r}, this version reads format '1': use the version that wrote it"
+        )
     header, at = _read_header(file, raw)
     words = _Words(zlib.crc32(raw[:at]))
     steps, good, sealed = _read_steps(file, raw, at, header, words)
@@ -200,7 +204,9 @@ def _read_header(file: Path, raw: bytes) -> tuple[dict[str, Any], int]:
     if len(raw) < end + 4 or length == 0:
         raise UserError(f"{file}: the header is cut short or damaged: the log cannot be used")
     if zlib.crc32(raw[:end]) != struct.unpack("<I", raw[end : end + 4])[0]:
-        raise UserError(f"{file}: the header is damaged (its checksum differs): the log cannot be used")
+        raise UserError(
+            f"{file}: the header is damaged (its checksum differs): the log cannot be used"
+        )
     return json.loads(zlib.decompress(raw[start:end])), end + 4
 
 
@@ -212,7 +218,7 @@ def _read_steps(
     good, sealed = at, False
     kept = (words.state, words.count, words.groups)
     values = np.frombuffer(raw, "<u4", (len(raw) - at) // 4, at)
-    floats = (values & np.uint32(0xFFFFFFC0)).view(np.float32).tolist()
+    floats: list[float] = (values & np.uint32(0xFFFFFFC0)).view(np.float32).tolist()
     data = (values & np.uint32(0xFFFFFFC0)).tolist()
     checks = (values & np.uint32(63)).tolist()
     scales, decays = (1.0,) * groups, (0.0,) * groups
@@ -256,17 +262,23 @@ def _read_steps(
                     break
                 crc = (data[first] >> 6 & 0xFFFF) << 16 | data[first + 1] >> 6 & 0xFFFF
                 if crc != before:
-                    raise UserError(f"{file}: damaged before byte {at + 4 * first}: the seal differs: the log cannot be used")
+                    raise UserError(
+                        f"{file}: damaged before byte {at + 4 * first}: the seal differs: the log cannot be used"
+                    )
                 good, sealed = at + 4 * place, place == total and (len(raw) - at) % 4 == 0
                 kept = (words.state, words.count, (scales, decays))
             else:
-                raise UserError(f"{file}: unknown mark {kind} at byte {at + 4 * place - 4}: written by a newer version?")
+                raise UserError(
+                    f"{file}: unknown mark {kind} at byte {at + 4 * place - 4}: written by a newer version?"
+                )
             continue
         taken = take(words.count + state_size)
         if taken is None:
             break
         steps.append(
-            Step(len(steps), tuple(taken[: words.count]), scales, decays, tuple(taken[words.count :]))
+            Step(
+                len(steps), tuple(taken[: words.count]), scales, decays, tuple(taken[words.count :])
+            )
         )
         good, kept = at + 4 * place, (words.state, words.count, (scales, decays))
     words.state, words.count, words.groups = kept
@@ -299,7 +311,9 @@ class Writer:
             with open(file, "xb") as out:
                 out.write(raw)
         except FileExistsError:
-            raise UserError(f"{file}: the log exists: resume it (resume=True) or choose another name") from None
+            raise UserError(
+                f"{file}: the log exists: resume it (resume=True) or choose another name"
+            ) from None
         except OSError as error:
             file.unlink(missing_ok=True)
             raise UserError(f"{file}: the log cannot be written: {error.strerror}") from None
@@ -326,7 +340,11 @@ class Writer:
 
         def encode(words: _Words) -> bytes:
             crc = words.state
-            marks = [words.mark(_SEAL), words.next((crc >> 16) << 6), words.next((crc & 0xFFFF) << 6)]
+            marks = [
+                words.mark(_SEAL),
+                words.next((crc >> 16) << 6),
+                words.next((crc & 0xFFFF) << 6),
+            ]
             return struct.pack("<3I", *marks)
 
         self._write(encode)
@@ -342,7 +360,9 @@ class Writer:
         except OSError as error:
             self._file.truncate(self._size)
             self._file.seek(self._size)
-            raise UserError(f"{self.path}: the log cannot be written: {error.strerror}; the step was not taken") from None
+            raise UserError(
+                f"{self.path}: the log cannot be written: {error.strerror}; the step was not taken"
+            ) from None
         self._words = words
         self._size += len(raw)
 
@@ -364,7 +384,10 @@ def fingerprint(model: nn.Module) -> str:
     Works in slices, so that it never holds a copy of a tensor.
     """
     digest = hashlib.sha256()
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     seen: dict[int, str] = {}
     for name, tensor in sorted(named, key=lambda item: item[0]):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -408,7 +431,9 @@ def header_for(
         "settings": settings,
         "tensors": [
             [name, list(tensor.shape), str(tensor.dtype), group]
-            for name, tensor, group in zip(weights.names, weights.tensors, weights.groups, strict=True)
+            for name, tensor, group in zip(
+                weights.names, weights.tensors, weights.groups, strict=True
+            )
         ],
     }
 
@@ -428,13 +453,17 @@ def check_base(model: nn.Module, log: Log) -> list[tuple[str, Tensor]]:
     found: list[tuple[str, Tensor]] = []
     for name, shape, dtype, _ in header["tensors"]:
         if name not in have:
-            raise UserError(f"{log.path}: tunes parameter {name}, which this model does not have: another model or layout")
+            raise UserError(
+                f"{log.path}: tunes parameter {name}, which this model does not have: another model or layout"
+            )
         for what, theirs, ours in (
             ("shape", shape, list(have[name].shape)),
             ("dtype", dtype, str(have[name].dtype)),
         ):
             if theirs != ours:
-                raise UserError(f"{log.path}: parameter {name} has {what} {theirs} in the log and {ours} in this model: another base model")
+                raise UserError(
+                    f"{log.path}: parameter {name} has {what} {theirs} in the log and {ours} in this model: another base model"
+                )
         found.append((name, have[name]))
     base = fingerprint(model)
     if base != header["base"]:

@@ -1,8 +1,8 @@
 """Noise as a pure function: `z = noise(seed, stream, index)`. Knows nothing of models.
 
-    spec.py       the definition: domains, layouts, coefficients, the version
-    reference.py  plain torch, slow and readable: the twin
-    cpu.py        Numba kernels: z, and z added to weights without ever being stored
+spec.py       the definition: domains, layouts, coefficients, the version
+reference.py  plain torch, slow and readable: the twin
+cpu.py        Numba kernels: z, and z added to weights without ever being stored
 """
 
 from __future__ import annotations

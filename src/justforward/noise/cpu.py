@@ -7,6 +7,8 @@ branches, bit-casts and roundings as LLVM intrinsics, one-dimensional buffers of
 each stage. Kernels release the GIL and take a range of tiles, so any number of threads gives the same bits.
 """
 
+# mypy: ignore-errors
+# (Numba types what is in here; mypy cannot follow its intrinsics.)
 from __future__ import annotations
 
 from typing import Any
@@ -43,7 +45,7 @@ _LIMIT = f32(spec.GRID_LIMIT)
 def _llvm(name: str) -> Any:
     """The LLVM intrinsic of that name on one float32."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def call(typingctx: Any, x: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.call(
@@ -58,7 +60,7 @@ def _llvm(name: str) -> Any:
 _sqrt, _rint, _floor = _llvm("sqrt"), _llvm("rint"), _llvm("floor")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _as_float(typingctx: Any, x: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
@@ -66,7 +68,7 @@ def _as_float(typingctx: Any, x: Any) -> Any:
     return types.float32(x), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _as_int(typingctx: Any, x: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
@@ -74,7 +76,7 @@ def _as_int(typingctx: Any, x: Any) -> Any:
     return types.int32(types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _select(typingctx: Any, condition: Any, yes: Any, no: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.select(*args)
@@ -91,7 +93,7 @@ def _kernel(function: Any) -> Any:
 
 
 @_inline
-def _philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+def _philox(c0, c1, c2, c3, k0, k1):
     for _ in range(_ROUNDS):
         p0 = u64((c0 & _MASK) * _M0)
         p1 = u64((c2 & _MASK) * _M1)
@@ -105,7 +107,7 @@ def _philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _words(first, blocks, seed, stream, domain, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
+def _words(first, blocks, seed, stream, domain, w0, w1, w2, w3):
     """The four words of blocks first .. first + blocks, one array for each."""
     k0 = u32(seed & _MASK)
     k1 = u32(seed >> _32)
@@ -119,7 +121,7 @@ def _words(first, blocks, seed, stream, domain, w0, w1, w2, w3):  # type: ignore
 
 
 @_inline
-def _box_muller(x, y):  # type: ignore[no-untyped-def]
+def _box_muller(x, y):
     v = f32(f32(i32(u32(x >> u32(1)))) + _HALF)
     i = _as_int(v)
     e = i32(i32(i - _ROOT) >> i32(23))
@@ -145,7 +147,7 @@ def _box_muller(x, y):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _tile(tile, seed, stream, domain, signs, z, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
+def _tile(tile, seed, stream, domain, signs, z, w0, w1, w2, w3):
     """z of one tile: float32 [1024]. w0 .. w3: room for 256 words each."""
     if signs:
         _words(u64(tile) * u64(8), 8, seed, stream, domain, w0[0:8], w0[8:16], w0[16:24], w0[24:32])
@@ -165,7 +167,7 @@ def _tile(tile, seed, stream, domain, signs, z, w0, w1, w2, w3):  # type: ignore
 
 
 @_inline
-def _one_word(index, seed, stream, domain):  # type: ignore[no-untyped-def]
+def _one_word(index, seed, stream, domain):
     block = u64(index) >> u64(2)
     k0, k1 = u32(seed & _MASK), u32(seed >> _32)
     a0, a1, a2, a3 = _philox(block & _MASK, block >> _32, stream, domain, k0, k1)
@@ -180,7 +182,7 @@ def _one_word(index, seed, stream, domain):  # type: ignore[no-untyped-def]
 
 
 @_kernel
-def fill(out, seed, stream, start, domain, signs):  # type: ignore[no-untyped-def]
+def fill(out, seed, stream, start, domain, signs):
     """out[i] = z(seed, stream, start + i) of a domain; `signs` for rademacher. out: float32 [count]."""
     z = np.empty(TILE, np.float32)
     w0, w1 = np.empty(256, np.uint32), np.empty(256, np.uint32)
@@ -199,14 +201,14 @@ def fill(out, seed, stream, start, domain, signs):  # type: ignore[no-untyped-de
 
 
 @_kernel
-def fill_rows(out, seeds, stream, domain, signs):  # type: ignore[no-untyped-def]
+def fill_rows(out, seeds, stream, domain, signs):
     """out[r, i] = z(seeds[r], stream, i): factors or dense values of several directions. out: [R, count]."""
     for r in range(seeds.size):
         fill(out[r], seeds[r], stream, 0, domain, signs)
 
 
 @_kernel
-def lay_grid(theta, exponents, floor):  # type: ignore[no-untyped-def]
+def lay_grid(theta, exponents, floor):
     """Choose q = 2^k for each tile and round the weights to multiples of it.
 
     Args:
@@ -234,13 +236,13 @@ def lay_grid(theta, exponents, floor):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _power(k):  # type: ignore[no-untyped-def]
+def _power(k):
     """2^k as float32, -126 <= k <= 127."""
     return _as_float(i32(i32(k + 127) << i32(23)))
 
 
 @_kernel
-def look(theta, exponents, first, last, seed, stream, c, times):  # type: ignore[no-untyped-def]
+def look(theta, exponents, first, last, seed, stream, c, times):
     """theta += times * q * rint(c z / q), z gaussian, tiles first .. last. Exact: -1 undoes +1."""
     z = np.empty(TILE, np.float32)
     w0, w1 = np.empty(256, np.uint32), np.empty(256, np.uint32)
@@ -255,7 +257,7 @@ def look(theta, exponents, first, last, seed, stream, c, times):  # type: ignore
 
 
 @_kernel
-def look_signs(theta, exponents, first, last, seed, stream, c, times):  # type: ignore[no-untyped-def]
+def look_signs(theta, exponents, first, last, seed, stream, c, times):
     """`look` with z rademacher: one multiple of q a tile, added with the sign of a bit."""
     w0, w1 = np.empty(256, np.uint32), np.empty(256, np.uint32)
     w2, w3 = np.empty(256, np.uint32), np.empty(256, np.uint32)
@@ -288,14 +290,14 @@ def look_signs(theta, exponents, first, last, seed, stream, c, times):  # type: 
 
 
 @_inline
-def _decay(part, acc, decay):  # type: ignore[no-untyped-def]
+def _decay(part, acc, decay):
     if decay != f32(0.0):
         for i in range(part.size):
             acc[i] = f32(acc[i] - f32(decay * part[i]))
 
 
 @_inline
-def _settle(part, exponents, tile, values, scale, lanes, word):  # type: ignore[no-untyped-def]
+def _settle(part, exponents, tile, values, scale, lanes, word):
     """part += q floor(scale values / q + dither), and a coarser grid when the headroom is used up."""
     k = i32(exponents[tile])
     q, inverse = _power(k), f32(scale * _power(-k))
@@ -318,7 +320,7 @@ def _settle(part, exponents, tile, values, scale, lanes, word):  # type: ignore[
 
 
 @_inline
-def _lanes(seeds, stream):  # type: ignore[no-untyped-def]
+def _lanes(seeds, stream):
     """The dither's lane words of each step: uint32 [S, 1024]."""
     lanes = np.empty((seeds.size, TILE), np.uint32)
     w0, w1 = np.empty(256, np.uint32), np.empty(256, np.uint32)
@@ -335,7 +337,7 @@ def _lanes(seeds, stream):  # type: ignore[no-untyped-def]
 
 def _make_update(SIGNS: bool, DOMAIN: Any) -> Any:
     # Two kernels from one text: with the family a constant LLVM keeps one branch, and vectorises it.
-    def _update(theta, exponents, first, last, stream, steps, ends, seeds, cs, decays, back):  # type: ignore[no-untyped-def]
+    def _update(theta, exponents, first, last, stream, steps, ends, seeds, cs, decays, back):
         """Apply any number of steps to tiles first .. last in one pass over the weights.
 
         theta <- theta + q floor((sum_d cs[d] z_d - decays[s] theta) / q + dither_s), step after step.
@@ -387,7 +389,7 @@ update_signs = _make_update(True, _RADEMACHER)
 
 
 @_inline
-def _outer(acc, start, size, columns, a, b, d0, d1):  # type: ignore[no-untyped-def]
+def _outer(acc, start, size, columns, a, b, d0, d1):
     """acc[i] = sum over d of a[d, row] * b[d, column] for elements start .. start + size."""
     done = 0
     while done < size:
@@ -406,7 +408,7 @@ def _outer(acc, start, size, columns, a, b, d0, d1):  # type: ignore[no-untyped-
 
 
 @_kernel
-def look_outer(theta, exponents, first, last, columns, a, b, times):  # type: ignore[no-untyped-def]
+def look_outer(theta, exponents, first, last, columns, a, b, times):
     """`look` along a rank-one direction: theta += times * q * rint(a b^T / q); a: [1, rows], b: [1, columns]."""
     acc = np.empty(TILE, np.float32)
     for tile in range(first, last):
@@ -419,7 +421,7 @@ def look_outer(theta, exponents, first, last, columns, a, b, times):  # type: ig
 
 
 @_kernel
-def update_outer(theta, exponents, first, last, columns, stream, steps, ends, a, b, decays):  # type: ignore[no-untyped-def]
+def update_outer(theta, exponents, first, last, columns, stream, steps, ends, a, b, decays):
     """`update` along rank-one directions; a: float32 [D, rows] times the coefficients, b: float32 [D, columns]."""
     acc = np.empty(TILE, np.float32)
     lanes = _lanes(steps, stream)
@@ -432,3 +434,10 @@ def update_outer(theta, exponents, first, last, columns, stream, steps, ends, a,
             word = _one_word(tile, steps[s], stream, _DITHER_TILE)
             _decay(part, acc, decays[s])
             _settle(part, exponents, tile, acc, _ONE, lanes[s], word)
+
+
+@_kernel
+def philox_words(c0, c1, c2, c3, k0, k1):
+    """The four words of one counter, for the known-answer test."""
+    a0, a1, a2, a3 = _philox(c0, c1, c2, c3, k0, k1)
+    return u32(a0), u32(a1), u32(a2), u32(a3)

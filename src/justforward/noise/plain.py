@@ -17,9 +17,14 @@ _LIMIT = spec.GRID_LIMIT
 _CHUNK = 1024  # tiles
 
 
+def _powers(exponents: Tensor) -> Tensor:
+    """2^k as float32, by its bits."""
+    return ((exponents.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
 def _power(exponents: Tensor, size: int) -> Tensor:
     """2^k of each element: float32 [size]."""
-    return torch.ldexp(torch.ones((), device=exponents.device), exponents.to(torch.int32)).repeat_interleave(TILE)[:size]
+    return _powers(exponents).repeat_interleave(TILE)[:size]
 
 
 def _z(seed: Any, stream: Any, start: int, size: int, signs: bool, device: torch.device) -> Tensor:
@@ -50,7 +55,7 @@ def _lay(theta: Tensor, exponents: Tensor, least: Tensor) -> None:
     largest = padded.view(-1, TILE).amax(1) if len(exponents) else padded
     k = least.clone()
     for _ in range(256):
-        short = (largest > _LIMIT * torch.ldexp(torch.ones_like(largest), k.to(torch.int32))) & (k < 100)
+        short = (largest > _LIMIT * _powers(k)) & (k < 100)
         if not short.any():
             break
         k += short.to(k.dtype)
@@ -70,14 +75,33 @@ def _chunks(theta: Tensor, exponents: Tensor, first: int, last: int) -> Any:
         yield tile * TILE, theta[tile * TILE : end * TILE], exponents[tile:end]
 
 
-def look(theta: Tensor, exponents: Tensor, first: int, last: int, seed: Any, stream: Any, c: Any, times: Any, signs: bool = False) -> None:
+def look(
+    theta: Tensor,
+    exponents: Tensor,
+    first: int,
+    last: int,
+    seed: Any,
+    stream: Any,
+    c: Any,
+    times: Any,
+    signs: bool = False,
+) -> None:
     """See `cpu.look`; scaling by a power of two is exact, so c z / q and (c / q) z are the same."""
     for start, part, grid in _chunks(theta, exponents, first, last):
         z = _z(seed, stream, start, len(part), signs, theta.device)
         _look(part, grid, z * float(c), times)
 
 
-def look_signs(theta: Tensor, exponents: Tensor, first: int, last: int, seed: Any, stream: Any, c: Any, times: Any) -> None:
+def look_signs(
+    theta: Tensor,
+    exponents: Tensor,
+    first: int,
+    last: int,
+    seed: Any,
+    stream: Any,
+    c: Any,
+    times: Any,
+) -> None:
     """See `cpu.look_signs`."""
     look(theta, exponents, first, last, seed, stream, c, times, signs=True)
 
@@ -90,13 +114,24 @@ def _outer(start: int, size: int, columns: int, a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def look_outer(theta: Tensor, exponents: Tensor, first: int, last: int, columns: int, a: Tensor, b: Tensor, times: Any) -> None:
+def look_outer(
+    theta: Tensor,
+    exponents: Tensor,
+    first: int,
+    last: int,
+    columns: int,
+    a: Tensor,
+    b: Tensor,
+    times: Any,
+) -> None:
     """See `cpu.look_outer`."""
     for start, part, grid in _chunks(theta, exponents, first, last):
         _look(part, grid, _outer(start, len(part), columns, a, b), times)
 
 
-def _settle(part: Tensor, grid: Tensor, total: Tensor, start: int, step: int, stream: Any, decay: float) -> None:
+def _settle(
+    part: Tensor, grid: Tensor, total: Tensor, start: int, step: int, stream: Any, decay: float
+) -> None:
     size = len(part)
     if decay != 0.0:
         total = total - part * decay
@@ -104,12 +139,25 @@ def _settle(part: Tensor, grid: Tensor, total: Tensor, start: int, step: int, st
     part.add_((total * _power(-grid, size) + u).floor() * _power(grid, size))
     padded = torch.zeros(len(grid) * TILE, device=part.device)
     padded[:size] = part.abs()
-    q = torch.ldexp(torch.ones(len(grid), device=part.device), grid.to(torch.int32))
+    q = _powers(grid)
     for tile in (padded.view(-1, TILE).amax(1) > _LIMIT * q).nonzero()[:, 0].tolist():
         _lay(part[tile * TILE : (tile + 1) * TILE], grid[tile : tile + 1], grid[tile : tile + 1])
 
 
-def update(theta: Tensor, exponents: Tensor, first: int, last: int, stream: Any, steps: Any, ends: Any, seeds: Any, cs: Any, decays: Any, back: Any, signs: bool = False) -> None:
+def update(
+    theta: Tensor,
+    exponents: Tensor,
+    first: int,
+    last: int,
+    stream: Any,
+    steps: Any,
+    ends: Any,
+    seeds: Any,
+    cs: Any,
+    decays: Any,
+    back: Any,
+    signs: bool = False,
+) -> None:
     """See `cpu.update`."""
     for start, part, grid in _chunks(theta, exponents, first, last):
         d = 0
@@ -125,12 +173,36 @@ def update(theta: Tensor, exponents: Tensor, first: int, last: int, stream: Any,
             _settle(part, grid, total, start, int(step), stream, float(decays[s]))
 
 
-def update_signs(theta: Tensor, exponents: Tensor, first: int, last: int, stream: Any, steps: Any, ends: Any, seeds: Any, cs: Any, decays: Any, back: Any) -> None:
+def update_signs(
+    theta: Tensor,
+    exponents: Tensor,
+    first: int,
+    last: int,
+    stream: Any,
+    steps: Any,
+    ends: Any,
+    seeds: Any,
+    cs: Any,
+    decays: Any,
+    back: Any,
+) -> None:
     """See `cpu.update_signs`."""
     update(theta, exponents, first, last, stream, steps, ends, seeds, cs, decays, back, signs=True)
 
 
-def update_outer(theta: Tensor, exponents: Tensor, first: int, last: int, columns: int, stream: Any, steps: Any, ends: Any, a: Tensor, b: Tensor, decays: Any) -> None:
+def update_outer(
+    theta: Tensor,
+    exponents: Tensor,
+    first: int,
+    last: int,
+    columns: int,
+    stream: Any,
+    steps: Any,
+    ends: Any,
+    a: Tensor,
+    b: Tensor,
+    decays: Any,
+) -> None:
     """See `cpu.update_outer`."""
     for start, part, grid in _chunks(theta, exponents, first, last):
         d = 0

@@ -46,9 +46,7 @@ def _key(seed: int) -> tuple[int, int]:
 
 def _blocks(blocks: Tensor, seed: int, stream: int, domain: int) -> Tensor:
     """The four words of each block, shape [4, *blocks.shape]."""
-    return torch.stack(
-        philox((blocks & _MASK, (blocks >> 32) & _MASK, stream, domain), _key(seed))
-    )
+    return torch.stack(philox((blocks & _MASK, (blocks >> 32) & _MASK, stream, domain), _key(seed)))
 
 
 def words(
