@@ -35,6 +35,7 @@ _D0 = u32(spec.DITHER_MULTIPLIER)
 _DITHER_TILE, _DITHER_LANE = u64(spec.DOMAIN_DITHER_TILE), u64(spec.DOMAIN_DITHER_LANE)
 _GAUSSIAN, _RADEMACHER = u64(spec.DOMAIN_GAUSSIAN), u64(spec.DOMAIN_RADEMACHER)
 _HALF, _ONE, _SIGN = f32(0.5), f32(1.0), u32(0x80000000)
+_ZERO = f32(0.0)  # -0.0 + 0.0 is +0.0: a negative zero would not survive a look
 _POW_M32, _POW_M24 = f32(2.0**-32), f32(2.0**-24)
 
 # The grid: a tile's weights are integers n times q = 2^k with |n| <= 1.5 x 2^23; a look may add 2^22 and is
@@ -231,7 +232,7 @@ def lay_grid(theta, exponents, floor):
         exponents[tile] = k
         q, inverse = _power(k), _power(-k)
         for i in range(part.size):
-            part[i] = f32(_rint(f32(part[i] * inverse)) * q)
+            part[i] = f32(f32(_rint(f32(part[i] * inverse)) * q) + _ZERO)
     return -1
 
 
@@ -316,7 +317,7 @@ def _settle(part, exponents, tile, values, scale, lanes, word):
         exponents[tile] = k
         q, inverse = _power(k), _power(-k)
         for i in range(part.size):
-            part[i] = f32(_rint(f32(part[i] * inverse)) * q)
+            part[i] = f32(f32(_rint(f32(part[i] * inverse)) * q) + _ZERO)
 
 
 @_inline
