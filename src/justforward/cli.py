@@ -1,0 +1,198 @@
+"""The command: train, eval, replay, inspect. Torch is imported once the arguments are known to be good.
+
+Exit codes: 0; 2 for input that cannot be used (one line on stderr); 130 after Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+import justforward
+from justforward.config import EvalConfig, InspectConfig, ReplayConfig, TrainConfig
+from justforward.errors import NonFiniteLoss, UserError
+
+COMMANDS: dict[str, type[Any]] = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "replay": ReplayConfig,
+    "inspect": InspectConfig,
+}
+
+
+class Parser(ArgumentParser):
+    """Errors are `UserError`s of one line; options are shown with dashes."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UserError(
+            f"{_plain(message)}: see {self.prog.replace(' [options]', '')} --help"
+        ) from ex
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Help with --max-forwards where the field is max_forwards."""
+        return _dashed(super().format_help(*args, **kwargs))
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's words for a bad value, in one line for those who do not read Python types."""
+    text = " ".join(message.split())
+    text = re.sub(r'Parser key "([\w.]+)": ', lambda m: f"--{m[1]}: ", text)
+    text = re.sub(
+        r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", r"\2 is not one of \1", text
+    )
+    text = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)", _wrong_type, text)
+    return _dashed(text).rstrip(".")
+
+
+def _wrong_type(match: re.Match[str]) -> str:
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    return f"{match[2]!r} is not {names.get(match[1], match[1])}"
+
+
+def _dashed(text: str) -> str:
+    return re.sub(r"--[a-z]+(?:_[a-z]+)+", lambda m: m[0].replace("_", "-"), text)
+
+
+def parser() -> Parser:
+    """The parser of all commands, made from the dataclasses in `config`."""
+    top = Parser(
+        prog="justforward",
+        version=justforward.__version__,
+        description="Fine-tune language models with forward passes only.",
+    )
+    commands = top.add_subcommands(title="commands", metavar="COMMAND")
+    for name, kind in COMMANDS.items():
+        first, help_of = _docs(kind)
+        sub = Parser(description=first)
+        if name in ("train", "eval"):
+            sub.add_argument(
+                "--config", action="config", help="a YAML file with any of these options"
+            )
+        skip: set[str | int] = {"resume", "json"}
+        if name in ("replay", "inspect"):
+            sub.add_argument("run", type=str, metavar="DIR", help=help_of["run"])
+            skip.add("run")
+        sub.add_class_arguments(kind, skip=skip, help="settings")
+        for flag in ("resume", "json"):
+            if flag in help_of:
+                sub.add_argument(f"--{flag}", action="store_true", help=help_of[flag])
+        commands.add_subcommand(name, sub, help=first)
+    return top
+
+
+def _docs(kind: type[Any]) -> tuple[str, dict[str, str]]:
+    """First line of a configuration's docstring, and the sentence for each field."""
+    lines = (kind.__doc__ or "").splitlines()
+    found = (re.fullmatch(r"\s+(\w+): (.*)", line) for line in lines)
+    helps = {match[1]: match[2] for match in found if match}
+    return lines[0], {field.name: helps[field.name] for field in fields(kind)}
+
+
+def _with_underscores(argv: Sequence[str]) -> list[str]:
+    """`--max-forwards=9` -> `--max_forwards=9`; values stay as they are."""
+    out: list[str] = []
+    for argument in argv:
+        option, equals, value = argument.partition("=")
+        if re.fullmatch(r"--[a-z]+(?:-[a-z]+)*", option):
+            argument = "--" + option[2:].replace("-", "_") + equals + value
+        out.append(argument)
+    return out
+
+
+def _with_run(argv: list[str]) -> list[str]:
+    """`train --resume --out DIR`: what is not given is taken from the run's config.yaml."""
+    if argv[:1] != ["train"] or "--resume" not in argv:
+        return argv
+    places = [i for i, argument in enumerate(argv) if re.fullmatch(r"--out(=.*)?", argument)]
+    if not places:
+        return argv
+    place = places[-1]
+    follows = argv[place + 1 : place + 2]
+    out = argv[place].partition("=")[2] if "=" in argv[place] else "".join(follows)
+    if not os.path.isdir(out):
+        raise UserError(
+            f"{out}: there is no run folder to continue: check --out, or leave out --resume"
+        )
+    config = os.path.join(out, "config.yaml")
+    if not os.path.isfile(config):
+        raise UserError(f"{out}: not a run folder: config.yaml is missing")
+    return ["train", "--config", config, *argv[1:]]
+
+
+def _run(command: str, config: Any) -> int:
+    """Carry out a command and print its result on stdout; returns the exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a fork would make it complain
+    from justforward import rebuild, report, run
+
+    if command == "eval":
+        found = rebuild.evaluate(config)
+        _print(config.json, found, report.spell_eval(found))
+    elif command == "replay":
+        made = rebuild.rebuild(config)
+        _print(config.json, made, report.spell_replay(made))
+    elif command == "inspect":
+        shown = report.inspect_run(config)
+        _print(config.json, shown, report.spell_inspect(shown))
+    else:
+        try:
+            result = run.train(config)
+        except run.Interrupted as stopped:
+            if stopped.result is not None:
+                report.plot(config.out)
+                _print(config.json, stopped.result, report.spell_train(stopped.result))
+            if stopped.result is None and not config.resume:
+                _say("stopped before the first step: nothing was written")
+            else:
+                _say(f"stopped: continue with: justforward train --resume --out {config.out}")
+            return 130
+        report.plot(config.out)
+        _print(config.json, result, report.spell_train(result))
+    return 0
+
+
+def _print(as_json: bool, result: dict[str, Any], text: str) -> None:
+    print(json.dumps(result) if as_json else text, flush=True)
+
+
+def _say(text: str) -> None:
+    print(" ".join(text.split("\n")), file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    try:
+        arguments = _with_run(_with_underscores(sys.argv[1:] if argv is None else argv))
+        values = parser().parse_args(arguments)
+        command: str = values.subcommand
+        given = values[command].as_dict()
+        given.pop("config", None)
+        config = COMMANDS[command](**given)
+    except SystemExit as stop:  # --help, --version
+        return stop.code if isinstance(stop.code, int) else 2
+    except UserError as error:
+        _say(f"error: {error}")
+        return 2
+    try:
+        return _run(command, config)
+    except UserError as error:
+        _say(f"error: {error}")
+        return 2
+    except NonFiniteLoss as error:
+        _say(f"error: {error}; the run up to there is in {config.out}")
+        return 2
+    except KeyboardInterrupt:
+        _say("stopped")
+        return 130
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    sys.exit(main())

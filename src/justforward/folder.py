@@ -1,0 +1,311 @@
+"""A run on disk. Every file is whole at any moment, or its torn last line is recognised.
+
+config.yaml       the resolved TrainConfig
+environment.json  versions, machine, what base model and data were (by hash)
+trajectory.jfl    the log: base + log = the tuned model (`trajectory`)
+metrics.jsonl     one object a step (kind "step"), validation ("validation") and the test before ("before")
+seen.txt          a hash of each row trained or validated on, for `eval --run` on another file
+result.json       the outcome, rewritten whenever a session ends
+plot.png          loss and accuracy against forwards
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from hashlib import blake2b, file_digest
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from justforward.config import TrainConfig, kept_values
+from justforward.data import Example
+from justforward.errors import UserError
+
+if os.name == "posix":
+    import fcntl
+
+Metric = dict[str, Any]
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system says about a file that cannot be written into one line."""
+    try:
+        yield
+    except OSError as error:
+        said = error.strerror or str(error)
+        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
+        raise UserError(
+            f"{path}: cannot be written: {said}: {advice} and continue with --resume"
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader finds the old text or the new one.
+
+    Raises:
+        UserError: it cannot be written; the old file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def data_hash(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
+    try:
+        with Path(path).open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def row_hash(example: Example) -> str:
+    """64 bits over the texts of a row; case, white space and the names of columns do not count."""
+    texts = sorted(" ".join(text.split()).casefold() for text in example.fields.values())
+    return blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+
+
+def check_new(path: Path, hint: str) -> None:
+    """Refuse what could not become a new folder, having written nothing.
+
+    Raises:
+        UserError: it exists, or the folder around it is not a writable folder.
+    """
+    if path.exists() or path.is_symlink():
+        kind = "exists" if path.is_dir() else "exists and is not a folder"
+        raise UserError(f"{path}: {kind}: {hint}")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"{path}: cannot be made: {parent} is a file: choose another --out")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be made: {parent} is read-only: choose another --out")
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.log = self.path / "trajectory.jfl"
+        self.plot = self.path / "plot.png"
+        self._config = self.path / "config.yaml"
+        self._environment = self.path / "environment.json"
+        self._metrics = self.path / "metrics.jsonl"
+        self._result = self.path / "result.json"
+        self._seen = self.path / "seen.txt"
+        self._lock: IO[bytes] | None = None
+        self._made: list[Path] = []
+
+    # ------------------------------------------------------------------------------------ making
+
+    def make(self) -> None:
+        """Make the folder (and those around it).
+
+        Raises:
+            UserError: it exists or cannot be made.
+        """
+        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        try:
+            for folder in reversed(missing):
+                folder.mkdir()
+                self._made.append(folder)
+            if not missing:
+                raise FileExistsError(errno.EEXIST, "it exists")
+        except OSError as error:
+            self.unmake()
+            raise UserError(
+                f"{self.path}: cannot be made: {error.strerror}: choose another --out"
+            ) from error
+
+    def unmake(self) -> None:
+        """Take back `make`, with all that was written since; no-op on a folder that was there."""
+        self.unlock()
+        if self.path in self._made:
+            shutil.rmtree(self.path, ignore_errors=True)
+        for folder in reversed(self._made[:-1]):
+            with contextlib.suppress(OSError):  # another process may use it by now
+                folder.rmdir()
+        self._made.clear()
+
+    def lock(self) -> None:
+        """Keep a second session off the folder for as long as this process lives.
+
+        Raises:
+            UserError: another session is at work in it.
+        """
+        if os.name != "posix":
+            return
+        self._lock = self.log.open("rb")  # the one file that is never replaced
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.unlock()
+            raise UserError(
+                f"{self.path}: another train is at work in this folder: wait for it or stop it"
+            ) from None
+
+    def unlock(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # ------------------------------------------------------------------- config and environment
+
+    def check_run(self) -> None:
+        """Refuse what is not a run folder.
+
+        Raises:
+            UserError: no such folder, or its config or log is missing.
+        """
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: no such run folder: check the path")
+        for file in (self._config, self._environment, self.log):
+            if not file.is_file():
+                raise UserError(f"{self.path}: not a run folder: {file.name} is missing")
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write config.yaml."""
+        values = yaml.safe_dump(kept_values(config), sort_keys=False, allow_unicode=True)
+        write_whole(
+            self._config, f"# justforward train --config {self._config.name} --out ...\n{values}"
+        )
+
+    def read_config(self) -> TrainConfig:
+        """Read config.yaml.
+
+        Raises:
+            UserError: it is not what `write_config` writes.
+        """
+        try:
+            values = yaml.safe_load(self._config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"{self._config}: cannot be read: {said}") from error
+        names = {field.name for field in fields(TrainConfig)}
+        unknown = sorted(set(values) - names) if isinstance(values, dict) else ["(not a mapping)"]
+        if unknown:
+            raise UserError(f"{self._config}: {unknown[0]!r} is no setting of train")
+        try:
+            return TrainConfig(**{**values, "out": str(self.path)})
+        except TypeError as error:
+            said = str(error).removeprefix("TrainConfig.__init__() ")
+            raise UserError(f"{self._config}: incomplete: {said}") from error
+
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        """Write environment.json."""
+        write_whole(self._environment, json.dumps(environment, indent=2) + "\n")
+
+    def read_environment(self) -> dict[str, Any]:
+        """Read environment.json."""
+        return _read_object(self._environment)
+
+    # -------------------------------------------------------------------------------------- rows
+
+    def write_seen(self, train: Iterable[Example], validation: Iterable[Example]) -> None:
+        """Remember which rows the run chooses its weights and its step by."""
+        lines = [f"{row_hash(row)} train" for row in train]
+        lines += [f"{row_hash(row)} validation" for row in validation]
+        write_whole(self._seen, "\n".join(lines) + "\n")
+
+    def read_seen(self) -> set[str]:
+        """Hashes of all rows trained or validated on.
+
+        Raises:
+            UserError: seen.txt is missing or unreadable.
+        """
+        try:
+            lines = self._seen.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self._seen}: cannot be read: {error}") from error
+        return {line.split()[0] for line in lines if line}
+
+    # ----------------------------------------------------------------------------------- metrics
+
+    def append_metric(self, metric: Metric) -> None:
+        """Write one line, in one call of the system.
+
+        Raises:
+            UserError: no space left, or the like.
+        """
+        line = json.dumps(metric).encode() + b"\n"
+        with writing(self._metrics), self._metrics.open("ab", buffering=0) as file:
+            size = file.tell()
+            written = file.write(line)
+            if written != len(line):
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def read_metrics(self) -> tuple[list[Metric], int]:
+        """All whole lines, and the bytes of a torn last one.
+
+        Raises:
+            UserError: another line than the last is damaged.
+        """
+        try:
+            raw = self._metrics.read_bytes()
+        except FileNotFoundError:
+            return [], 0
+        except OSError as error:
+            raise UserError(f"{self._metrics}: cannot be read: {error.strerror}") from error
+        whole, _, torn = raw.rpartition(b"\n")
+        metrics: list[Metric] = []
+        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+            try:
+                metric = json.loads(line)
+                metrics.append({**metric, "kind": metric["kind"], "step": int(metric["step"])})
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self._metrics}:{number}: damaged: {line[:60]!r}: remove the line"
+                ) from error
+        return metrics, len(torn)
+
+    def keep_metrics(self, metrics: list[Metric]) -> None:
+        """Make metrics.jsonl hold these lines and no others."""
+        write_whole(self._metrics, "".join(json.dumps(metric) + "\n" for metric in metrics))
+
+    # ------------------------------------------------------------------------------------ result
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write result.json."""
+        write_whole(self._result, json.dumps(result, indent=2) + "\n")
+
+    def forget_result(self) -> None:
+        """Remove result.json: the run goes on."""
+        with writing(self._result):
+            self._result.unlink(missing_ok=True)
+
+    def read_result(self) -> dict[str, Any] | None:
+        """Read result.json; None where no session has ended yet."""
+        return _read_object(self._result) if self._result.exists() else None
+
+
+def best_step(metrics: Iterable[Metric], steps: int) -> Metric | None:
+    """The best validation up to a step: highest accuracy, then lowest loss, then the earliest."""
+    found = [m for m in metrics if m["kind"] == "validation" and m["step"] <= steps]
+    return min(found, key=lambda m: (-m["accuracy"], m["loss"], m["step"]), default=None)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value

@@ -1,0 +1,163 @@
+"""What comes before a run: checks against the model, the split, the machine, the signals."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import justforward
+from justforward.config import TrainConfig, samples_at, task_of
+from justforward.data import Example, Splits, split_examples
+from justforward.directions import FAMILIES
+from justforward.errors import UserError
+from justforward.folder import Metric, best_step
+from justforward.optim import ESTIMATORS
+
+MOST_TEST, MOST_VALIDATION = 400, 200
+
+
+def check_names(config: TrainConfig) -> None:
+    """Refuse an unknown estimator or family.
+
+    Raises:
+        UserError: naming those that there are.
+    """
+    for option, value, known in (
+        ("estimator", config.estimator, ESTIMATORS),
+        ("family", config.family or "gaussian", FAMILIES),
+    ):
+        if value not in known:
+            raise UserError(f"--{option} is {value!r}: it must be one of {', '.join(known)}")
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch (and the kernels, which follow it) use so many CPU threads."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def split_rows(config: TrainConfig, examples: list[Example]) -> tuple[TrainConfig, Splits]:
+    """Deal the rows as the configuration says; sizes left open are filled in.
+
+    Raises:
+        UserError: as `split_examples`.
+    """
+    least = 2 * len(task_of(config).labels)
+    test, validation = config.test_size, config.validation_size
+    config = replace(
+        config,
+        test_size=min(MOST_TEST, max(least, len(examples) // 5)) if test is None else test,
+        validation_size=min(MOST_VALIDATION, max(least, len(examples) // 10))
+        if validation is None
+        else validation,
+    )
+    assert config.split_seed is not None
+    assert config.test_size is not None
+    assert config.validation_size is not None
+    splits = split_examples(
+        examples,
+        seed=config.split_seed,
+        test_size=config.test_size,
+        validation_size=config.validation_size,
+        train_size=config.train_size,
+    )
+    return config, splits
+
+
+def choose_tuned(model: torch.nn.Module, pattern: str | None) -> None:
+    """Freeze the parameters whose name the pattern does not find.
+
+    Raises:
+        UserError: it finds none.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    tuned = {name for name in names if pattern is None or re.search(pattern, name)}
+    if not tuned:
+        raise UserError(
+            f"--tune is {pattern!r}: it finds none of the {len(names)} parameters, such as {names[0]!r}"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in tuned)
+
+
+def stop_reason(
+    config: TrainConfig, steps: int, forwards: int, seconds: float, validations: list[Metric]
+) -> str | None:
+    """The limit that ends the run here: after so many steps, forwards and seconds."""
+    best = best_step(validations, steps)
+    goal = config.target_accuracy
+    if goal is not None and best is not None and best["accuracy"] >= goal:
+        return "target_accuracy"
+    if forwards + 2 * samples_at(config, steps) > config.max_forwards:
+        return "max_forwards"
+    if config.max_minutes is not None and seconds >= 60.0 * config.max_minutes:
+        return "max_minutes"
+    return None
+
+
+def environment_now() -> dict[str, Any]:
+    """What may change the last bits of a loss; no names of hosts, users or folders."""
+    packages = ("torch", "numpy", "numba", "transformers", "tokenizers", "safetensors")
+    return {
+        "versions": {
+            "justforward": justforward.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if match:
+            return match[1].strip()
+    return platform.processor() or "unknown"
+
+
+class Stop:
+    """Whether a signal has asked to stop where no exception could be raised for it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def check(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """SIGTERM does what Ctrl-C does, at the moments when `Shield` lets Ctrl-C through.
+
+    Where SIGINT is ignored, as for a job in the background of a script, it is heard between steps.
+    """
+    stop = Stop()
+
+    def terminate(number: int, frame: Any) -> None:
+        if callable(signal.getsignal(signal.SIGINT)):
+            signal.raise_signal(signal.SIGINT)
+        else:
+            stop.asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,205 @@
+"""`eval` and `replay`: what a run folder is good for once training is over."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from justforward.config import (
+    EvalConfig,
+    ReplayConfig,
+    TrainConfig,
+    check_ranges,
+    forwards_until,
+    labels_of,
+    resolved,
+    task_of,
+)
+from justforward.data import Example, read_examples
+from justforward.errors import UserError
+from justforward.evaluate import Scorer
+from justforward.folder import RunFolder, best_step, check_new, data_hash, row_hash
+from justforward.models import load_model, save_model
+from justforward.prepare import split_rows, use_threads
+from justforward.progress import Progress
+from justforward.tasks import Task
+from justforward.trajectory import fingerprint, read_log
+from justforward.trajectory import replay as replay_log
+
+Result = dict[str, Any]
+
+
+def kept_step(folder: RunFolder, config: TrainConfig) -> int:
+    """The step whose model a run keeps; of an unfinished run, as it would be if it ended now.
+
+    Raises:
+        UserError: the log or the metrics are damaged.
+    """
+    steps = len(read_log(folder.log).steps)
+    best = best_step(folder.read_metrics()[0], steps) if config.keep == "best" else None
+    return best["step"] if best is not None else steps
+
+
+def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
+    """Score a model, or what a run made of it.
+
+    Raises:
+        UserError: something in the input cannot be used.
+    """
+    started = time.monotonic()
+    note = (progress or Progress()).note
+    check_ranges(config)
+    folder: RunFolder | None = None
+    run: TrainConfig | None = None
+    if config.run is not None:
+        folder = RunFolder(config.run)
+        folder.check_run()
+        run = resolved(folder.read_config())
+    source, data, task = _inputs(config, run)
+    use_threads(config.threads)
+    examples = read_examples(data, task)
+    split, rows, dropped = _rows(config, folder, run, data, examples)
+    note(f"scoring {len(rows)} rows of {data} ({_SPLITS[split]})")
+    if dropped:
+        note(f"{dropped} rows left out: the run was trained or validated on them")
+    model, tokenizer = load_model(source, notify=note)
+    max_length = config.max_length
+    if max_length is None and run is not None:
+        max_length = run.max_length
+    scorer = Scorer(model, tokenizer, task, max_length)
+    scorer.prepare(rows)
+    step: int | None = None
+    if folder is not None and run is not None:
+        step = kept_step(folder, run)
+        replay_log(model, folder.log, step)
+    found = scorer.evaluate(rows, config.batch_size)
+    return {
+        "accuracy": found.accuracy,
+        "loss": found.loss,
+        "forwards": found.forwards,
+        "seconds": round(time.monotonic() - started, 3),
+        "fingerprint": fingerprint(model),
+        "model": source,
+        "run": config.run,
+        "step": step,
+        "data": data,
+        "split": split,
+        "rows": len(rows),
+        "dropped": dropped,
+    }
+
+
+_SPLITS = {
+    "all": "all of them",
+    "train": "the run's training rows",
+    "validation": "the run's validation rows",
+    "test": "the run's test rows",
+}
+
+
+def _inputs(config: EvalConfig, run: TrainConfig | None) -> tuple[str, str, Task]:
+    """Model, data and task: as given, or as the run has them."""
+
+    def choose(name: str) -> Any:
+        value = getattr(config, name)
+        return getattr(run, name) if value is None and run is not None else value
+
+    for name in ("model", "data", "template", "labels"):
+        if choose(name) is None:
+            raise UserError(f"eval needs --{name}, or --run with a run folder to take it from")
+    task = Task(
+        template=choose("template"),
+        labels=labels_of(choose("labels")),
+        label_field=choose("label_field") or "label",
+        truncation=choose("truncation") or "right",
+        loss=choose("loss") or "choices",
+    )
+    return choose("model"), choose("data"), task
+
+
+def _rows(
+    config: EvalConfig,
+    folder: RunFolder | None,
+    run: TrainConfig | None,
+    data: str,
+    examples: list[Example],
+) -> tuple[str, list[Example], int]:
+    """Which split to score, its rows, and how many were left out because the run has seen them."""
+    if folder is None or run is None:
+        if config.split not in (None, "all"):
+            raise UserError(f"--split is {config.split!r}: splits are a run's: give --run")
+        return "all", examples, 0
+    if data_hash(data) == folder.read_environment()["data_sha256"]:
+        split = config.split or "test"
+        if split == "all":
+            return split, examples, 0
+        # the run's own task decides which rows are the same; a row is known by its line
+        splits = split_rows(run, read_examples(data, task_of(run)))[1]
+        chosen: list[Example] = getattr(splits, split)
+        by_line = {example.line: example for example in examples}
+        return split, [by_line[example.line] for example in chosen], 0
+    if config.split not in (None, "all"):
+        raise UserError(
+            f"--split is {config.split!r}: {data} is not the file that the run has split: leave it out"
+        )
+    seen = folder.read_seen()
+    rows = [example for example in examples if row_hash(example) not in seen]
+    if not rows:
+        raise UserError(
+            f"{data}: the run was trained or validated on all {len(examples)} rows: give others"
+        )
+    return "all", rows, len(examples) - len(rows)
+
+
+def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
+    """Base + log = the tuned model, saved as a folder.
+
+    Raises:
+        UserError: the folder, the base or the log cannot be used, or `out` exists.
+    """
+    started = time.monotonic()
+    note = (progress or Progress()).note
+    check_ranges(config)
+    folder = RunFolder(config.run)
+    folder.check_run()
+    run = resolved(folder.read_config())
+    check_new(Path(config.out), "choose another --out")
+    steps = _steps(config.steps, folder, run)
+    use_threads(config.threads)
+    model, tokenizer = load_model(config.model or run.model, notify=note)
+    clock = time.monotonic()
+    replay_log(model, folder.log, steps)
+    took = time.monotonic() - clock
+    save_model(model, tokenizer, config.out)
+    result = folder.read_result() or {}
+    scored = result.get("kept_step") == steps  # the figures that train measured are of this model
+    return {
+        "accuracy": result["accuracy"] if scored else None,
+        "loss": result["loss"] if scored else None,
+        "forwards": forwards_until(run, steps),
+        "seconds": round(time.monotonic() - started, 3),
+        "fingerprint": fingerprint(model),
+        "steps": steps,
+        "replay_seconds": round(took, 3),
+        "run": config.run,
+        "out": config.out,
+    }
+
+
+def _steps(asked: str | None, folder: RunFolder, run: TrainConfig) -> int:
+    last = len(read_log(folder.log).steps)
+    if asked is None:
+        return kept_step(folder, run)
+    if asked == "last":
+        return last
+    if asked == "best":
+        best = best_step(folder.read_metrics()[0], last)
+        if best is None:
+            raise UserError(f"{folder.path}: no validation yet: give a number of steps, or last")
+        return int(best["step"])
+    if not (asked.isascii() and asked.isdigit() and int(asked) <= last):
+        raise UserError(
+            f"--steps is {asked!r}: it must be best, last, or a number from 0 to {last}"
+        )
+    return int(asked)

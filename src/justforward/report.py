@@ -1,0 +1,273 @@
+"""What a run was and how it went: the plot, the text of `inspect`, the summaries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from justforward.config import InspectConfig, check_ranges, forwards_until
+from justforward.folder import Metric, RunFolder, best_step, writing
+from justforward.progress import spell_seconds
+from justforward.trajectory import read_log
+
+Result = dict[str, Any]
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int = 48) -> str:
+    """The course of `values` in at most `width` characters, each the mean of its share of them."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    count = min(width, len(finite))
+    edges = [i * len(finite) // count for i in range(count + 1)]
+    means = [math.fsum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    span = high - low or 1.0
+    return "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
+
+
+def plot(run: str | RunFolder) -> None:
+    """Draw plot.png: loss above, accuracy below, against forwards.
+
+    Raises:
+        UserError: the metrics are damaged, or the file cannot be written.
+    """
+    # not pyplot: no global state, no window system
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    folder = run if isinstance(run, RunFolder) else RunFolder(run)
+    metrics = sorted(folder.read_metrics()[0], key=lambda metric: metric["step"])
+    steps = [m for m in metrics if m["kind"] == "step"]
+    checks = [m for m in metrics if m["kind"] == "validation"]
+    result = folder.read_result() or {}
+
+    figure = Figure(figsize=(7.0, 5.6), dpi=120, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    if steps:
+        x = [m["forwards"] for m in steps]
+        y = [m["loss"] for m in steps]
+        above.plot(x, y, color="#9ecae1", linewidth=0.8, label="training, each step")
+        above.plot(x, _smooth(y), color="#2171b5", label="training, running mean")
+    if checks:
+        x = [m["forwards"] for m in checks]
+        above.plot(x, [m["loss"] for m in checks], "o-", color="#d94801", label="validation")
+        below.plot(x, [m["accuracy"] for m in checks], "o-", color="#d94801", label="validation")
+    for key, name, style in (
+        ("before_accuracy", "test before", ":"),
+        ("accuracy", "test after", "--"),
+    ):
+        if result.get(key) is not None:
+            label = f"{name}: {result[key]:.1%}"
+            below.axhline(result[key], color="#555555", linestyle=style, linewidth=1.0, label=label)
+    if result.get("kept_step") is not None:
+        kept = next((m for m in checks if m["step"] == result["kept_step"]), None)
+        if kept is not None:
+            spot = {"s": 130, "facecolors": "none", "edgecolors": "#d94801"}
+            below.scatter([kept["forwards"]], [kept["accuracy"]], label="kept", **spot)
+    above.set_ylabel("loss (nats)")
+    below.set_ylabel("accuracy")
+    below.set_xlabel("forward passes over a batch")
+    below.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    config = folder.read_config()
+    figure.suptitle(
+        f"{config.estimator} space, {config.rule}, lr {config.lr:g}, batch {config.batch_size}",
+        fontsize="medium",
+    )
+    FigureCanvasAgg(figure)
+    temporary = folder.plot.with_name(".plot.tmp.png")
+    with writing(folder.plot):
+        try:
+            figure.savefig(temporary)
+            temporary.replace(folder.plot)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential running mean over about a twentieth of the run, without a bias at the start."""
+    keep = 1.0 - 1.0 / max(5.0, len(values) / 20.0)
+    total = weight = 0.0
+    out: list[float] = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1.0
+        out.append(total / weight)
+    return out
+
+
+# ------------------------------------------------------------------------------------------ inspect
+
+
+def inspect_run(config: InspectConfig) -> Result:
+    """What a run folder holds.
+
+    Raises:
+        UserError: it is no run folder, or damaged.
+    """
+    check_ranges(config)
+    folder = RunFolder(config.run)
+    folder.check_run()
+    run = folder.read_config()
+    log = read_log(folder.log)
+    metrics, torn = folder.read_metrics()
+    steps = len(log.steps)
+    metrics = sorted((m for m in metrics if m["step"] <= steps), key=lambda m: m["step"])
+    lines = {m["step"]: m for m in metrics if m["kind"] == "step"}
+    result = folder.read_result()
+    best = best_step(metrics, steps)
+    last: list[Metric] = []
+    for step in log.steps[-config.last :]:
+        line = lines.get(step.index + 1, {})
+        square = math.fsum(c * c for c in step.coefficients) / len(step.coefficients)
+        last.append(
+            {
+                "step": step.index + 1,
+                "loss": line.get("loss"),
+                "lr": line.get("lr"),
+                "directions": len(step.coefficients),
+                "rms_coefficient": math.sqrt(square),
+                "coefficients": list(step.coefficients),
+            }
+        )
+    shown = [
+        "model",
+        "data",
+        "template",
+        "labels",
+        "estimator",
+        "rule",
+        "family",
+        "lr",
+        "eps",
+        "lr_schedule",
+        "num_samples",
+    ]
+    shown += ["batch_size", "seed", "tune", "keep"]
+    return {
+        **{name: getattr(run, name) for name in shown},
+        "base_fingerprint": log.header["base"],
+        "tensors": len(log.header["tensors"]),
+        "weights": sum(math.prod(shape) for _, shape, *_ in log.header["tensors"]),
+        "status": result["status"] if result else "unfinished",
+        "stopped_by": result["stopped_by"] if result else None,
+        "result": result,
+        "steps": steps,
+        "forwards": forwards_until(run, steps),
+        "max_forwards": run.max_forwards,
+        "seconds": max((m["seconds"] for m in metrics), default=0.0),
+        "log": {
+            "bytes": log.size,
+            "bytes_per_step": round(log.size / steps, 2) if steps else None,
+            "sealed": log.sealed,
+            "torn_bytes": log.truncated,
+            "torn_metric_bytes": torn,
+        },
+        "best_step": best["step"] if best else None,
+        "curve": [m for m in metrics if m["kind"] == "validation"],
+        "losses": [m["loss"] for m in metrics if m["kind"] == "step"],
+        "last": last,
+    }
+
+
+def spell_inspect(found: Result) -> str:
+    """`inspect_run` as text."""
+    labels = ", ".join(f"{label}={word}" for label, word in found["labels"].items())
+    log, result = found["log"], found["result"] or {}
+    state = "sealed" if log["sealed"] else "not sealed (the run was cut short or is going on)"
+    if log["torn_bytes"]:
+        state = f"torn: {log['torn_bytes']} bytes after the last whole step"
+    each = f", {log['bytes_per_step']:g} a step" if log["bytes_per_step"] else ""
+    lines = [
+        f"model     {found['model']} ({found['base_fingerprint'][:16]})",
+        f"tuned     {found['weights']:,} weights in {found['tensors']} tensors"
+        + (f" ({found['tune']})" if found["tune"] else ""),
+        f"task      {found['template']!r}, {labels}",
+        f"data      {found['data']}",
+        f"method    {found['estimator']} space, {found['rule']}, lr {found['lr']:g} "
+        f"({found['lr_schedule']}), eps {found['eps']:g}, {found['num_samples']} samples, "
+        f"batch {found['batch_size']}, seed {found['seed']}",
+        f"run       {found['status']}"
+        + (f" ({found['stopped_by']})" if found["stopped_by"] else "")
+        + f": {found['steps']} steps, {found['forwards']} of {found['max_forwards']} forwards, "
+        f"{spell_seconds(found['seconds'])}",
+        f"log       {log['bytes']:,} bytes{each}, {state}",
+    ]
+    if result.get("accuracy") is not None:
+        lines.append(
+            f"test      {result['before_accuracy']:.1%} before, {result['accuracy']:.1%} after "
+            f"(step {result['kept_step']}, {result['rows']['test']} rows)"
+        )
+    if found["losses"]:
+        low, high = min(found["losses"]), max(found["losses"])
+        lines.append(f"loss      {sparkline(found['losses'])}  {low:.3f} to {high:.3f}")
+    if found["curve"]:
+        lines += ["", "   step  forwards  accuracy    loss"]
+        for m in found["curve"]:
+            mark = "  best" if m["step"] == found["best_step"] else ""
+            lines.append(
+                f"{m['step']:7d}  {m['forwards']:8d}  {m['accuracy']:8.1%}  {m['loss']:6.4f}{mark}"
+            )
+    if found["last"]:
+        lines += ["", "   step    loss         lr  directions  rms coefficient  first coefficients"]
+        for step in found["last"]:
+            loss = "     -" if step["loss"] is None else f"{step['loss']:6.4f}"
+            lr = "        -" if step["lr"] is None else f"{step['lr']:9.3g}"
+            some = " ".join(f"{c:+.2e}" for c in step["coefficients"][:3])
+            lines.append(
+                f"{step['step']:7d}  {loss}  {lr}  {step['directions']:10d}  "
+                f"{step['rms_coefficient']:15.3e}  {some}"
+            )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------- summaries
+
+
+def spell_train(result: Result) -> str:
+    """The outcome of `train` as text."""
+    out = result["out"]
+    head = (
+        f"{result['status']} ({result['stopped_by']}): {result['steps']} steps, "
+        f"{result['forwards']} forwards, {spell_seconds(result['seconds'])}"
+    )
+    if result["accuracy"] is None:
+        best = result["validation_accuracy"]
+        return head + (f"\nbest validation accuracy so far {best:.1%}" if best is not None else "")
+    return "\n".join(
+        [
+            head,
+            f"test accuracy {result['before_accuracy']:.1%} before, {result['accuracy']:.1%} after; "
+            f"loss {result['before_loss']:.4f} before, {result['loss']:.4f} after "
+            f"({result['rows']['test']} rows, drawn first and never used to choose)",
+            f"kept step {result['kept_step']} of {result['steps']} "
+            f"(validation accuracy {result['validation_accuracy']:.1%})",
+            f"fingerprint {result['fingerprint']}",
+            f"{out}: base + a log of {result['log_bytes']:,} bytes = the tuned model; "
+            f"as a folder: justforward replay {out} --out NEW",
+        ]
+    )
+
+
+def spell_eval(result: Result) -> str:
+    """The outcome of `eval` as text."""
+    what = result["model"] if result["run"] is None else f"{result['run']}, step {result['step']}"
+    return (
+        f"{what}: accuracy {result['accuracy']:.1%}, loss {result['loss']:.4f} on {result['rows']} rows\n"
+        f"fingerprint {result['fingerprint']}"
+    )
+
+
+def spell_replay(result: Result) -> str:
+    """The outcome of `replay` as text."""
+    return (
+        f"{result['out']}: the model of {result['run']} after {result['steps']} steps, "
+        f"replayed in {result['replay_seconds']:.1f} s\nfingerprint {result['fingerprint']}"
+    )
