@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, CONTEXT, make_model, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ARCHITECTURES, CONTEXT, make_model, make_tokenizer
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 
+from conftest import make_model, make_tokenizer
 from justforward import models
 from justforward.data import Example
 from justforward.errors import UserError

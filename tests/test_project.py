@@ -25,11 +25,33 @@ SOURCE = ROOT / "src" / "justforward"
 API = Path(__file__).with_name("api.txt")
 
 # A room may import those before it, never those after it.
-ROOMS = (
-    "errors interrupts noise directions activations rules trajectory optim reference "
-    "models tasks data evaluate config folder progress prepare run rebuild report cli __main__"
-).split()
-CORE = {"errors", "interrupts", "noise", "directions", "activations", "rules", "trajectory", "optim"}
+ROOMS = [
+    "errors",
+    "interrupts",
+    "noise",
+    "directions",
+    "activations",
+    "rules",
+    "trajectory",
+    "playback",
+    "estimators",
+    "optim",
+    "reference",
+    "models",
+    "tasks",
+    "data",
+    "evaluate",
+    "config",
+    "folder",
+    "progress",
+    "prepare",
+    "run",
+    "rebuild",
+    "report",
+    "cli",
+    "__main__",
+]
+CORE = set(ROOMS[: ROOMS.index("reference")])
 CORE_NEEDS = {"torch", "numpy", "numba", "llvmlite"}  # llvmlite is numba's own
 TORCH_FREE = {"errors", "interrupts", "rules", "tasks", "config", "progress", "cli", "__main__"}
 MOST_LINES = 500
@@ -169,6 +191,8 @@ def _describe(name: str, thing: Any) -> Iterator[str]:
 
 
 def _signature(thing: Any) -> str:
+    if inspect.isclass(thing) and "__init__" not in vars(thing):
+        return "(*args)"  # an exception: built-in types have no signature
     # the spelling of default objects differs between Python versions; names and kinds do not
     return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(thing)))
 

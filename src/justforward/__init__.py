@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from justforward import noise
     from justforward.errors import NonFiniteLoss, UserError
     from justforward.optim import MeZO, linear_samples
-    from justforward.trajectory import Log, Step, fingerprint, read_log, replay, verify
+    from justforward.playback import fingerprint, replay
+    from justforward.trajectory import Log, Step, read_log, verify
 
 __version__ = "0.1.0"
 
@@ -34,10 +35,10 @@ _HOMES = {
     "NonFiniteLoss": "errors",
     "Step": "trajectory",
     "UserError": "errors",
-    "fingerprint": "trajectory",
+    "fingerprint": "playback",
     "linear_samples": "optim",
     "read_log": "trajectory",
-    "replay": "trajectory",
+    "replay": "playback",
     "verify": "trajectory",
 }
 

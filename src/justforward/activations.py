@@ -100,7 +100,9 @@ class _Looking(nn.Parameter):
                 result = handler(func, *args, **kwargs)
                 if result is not NotImplemented:
                     return result
-            elif func in _HARMLESS or getattr(func, "__name__", "") == "__get__" and _getter(func):
+            elif func in _HARMLESS or (
+                getattr(func, "__name__", "") == "__get__" and _getter(func)
+            ):
                 return func(*args, **kwargs)
             raise _unknown(func, args, kwargs)
 
@@ -305,7 +307,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.to: _same_type,
     Tensor.float: _same_type,
     Tensor.contiguous: _same_type,
-    **{f: _pointwise for f in (*_MULTIPLY, *_ADD)},
+    **dict.fromkeys((*_MULTIPLY, *_ADD), _pointwise),
 }
 
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,7 +126,7 @@ class Weights:
         self._numba = all(tensor.device.type == "cpu" for tensor in self.tensors)
         self.exponents: list[Tensor] = []
         self._shares: tuple[int, list[list[tuple[int, int, int]]]] = (0, [])
-        for name, tensor in tensors:
+        for tensor in self.tensors:
             tiles = -(-tensor.numel() // spec.TILE)
             self.exponents.append(torch.zeros(tiles, dtype=torch.int8, device=tensor.device))
         for i, name in enumerate(self.names):
@@ -144,7 +145,7 @@ class Weights:
             for name, t in zip(self.names, self.tensors, strict=True)
             if t.numel()
         )
-        for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+        for (_, end, first), (start, _, second) in pairwise(spans):
             if start < end:
                 raise UserError(
                     f"parameters {first} and {second} share memory but are not one parameter: "

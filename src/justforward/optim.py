@@ -9,37 +9,26 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from justforward import noise, rules
-from justforward.activations import Look, direction_array, looking, repeat_rows
 from justforward.directions import FAMILIES, Weights
-from justforward.errors import NonFiniteLoss, UserError
+from justforward.errors import UserError
+from justforward.estimators import Pairs, RowLooks, Site, describe, look_weights, looking_mode
 from justforward.interrupts import Shield
-from justforward.trajectory import (
-    Course,
-    Log,
-    Step,
-    Writer,
-    apply_steps,
-    check_base,
-    fingerprint,
-    header_for,
-    read_log,
-    rounded,
-)
+from justforward.playback import apply_steps, check_base, fingerprint, header_for
+from justforward.trajectory import Course, Log, Step, Writer, read_log, rounded
 
 Closure = Callable[[], Any]
 LossFn = Callable[[Any], Tensor]
 ESTIMATORS = ("weight", "activation")
 
 
-class MeZO(torch.optim.Optimizer):
+class MeZO(Optimizer):
     """Memory-efficient zeroth-order optimizer (arXiv 2305.17333, Algorithm 1), and beyond it.
 
     Args:
@@ -99,7 +88,6 @@ class MeZO(torch.optim.Optimizer):
         self.rule = rules.parse(rule)
         self.seed = seed
         self.model = params if isinstance(params, nn.Module) else model
-        self.two_calls = two_calls
         if isinstance(num_samples, int) and num_samples < 1:
             raise UserError(f"num_samples is {num_samples}: it must be at least 1")
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
@@ -141,8 +129,7 @@ class MeZO(torch.optim.Optimizer):
         self._course = Course(seed, momentum.beta, momentum.window) if momentum else Course(seed)
         self._rule_state: tuple[float, ...] = (0.0,) * self.rule.state_size
         self._scales = (1.0,) * len(looks)
-        self._unchecked = check_rows
-        self._rows = 0
+        self._row_looks = RowLooks(two_calls, check_rows)
         self.steps = 0
         self._writer: Writer | None = None
         if log is not None:
@@ -226,15 +213,21 @@ class MeZO(torch.optim.Optimizer):
             raise UserError(
                 f"num_samples gave {samples!r} at step {self.steps}: it must be a whole number, at least 1"
             )
+        site = Site(
+            self.weights,
+            self.steps,
+            lambda lane: noise.direction_seed(self.seed, self.steps, lane),
+            eps,
+            shield,
+        )
         back: list[float] | None = None
         factors: dict[int, Any] | None = None
-        with _looking_mode(self.model):
+        with looking_mode(self.model):
             if self.estimator == "weight":
-                losses = self._look_weights(closure, batch, eps, samples, shield, keep_back)
+                losses = look_weights(site, closure, batch, samples, keep_back)
                 back = eps if keep_back else None
             else:
-                factors = {}
-                losses = self._look_activations(closure, batch, eps, samples, shield, factors)
+                losses, factors = self._row_looks.look(site, closure, batch, samples)
         try:
             grads = [(plus - minus) / (2.0 * eps[0]) for plus, minus in losses]
             return self._step_from(losses, grads, samples), back, factors
@@ -243,72 +236,9 @@ class MeZO(torch.optim.Optimizer):
                 self.weights.look(self._direction(self.steps, samples - 1), eps, 1.0)
             raise
 
-    def _look_weights(
-        self,
-        closure: Any,
-        batch: Any,
-        eps: list[float],
-        samples: int,
-        shield: Shield,
-        keep_back: bool,
-    ) -> list[tuple[float, float]]:
-        """Losses at +eps and -eps of each sample; with `keep_back` the weights stay at -eps of the last."""
-        losses: list[tuple[float, float]] = []
-        arguments = () if batch is None else (batch,)
-        for lane in range(samples):
-            seed = self._direction(self.steps, lane)
-            at = 0
-            try:
-                self.weights.look(seed, eps, 1.0)
-                at = 1
-                plus = _scalar(shield.call(closure, *arguments), self.steps, "at +eps")
-                self.weights.look(seed, eps, -2.0)
-                at = -1
-                minus = _scalar(shield.call(closure, *arguments), self.steps, "at -eps")
-                losses.append((plus, minus))
-                if keep_back and lane == samples - 1:
-                    at = 0
-            finally:
-                if at:
-                    self.weights.look(seed, eps, -float(at))
-        return losses
-
-    def _look_activations(
-        self,
-        closure: Any,
-        batch: Any,
-        eps: list[float],
-        samples: int,
-        shield: Shield,
-        factors: dict[int, Any],
-    ) -> list[tuple[float, float]]:
-        """Losses at +eps and -eps of each direction, sample-major."""
-        run = _Rows(self, closure, batch, eps, shield, factors)
-        if batch is None:
-            rows = self._rows or run.count()
-            try:
-                losses = run.closure(rows, samples)
-            except (_OtherRows, UserError):
-                again = run.count()
-                if again == rows:
-                    raise
-                rows = again
-                factors.clear()
-                losses = run.closure(rows, samples)
-            self._rows = rows
-        else:
-            losses = run.batch(samples)
-            rows = len(losses) // samples
-        if self._unchecked:
-            run.check(rows)
-            self._unchecked = False
-        return losses
-
     # -- moving -----------------------------------------------------------------------------------------------
 
-    def _step_from(
-        self, losses: list[tuple[float, float]], grads: list[float], samples: int
-    ) -> Step:
+    def _step_from(self, losses: Pairs, grads: list[float], samples: int) -> Step:
         signal, state = self.rule(grads, self._rule_state, self.steps)
         rates = [float(group["lr"]) for group in self.param_groups]
         lr = max(rates)
@@ -417,107 +347,9 @@ class MeZO(torch.optim.Optimizer):
             mine.copy_(theirs)
 
 
-class _OtherRows(Exception):
-    """A closure returned another number of losses than the rows it was looked at with."""
-
-
-class _Rows:
-    """Activation-space forwards of one step."""
-
-    def __init__(
-        self,
-        opt: MeZO,
-        closure: Any,
-        batch: Any,
-        eps: list[float],
-        shield: Shield,
-        factors: dict[int, Any],
-    ) -> None:
-        self.opt, self.function, self.data = opt, closure, batch
-        self.eps, self.shield, self.factors = eps, shield, factors
-
-    def _call(
-        self, seeds: Any, signs: list[float], batch: Any, factors: dict[int, Any]
-    ) -> list[float]:
-        look = Look(self.opt.weights, seeds, signs, self.eps, factors)
-        arguments = () if batch is None else (batch,)
-        with looking(look):
-            losses = self.shield.call(self.function, *arguments)
-        return _per_row(losses, len(signs), batch is not None)
-
-    def _seeds(self, rows: int, lanes: Iterable[int]) -> Any:
-        return direction_array([self.opt._direction(self.opt.steps, lane) for lane in lanes])
-
-    def count(self) -> int:
-        """How many rows the closure has: one bare forward."""
-        losses = self.shield.call(self.function)
-        if not isinstance(losses, Tensor) or losses.dim() != 1:
-            raise UserError(
-                f"activation space: the closure must return one loss a row, a tensor [rows]; it returned {_describe(losses)}"
-            )
-        return len(losses)
-
-    def closure(self, rows: int, samples: int) -> list[tuple[float, float]]:
-        """Two calls a sample, rows as the closure has them."""
-        losses: list[tuple[float, float]] = []
-        for sample in range(samples):
-            seeds = self._seeds(rows, range(sample * rows, (sample + 1) * rows))
-            factors = self.factors if samples == 1 else {}
-            plus = self._call(seeds, [1.0] * rows, None, factors)
-            minus = self._call(seeds, [-1.0] * rows, None, factors)
-            losses += zip(plus, minus, strict=True)
-        return self._finite(losses)
-
-    def batch(self, samples: int) -> list[tuple[float, float]]:
-        """All signs and samples as rows of one batch, or a call for each."""
-        _, rows = repeat_rows(self.data, 1)
-        if self.opt.two_calls:
-            losses: list[tuple[float, float]] = []
-            for sample in range(samples):
-                seeds = self._seeds(rows, range(sample * rows, (sample + 1) * rows))
-                factors = self.factors if samples == 1 else {}
-                plus = self._call(seeds, [1.0] * rows, self.data, factors)
-                minus = self._call(seeds, [-1.0] * rows, self.data, factors)
-                losses += zip(plus, minus, strict=True)
-            return self._finite(losses)
-        count = rows * samples
-        seeds = self._seeds(rows, range(count))
-        repeated, _ = repeat_rows(self.data, 2 * samples)
-        values = self._call(seeds, [1.0] * count + [-1.0] * count, repeated, self.factors)
-        return self._finite(list(zip(values[:count], values[count:], strict=True)))
-
-    def _finite(self, losses: list[tuple[float, float]]) -> list[tuple[float, float]]:
-        for row, pair in enumerate(losses):
-            for value, where in zip(pair, ("+eps", "-eps"), strict=True):
-                if not math.isfinite(value):
-                    raise NonFiniteLoss(self.opt.steps, value, f"at {where} in row {row}")
-        return losses
-
-    def check(self, rows: int) -> None:
-        """Refuse a model in which one row's direction reaches another row's loss."""
-        batch = self.data
-        if batch is not None:
-            batch, rows = repeat_rows(batch, 2)[0], 2 * rows
-        elif rows < 2:
-            return
-        lanes = rows if batch is None else rows // 2
-        seeds = self._seeds(lanes, range(lanes))
-        some = [float(row % 2) for row in range(rows)]
-        bare = self._call(seeds, [0.0] * rows, batch, {})
-        looked = self._call(seeds, some, batch, {})
-        effect = max(abs(a - b) for a, b, on in zip(bare, looked, some, strict=True) if on)
-        for row, (a, b, on) in enumerate(zip(bare, looked, some, strict=True)):
-            if not on and abs(a - b) > 1e-3 * effect + 1e-5 * (1.0 + abs(a)):
-                raise UserError(
-                    f"activation space: looking along the directions of other rows changed the loss of row {row} from {a} "
-                    f"to {b}: the model mixes the rows of a batch, or its first axis is not the batch; use "
-                    "estimator='weight' (or, if the loss itself is random, check_rows=False)"
-                )
-
-
 def linear_samples(first: int, last: int, steps: int) -> Callable[[int], int]:
     """A sample schedule for `num_samples`: from `first` to `last` directions over so many steps, then `last`."""
-    if not (1 <= first and 1 <= last and 1 <= steps):
+    if not (first >= 1 and last >= 1 and steps >= 1):
         raise UserError(f"linear_samples({first}, {last}, {steps}): all must be at least 1")
 
     def schedule(step: int) -> int:
@@ -553,7 +385,7 @@ def _groups(params: Any, model: nn.Module | None) -> tuple[list[dict[str, Any]],
             name, tensor = member if isinstance(member, tuple) else (None, member)
             if not isinstance(tensor, Tensor):
                 raise UserError(
-                    f"params: {_describe(tensor)} is not a parameter: pass a model, parameters, or groups of them"
+                    f"params: {describe(tensor)} is not a parameter: pass a model, parameters, or groups of them"
                 )
             if id(tensor) in seen:
                 raise UserError(
@@ -580,57 +412,6 @@ def _check_positive(group: dict[str, Any]) -> None:
             raise UserError(f"{key} is {value!r}: it must be {allowed}")
 
 
-def _scalar(loss: Any, step: int, where: str) -> float:
-    if isinstance(loss, Tensor):
-        if loss.numel() == 0:
-            raise UserError("the closure returned an empty tensor: it must return the loss")
-        value = float(loss.detach().float().mean()) if loss.numel() > 1 else float(loss)
-    else:
-        try:
-            value = float(loss)
-        except (TypeError, ValueError):
-            raise UserError(
-                f"the closure returned {_describe(loss)}: it must return the loss"
-            ) from None
-    if not math.isfinite(value):
-        raise NonFiniteLoss(step, value, where)
-    return value
-
-
-def _per_row(losses: Any, rows: int, whole: bool) -> list[float]:
-    if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) != rows:
-        if not whole and isinstance(losses, Tensor) and losses.dim() == 1:
-            raise _OtherRows
-        raise UserError(
-            f"activation space: loss_fn must return one loss a row, here a tensor [{rows}]; it returned {_describe(losses)}"
-        )
-    return [float(x) for x in losses.detach().double().tolist()]
-
-
-def _describe(value: Any) -> str:
-    return (
-        f"a tensor {list(value.shape)}"
-        if isinstance(value, Tensor)
-        else f"a {type(value).__name__}"
-    )
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-@contextmanager
-def _looking_mode(model: nn.Module | None) -> Iterator[None]:
-    """No gradients, and the model in eval mode: dropout would drown a look in noise."""
-    modules: Sequence[nn.Module] = (
-        [] if model is None else [m for m in model.modules() if m.training]
-    )
-    for module in modules:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in modules:
-            module.training = True

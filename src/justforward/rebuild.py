@@ -21,11 +21,12 @@ from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder, best_step, check_new, data_hash, row_hash
 from justforward.models import load_model, save_model
+from justforward.playback import fingerprint
+from justforward.playback import replay as replay_log
 from justforward.prepare import split_rows, use_threads
 from justforward.progress import Progress
 from justforward.tasks import Task
-from justforward.trajectory import fingerprint, read_log
-from justforward.trajectory import replay as replay_log
+from justforward.trajectory import read_log
 
 Result = dict[str, Any]
 

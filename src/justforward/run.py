@@ -30,6 +30,7 @@ from justforward.folder import Metric, RunFolder, best_step, check_new, data_has
 from justforward.interrupts import Shield
 from justforward.models import load_model
 from justforward.optim import MeZO
+from justforward.playback import fingerprint, replay
 from justforward.prepare import (
     Stop,
     check_names,
@@ -42,7 +43,7 @@ from justforward.prepare import (
 )
 from justforward.progress import Progress
 from justforward.tasks import Task
-from justforward.trajectory import Log, fingerprint, read_log, replay
+from justforward.trajectory import Log, read_log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -60,7 +60,9 @@ def _lay(theta: Tensor, exponents: Tensor, least: Tensor) -> None:
             break
         k += short.to(k.dtype)
     exponents.copy_(k)
-    theta.copy_((theta * _power(-k, len(theta))).round() * _power(k, len(theta)) + 0.0)  # never -0.0
+    theta.copy_(
+        (theta * _power(-k, len(theta))).round() * _power(k, len(theta)) + 0.0
+    )  # never -0.0
 
 
 def _look(theta: Tensor, exponents: Tensor, moves: Tensor, times: float) -> None:

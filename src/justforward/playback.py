@@ -1,0 +1,146 @@
+"""A log applied to its base model: fingerprint, the checks, replay.
+
+Base + log = the tuned model, bit for bit, on any number of threads and in any number of passes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from justforward import noise
+from justforward.directions import FAMILIES, Weights
+from justforward.errors import UserError
+from justforward.trajectory import Course, Log, Step, read_log
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over name, dtype, shape and bytes of every parameter and buffer (tied ones under each name).
+
+    Works in slices, so that it never holds a copy of a tensor.
+    """
+    digest = hashlib.sha256()
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    seen: dict[int, str] = {}
+    for name, tensor in sorted(named, key=lambda item: item[0]):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if id(tensor) in seen:
+            digest.update(f"tied to {seen[id(tensor)]}\0".encode())
+            continue
+        seen[id(tensor)] = name
+        for part in _slices(tensor):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _slices(tensor: Tensor) -> Iterable[Any]:
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), 1 << 24):
+        yield flat[start : start + (1 << 24)].cpu().view(torch.uint8).numpy().data
+
+
+def header_for(
+    weights: Weights,
+    *,
+    seed: int,
+    family: str,
+    eps: Sequence[float],
+    rule: str,
+    rule_state: int,
+    momentum: tuple[float, int],
+    base: str,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """All that a replay needs to know, and what resuming compares."""
+    return {
+        "noise": noise.NOISE_VERSION,
+        "base": base,
+        "seed": seed,
+        "family": family,
+        "groups": list(eps),
+        "rule": rule,
+        "rule_state": rule_state,
+        "momentum": list(momentum),
+        "settings": settings,
+        "tensors": [
+            [name, list(tensor.shape), str(tensor.dtype), group]
+            for name, tensor, group in zip(
+                weights.names, weights.tensors, weights.groups, strict=True
+            )
+        ],
+    }
+
+
+def check_base(model: nn.Module, log: Log) -> list[tuple[str, Tensor]]:
+    """The log's tensors in the model, in the log's order.
+
+    Raises:
+        UserError: the model is not the log's base: noise version, a name, shape or dtype, or the values differ.
+    """
+    header = log.header
+    if header["noise"] != noise.NOISE_VERSION:
+        raise UserError(
+            f"{log.path}: made with noise version {header['noise']}, this is version {noise.NOISE_VERSION}: use the version that wrote it"
+        )
+    have = dict(model.named_parameters(remove_duplicate=False))
+    found: list[tuple[str, Tensor]] = []
+    for name, shape, dtype, _ in header["tensors"]:
+        if name not in have:
+            raise UserError(
+                f"{log.path}: tunes parameter {name}, which this model does not have: another model or layout"
+            )
+        for what, theirs, ours in (
+            ("shape", shape, list(have[name].shape)),
+            ("dtype", dtype, str(have[name].dtype)),
+        ):
+            if theirs != ours:
+                raise UserError(
+                    f"{log.path}: parameter {name} has {what} {theirs} in the log and {ours} in this model: another base model"
+                )
+        found.append((name, have[name]))
+    base = fingerprint(model)
+    if base != header["base"]:
+        raise UserError(
+            f"{log.path}: made from a base model with fingerprint {header['base'][:16]}..., this model has {base[:16]}...: "
+            "the values differ: load the very base the run started from"
+        )
+    return found
+
+
+def replay(model: nn.Module, path: str | os.PathLike[str], steps: int | None = None) -> int:
+    """Rebuild the tuned model: base + log, bit for bit, in one pass over the weights.
+
+    Args:
+        model: the base model; changed in place.
+        path: the log.
+        steps: how many steps (default all).
+
+    Returns:
+        How many steps were applied.
+
+    Raises:
+        UserError: the log is damaged, the model is not its base (naming what differs), or it has fewer steps.
+    """
+    log = read_log(path)
+    if steps is not None and not 0 <= steps <= len(log.steps):
+        raise UserError(f"{log.path}: has {len(log.steps)} whole steps; {steps} were asked for")
+    header = log.header
+    tensors = check_base(model, log)
+    groups = [group for *_, group in header["tensors"]]
+    weights = Weights(tensors, groups, FAMILIES[header["family"]], header["groups"])
+    return apply_steps(weights, log.course(), log.steps[:steps])
+
+
+def apply_steps(weights: Weights, course: Course, steps: Sequence[Step]) -> int:
+    """Apply steps in bounded batches, each one pass over the weights."""
+    for start in range(0, len(steps), 1024):
+        weights.update([course.move(step) for step in steps[start : start + 1024]])
+    return len(steps)
