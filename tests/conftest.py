@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -202,6 +203,15 @@ def tiny_llama() -> Any:
 def tiny_model(request: pytest.FixtureRequest) -> Any:
     """Each of the three in turn."""
     return make_model(request.param)
+
+
+def materialise(weights: Any, i: int, seed: int) -> torch.Tensor:
+    """z of tensor i along one direction of `directions.Weights`, float64: what kernels never hold."""
+    seeds = np.array([seed], np.uint64)
+    if weights.is_outer(i):
+        a, b = (torch.as_tensor(x)[0].double() for x in weights.factors(i, seeds))
+        return torch.outer(a, b)
+    return torch.as_tensor(weights.dense(i, seeds)).double().view(weights.tensors[i].shape)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser
 
 import justforward
@@ -32,9 +33,12 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage."""
-        raise UserError(
-            f"{_plain(message)}: see {self.prog.replace(' [options]', '')} --help"
-        ) from ex
+        program = self.prog.replace(" [options]", "")
+        missing = re.match(r"the following arguments are required: (\w+)\.", message)
+        if missing is not None:  # said by the parser of all commands
+            program += f" {missing[1]}"
+            message = message.replace(f"{missing[1]}.run", "DIR").replace(f"{missing[1]}.", "--")
+        raise UserError(f"{_plain(message)}: see {program} --help") from ex
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Help with --max-forwards where the field is max_forwards."""
@@ -45,16 +49,27 @@ def _plain(message: str) -> str:
     """jsonargparse's words for a bad value, in one line for those who do not read Python types."""
     text = " ".join(message.split())
     text = re.sub(r'Parser key "([\w.]+)": ', lambda m: f"--{m[1]}: ", text)
-    text = re.sub(
-        r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", r"\2 is not one of \1", text
-    )
-    text = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)", _wrong_type, text)
+    for several_or_one in (
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: ?(.*)",
+        r"Expected a (typing\.Literal\[.*?\]|<class '\w+'>)\. Got value: ?(.*)",
+    ):
+        text = re.sub(several_or_one, _wrong_type, text)
+    text = re.sub(r'expected "subcommand" to be (one of .*?), but .*', r"name a command, \1", text)
     return _dashed(text).rstrip(".")
 
 
 def _wrong_type(match: re.Match[str]) -> str:
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-    return f"{match[2]!r} is not {names.get(match[1], match[1])}"
+    choices = re.search(r"Literal\[(.*?)\]", match[1])
+    if choices is not None:
+        return f"{match[2]!r} is not one of {choices[1]}"
+    names = {
+        "float": "a finite number",
+        "int": "a whole number",
+        "bool": "true or false",
+        "dict": "label=word,label=word or a mapping",
+        "str": "a text",
+    }
+    return f"{match[2]!r} is not {next((n for t, n in names.items() if t in match[1]), match[1])}"
 
 
 def _dashed(text: str) -> str:
@@ -97,12 +112,17 @@ def _docs(kind: type[Any]) -> tuple[str, dict[str, str]]:
 
 
 def _with_underscores(argv: Sequence[str]) -> list[str]:
-    """`--max-forwards=9` -> `--max_forwards=9`; values stay as they are."""
+    """`--max-forwards=9` -> `--max_forwards=9`; values stay as they are.
+
+    `--lr -1e-3` becomes `--lr=-1e-3`, which argparse would take for two options.
+    """
     out: list[str] = []
     for argument in argv:
         option, equals, value = argument.partition("=")
         if re.fullmatch(r"--[a-z]+(?:-[a-z]+)*", option):
             argument = "--" + option[2:].replace("-", "_") + equals + value
+        if out and re.fullmatch(r"-[\d.].*", argument) and re.fullmatch(r"--[a-z_]+", out[-1]):
+            argument = f"{out.pop()}={argument}"
         out.append(argument)
     return out
 
@@ -125,6 +145,37 @@ def _with_run(argv: list[str]) -> list[str]:
     if not os.path.isfile(config):
         raise UserError(f"{out}: not a run folder: config.yaml is missing")
     return ["train", "--config", config, *argv[1:]]
+
+
+def _check_yaml(argv: list[str]) -> None:
+    """Refuse a --config that is not a file of settings, naming file and line."""
+    command = argv[0] if argv else ""
+    for place, argument in enumerate(argv):
+        option, equals, path = argument.partition("=")
+        if option != "--config" or command not in COMMANDS:
+            continue
+        path = path if equals else "".join(argv[place + 1 : place + 2])
+        try:
+            with open(path, encoding="utf-8") as file:
+                tree = yaml.compose(file, yaml.SafeLoader)
+        except OSError as error:
+            raise UserError(f"--config {path}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {path}: not UTF-8: save it as UTF-8") from error
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = path if mark is None else f"{path}:{mark.line + 1}"
+            said = getattr(error, "problem", None) or " ".join(str(error).split())
+            raise UserError(f"--config {where}: not YAML: {said}") from error
+        if not isinstance(tree, yaml.MappingNode):
+            raise UserError(f"--config {path}: not a mapping: write one 'option: value' a line")
+        known = {field.name for field in fields(COMMANDS[command])}
+        for key, _ in tree.value:
+            if key.value not in known:
+                raise UserError(
+                    f"--config {path}:{key.start_mark.line + 1}: {key.value!r} is no setting of {command}: "
+                    f"see justforward {command} --help"
+                )
 
 
 def _run(command: str, config: Any) -> int:
@@ -170,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     try:
         arguments = _with_run(_with_underscores(sys.argv[1:] if argv is None else argv))
+        _check_yaml(arguments)
         values = parser().parse_args(arguments)
         command: str = values.subcommand
         given = values[command].as_dict()
@@ -195,4 +247,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """The console script."""
-    sys.exit(main())
+    try:
+        code = main()
+    except BrokenPipeError:  # the reader has gone, as `| head` does once it has its lines
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        code = 128 + 13  # what a shell reports for SIGPIPE
+    sys.exit(code)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from justforward import rules
 from justforward.errors import UserError
@@ -236,12 +236,17 @@ def check_ranges(config: Any) -> None:
         value, hint = getattr(config, field.name), hints[field.name]
         kinds = get_args(hint) or (hint,)
         option = "--" + field.name.replace("_", "-")
+        if value is None and type(None) not in kinds:
+            raise UserError(f"{option} is empty: it must be given a value")
         choices = [
             choice for kind in (hint, *kinds) for choice in get_args(kind) if kind is not dict
         ]
         choices = [choice for choice in choices if isinstance(choice, str)]
         if choices and value is not None and value not in choices:
             raise UserError(f"{option} is {value!r}: it must be one of {', '.join(choices)}")
+        mapping = isinstance(value, dict) and any(get_origin(kind) is dict for kind in kinds)
+        if str in kinds and value is not None and not (mapping or isinstance(value, str)):
+            raise UserError(f"{option} is {value!r}: it must be a text")
         number = int in kinds or float in kinds
         if number and value is not None:
             whole = float not in kinds

@@ -91,6 +91,16 @@ def check_trainable(name: str, tensor: Tensor) -> None:
         )
 
 
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.numel() and not math.isfinite(torch.linalg.vector_norm(tensor.detach(), math.inf)):
+        flat = tensor.detach().reshape(-1)
+        bad = int((~flat.isfinite()).nonzero()[0])
+        raise UserError(
+            f"parameter {name} is {flat[bad].item()} at element {bad}: "
+            "all weights must be finite before tuning"
+        )
+
+
 class Weights:
     """The trainable tensors, each with a stream number and a power-of-two grid.
 
@@ -122,6 +132,7 @@ class Weights:
         self.floors = [grid_floor(e, family) for e in eps]
         for name, tensor in tensors:
             check_trainable(name, tensor)
+            _check_finite(name, tensor)  # all of them before the first one moves
         self._check_apart()
         self._numba = all(tensor.device.type == "cpu" for tensor in self.tensors)
         self.exponents: list[Tensor] = []
@@ -129,15 +140,10 @@ class Weights:
         for tensor in self.tensors:
             tiles = -(-tensor.numel() // spec.TILE)
             self.exponents.append(torch.zeros(tiles, dtype=torch.int8, device=tensor.device))
-        for i, name in enumerate(self.names):
-            bad = self._backend().lay_grid(
-                self._flat(i), self._grid(i), self.floors[self.groups[i]]
-            )
-            if bad >= 0:
-                raise UserError(
-                    f"parameter {name} is {self.tensors[i].reshape(-1)[bad].item()} at element {bad}: "
-                    "all weights must be finite before tuning"
-                )
+        if self._numba:
+            compile_kernels(family)
+        for i, group in enumerate(self.groups):
+            self._backend().lay_grid(self._flat(i), self._grid(i), self.floors[group])
 
     def _check_apart(self) -> None:
         spans = sorted(
@@ -175,25 +181,55 @@ class Weights:
 
     def factors(self, i: int, seeds: NDArray[np.uint64]) -> tuple[Any, Any]:
         """a [D, rows] and b [D, columns] of the rank-one directions of tensor i."""
-        rows, columns = self.tensors[i].shape
-        fill = self._fill_rows
-        return (
-            fill(seeds, i, rows, spec.DOMAIN_OUT),
-            fill(seeds, i, columns, spec.DOMAIN_IN),
-        )
+        a, b = (self._room(i, (len(seeds), size)) for size in self.tensors[i].shape)
+        self._fill(i, seeds, (a, b))
+        return a, b
 
     def dense(self, i: int, seeds: NDArray[np.uint64]) -> Any:
         """z [D, elements] of tensor i, materialised: for small tensors only."""
-        domain = spec.DOMAIN_RADEMACHER if self.family.signs else spec.DOMAIN_GAUSSIAN
-        return self._fill_rows(seeds, i, self.tensors[i].numel(), domain)
+        z = self._room(i, (len(seeds), self.tensors[i].numel()))
+        self._fill(i, seeds, (z,))
+        return z
 
-    def _fill_rows(self, seeds: NDArray[np.uint64], i: int, count: int, domain: int) -> Any:
-        if self._numba:
-            out: Any = np.empty((len(seeds), count), np.float32)
-        else:
-            out = torch.empty(len(seeds), count, device=self.tensors[i].device)
-        self._backend().fill_rows(out, seeds, np.uint64(i), domain, self.family.signs)
+    def draw(self, seeds: NDArray[np.uint64]) -> list[tuple[Any, ...]]:
+        """Directions of all tensors: (a, b) of those that take rank-one ones, (z,) of the others.
+
+        Views of one buffer a device: hundreds of small arrays, made among the temporaries of a forward, tear the
+        heap and make it grow by a quarter of the model.
+        """
+        count = len(seeds)
+        shapes = [
+            [(count, n) for n in (t.shape if self.is_outer(i) else (t.numel(),))]
+            for i, t in enumerate(self.tensors)
+        ]
+        left: dict[torch.device, Any] = {}
+        for device in dict.fromkeys(t.device for t in self.tensors):
+            mine = [i for i, t in enumerate(self.tensors) if t.device == device]
+            size = sum(rows * n for i in mine for rows, n in shapes[i])
+            left[device] = self._room(mine[0], (size,))
+        out: list[tuple[Any, ...]] = []
+        for i, tensor in enumerate(self.tensors):
+            parts = []
+            for rows, n in shapes[i]:
+                buffer = left[tensor.device]
+                parts.append(buffer[: rows * n].reshape(rows, n))
+                left[tensor.device] = buffer[rows * n :]
+            self._fill(i, seeds, parts)
+            out.append(tuple(parts))
         return out
+
+    def _room(self, i: int, shape: tuple[int, ...]) -> Any:
+        if self._numba:
+            return np.empty(shape, np.float32)
+        return torch.empty(shape, device=self.tensors[i].device)
+
+    def _fill(self, i: int, seeds: NDArray[np.uint64], parts: Sequence[Any]) -> None:
+        """(a, b) or (z,) of tensor i, one row a seed."""
+        signs = self.family.signs
+        one = spec.DOMAIN_RADEMACHER if signs else spec.DOMAIN_GAUSSIAN
+        domains = (spec.DOMAIN_OUT, spec.DOMAIN_IN) if len(parts) == 2 else (one,)
+        for part, domain in zip(parts, domains, strict=True):
+            self._backend().fill_rows(part, seeds, np.uint64(i), domain, signs)
 
     def look(self, seed: int, eps: Sequence[float], times: float) -> None:
         """theta += times * q rint(eps z / q), in place. Exact: what +1 did, -1 undoes to the last bit.
@@ -222,7 +258,7 @@ class Weights:
         self,
         moves: Sequence[Move],
         back: Sequence[float] | None = None,
-        factors: dict[int, tuple[Any, Any]] | None = None,
+        draws: Sequence[tuple[Any, ...]] | None = None,
     ) -> None:
         """Apply steps, any number of them in one pass over the weights.
 
@@ -230,7 +266,7 @@ class Weights:
             moves: the steps, in order.
             back: eps of each group when the weights still stand at -eps along the last direction of the
                 (single) move; they are brought home in the same pass, with the same z.
-            factors: factors of the (single) move's directions by tensor, where already known.
+            draws: what `draw` gave for the (single) move's directions, where already known; used up.
         """
         directions = sum(len(move.seeds) for move in moves)
         if self.family.outer and len(moves) > 1 and directions > _FACTORS_AT_ONCE:
@@ -254,10 +290,8 @@ class Weights:
             decay = np.ascontiguousarray(self.decays_of(i, decays[group]), np.float32)
             c = np.ascontiguousarray(coefficients[group], np.float32)
             if self.is_outer(i):
-                a, b = factors[i] if factors is not None else self.factors(i, seeds)
-                scaled = a * (
-                    c[:, None] if self._numba else torch.as_tensor(c[:, None], device=a.device)
-                )
+                a, b = self.factors(i, seeds) if draws is None else draws[i]
+                a *= c[:, None] if self._numba else torch.as_tensor(c[:, None], device=a.device)
                 columns = self.tensors[i].shape[1]
                 calls.append(
                     _bind(
@@ -268,7 +302,7 @@ class Weights:
                         stream,
                         dithers,
                         ends,
-                        scaled,
+                        a,
                         b,
                         decay,
                     )
@@ -334,6 +368,26 @@ def _deal(tiles: Sequence[int], threads: int) -> list[list[tuple[int, int, int]]
             done += last - first
             first = last
     return shares
+
+
+_compiled: set[Family] = set()
+
+
+def compile_kernels(family: Family) -> None:
+    """Compile what a family needs (or load it from Numba's cache) ahead of the first look.
+
+    Before a model is loaded is the best time: the compiler's memory is given back before the model needs its own.
+    """
+    if family in _compiled:
+        return
+    _compiled.add(family)
+    tensors = [("matrix", torch.zeros(1, 1)), ("vector", torch.zeros(1))]
+    tiny = Weights(tensors, [0, 0], family, [1e-3])
+    seeds = np.zeros(1, np.uint64)
+    tiny.draw(seeds)
+    tiny.look(0, [1e-3], 1.0)
+    tiny.update([Move(0, seeds, np.zeros((1, 1), np.float32), np.zeros(1, np.float32))])
+    tiny._backend().release_compiler()
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}

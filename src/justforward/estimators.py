@@ -12,16 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from justforward.activations import Look, direction_array, looking, repeat_rows
+from justforward.activations import Look, looking, repeat_rows
 from justforward.directions import Weights
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.interrupts import Shield
 
 Pairs = list[tuple[float, float]]
-Factors = dict[int, tuple[Any, Any]]
+Draws = Sequence[tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,10 @@ class RowLooks:
         self._unchecked = check
         self._rows = 0  # of the last closure without a batch
 
-    def look(self, site: Site, closure: Any, batch: Any, samples: int) -> tuple[Pairs, Factors]:
-        """Losses at +eps and -eps of each direction, sample-major, and the directions' factors.
+    def look(
+        self, site: Site, closure: Any, batch: Any, samples: int
+    ) -> tuple[Pairs, Draws | None]:
+        """Losses at +eps and -eps of each direction, sample-major, and what was drawn for all of them, if it was.
 
         Args:
             site: where from.
@@ -108,12 +111,12 @@ class RowLooks:
             rows = self._rows or run.count()
             try:
                 losses = run.two_calls(rows, samples)
-            except (_OtherRows, UserError):
+            except Exception:
+                # Of whatever kind: one row where three were is spread to three, and meets one label.
                 again = run.count()
                 if again == rows:
                     raise
                 rows = again
-                run.factors.clear()
                 losses = run.two_calls(rows, samples)
             self._rows = rows
         else:
@@ -125,13 +128,9 @@ class RowLooks:
                 if not math.isfinite(value):
                     raise NonFiniteLoss(site.step, value, f"at {where} in row {row % rows}")
         if self._unchecked:
-            run.check(rows)
+            run.check(rows, run.draws if samples == 1 else None)
             self._unchecked = False
-        return losses, run.factors
-
-
-class _OtherRows(Exception):
-    """A closure returned another number of losses than the rows it was looked at with."""
+        return losses, run.draws
 
 
 class _Rows:
@@ -139,17 +138,18 @@ class _Rows:
 
     def __init__(self, site: Site, closure: Any, batch: Any) -> None:
         self.site, self.function, self.data = site, closure, batch
-        self.factors: Factors = {}
+        self.draws: Draws | None = None  # of all the directions of the step
 
-    def _call(self, seeds: Any, signs: list[float], batch: Any, factors: Factors) -> list[float]:
-        look = Look(self.site.weights, seeds, signs, self.site.eps, factors)
+    def _call(self, draws: Draws, signs: list[float], batch: Any) -> list[float]:
+        look = Look(self.site.weights, draws, signs, self.site.eps)
         arguments = () if batch is None else (batch,)
         with looking(look):
             losses = self.site.shield.call(self.function, *arguments)
         return _per_row(losses, len(signs), batch is not None)
 
-    def _seeds(self, lanes: Iterable[int]) -> Any:
-        return direction_array([self.site.seed_of(lane) for lane in lanes])
+    def _draw(self, lanes: Iterable[int]) -> Draws:
+        seeds = np.array([self.site.seed_of(lane) for lane in lanes], np.uint64)
+        return self.site.weights.draw(seeds)
 
     def count(self) -> int:
         """How many rows the closure has: one bare forward."""
@@ -164,11 +164,11 @@ class _Rows:
         """Two calls a sample, rows as they are."""
         losses: Pairs = []
         for sample in range(samples):
-            seeds = self._seeds(range(sample * rows, (sample + 1) * rows))
-            factors = self.factors if samples == 1 else {}
-            plus = self._call(seeds, [1.0] * rows, self.data, factors)
-            minus = self._call(seeds, [-1.0] * rows, self.data, factors)
+            draws = self._draw(range(sample * rows, (sample + 1) * rows))
+            plus = self._call(draws, [1.0] * rows, self.data)
+            minus = self._call(draws, [-1.0] * rows, self.data)
             losses += zip(plus, minus, strict=True)
+            self.draws = draws if samples == 1 else None
         return losses
 
     def one_call(self, rows: int, samples: int) -> Pairs:
@@ -176,20 +176,22 @@ class _Rows:
         count = rows * samples
         repeated, _ = repeat_rows(self.data, 2 * samples)
         signs = [1.0] * count + [-1.0] * count
-        values = self._call(self._seeds(range(count)), signs, repeated, self.factors)
+        self.draws = self._draw(range(count))
+        values = self._call(self.draws, signs, repeated)
         return list(zip(values[:count], values[count:], strict=True))
 
-    def check(self, rows: int) -> None:
+    def check(self, rows: int, draws: Draws | None) -> None:
         """Refuse a model in which one row's direction reaches another row's loss."""
         batch, lanes = self.data, rows
         if batch is not None:
             batch, rows = repeat_rows(batch, 2)[0], 2 * rows
         elif rows < 2:
             return
-        seeds = self._seeds(range(lanes))
-        some = [float(row % 2) for row in range(rows)]
-        bare = self._call(seeds, [0.0] * rows, batch, {})
-        looked = self._call(seeds, some, batch, {})
+        draws = draws or self._draw(range(lanes))
+        # Thue and Morse's sequence, the last row on: neither a shift nor a reversal of the rows leaves it as it is.
+        some = [float(row.bit_count() % 2 or row == rows - 1) for row in range(rows)]
+        bare = self._call(draws, [0.0] * rows, batch)
+        looked = self._call(draws, some, batch)
         effect = max(abs(a - b) for a, b, on in zip(bare, looked, some, strict=True) if on)
         for row, (a, b, on) in enumerate(zip(bare, looked, some, strict=True)):
             if not on and abs(a - b) > 1e-3 * effect + 1e-5 * (1.0 + abs(a)):
@@ -220,7 +222,8 @@ def _scalar(loss: Any, step: int, where: str) -> float:
     if isinstance(loss, Tensor):
         if loss.numel() == 0:
             raise UserError("the closure returned an empty tensor: it must return the loss")
-        value = float(loss.detach().float().mean()) if loss.numel() > 1 else float(loss)
+        loss = loss.detach()
+        value = float(loss.float().mean()) if loss.numel() > 1 else float(loss)
     else:
         try:
             value = float(loss)
@@ -236,7 +239,10 @@ def _scalar(loss: Any, step: int, where: str) -> float:
 def _per_row(losses: Any, rows: int, whole: bool) -> list[float]:
     if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) != rows:
         if not whole and isinstance(losses, Tensor) and losses.dim() == 1:
-            raise _OtherRows
+            raise UserError(
+                f"activation space: the closure returned {len(losses)} losses after {rows} in the call before: all calls "
+                "of a step must see the same rows"
+            )
         raise UserError(
             f"activation space: loss_fn must return one loss a row, here a tensor [{rows}]; it returned {describe(losses)}"
         )

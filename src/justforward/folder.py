@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import yaml
 
-from justforward.config import TrainConfig, kept_values
+from justforward.config import TrainConfig, check_ranges, kept_values, labels_of
 from justforward.data import Example
 from justforward.errors import UserError
 
@@ -32,6 +32,16 @@ if os.name == "posix":
     import fcntl
 
 Metric = dict[str, Any]
+
+# Numbers that each kind of line in metrics.jsonl holds, and what other files must hold to be of use.
+_NUMBERS = {
+    "step": ("loss", "lr"),
+    "validation": ("accuracy", "loss"),
+    "before": ("accuracy", "loss"),
+}
+_ENVIRONMENT = {"data_sha256": str, "base_fingerprint": str, "versions": dict, "threads": int}
+_RESULT = {"status": str, "stopped_by": str, "seconds": (int, float), "rows": dict}
+_SCORES = ("accuracy", "loss", "before_accuracy", "before_loss", "kept_step", "validation_accuracy")
 
 
 @contextlib.contextmanager
@@ -41,9 +51,10 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         said = error.strerror or str(error)
-        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "make room" if error.errno in full else "make it writable"
         raise UserError(
-            f"{path}: cannot be written: {said}: {advice} and continue with --resume"
+            f"{path}: cannot be written: {said}: {advice} and try again (with --resume if the run folder exists)"
         ) from error
 
 
@@ -137,7 +148,7 @@ class RunFolder:
         self.unlock()
         if self.path in self._made:
             shutil.rmtree(self.path, ignore_errors=True)
-        for folder in reversed(self._made[:-1]):
+        for folder in reversed(self._made):
             with contextlib.suppress(OSError):  # another process may use it by now
                 folder.rmdir()
         self._made.clear()
@@ -177,7 +188,10 @@ class RunFolder:
             raise UserError(f"{self.path}: no such run folder: check the path")
         for file in (self._config, self._environment, self.log):
             if not file.is_file():
-                raise UserError(f"{self.path}: not a run folder: {file.name} is missing")
+                raise UserError(
+                    f"{self.path}: not a run folder: {file.name} is missing: check the path; what is left "
+                    "of a train that was killed before its first step can only be removed"
+                )
 
     def write_config(self, config: TrainConfig) -> None:
         """Write config.yaml."""
@@ -202,10 +216,15 @@ class RunFolder:
         if unknown:
             raise UserError(f"{self._config}: {unknown[0]!r} is no setting of train")
         try:
-            return TrainConfig(**{**values, "out": str(self.path)})
+            config = TrainConfig(**{**values, "out": str(self.path)})
+            check_ranges(config)
+            labels_of(config.labels)
         except TypeError as error:
             said = str(error).removeprefix("TrainConfig.__init__() ")
             raise UserError(f"{self._config}: incomplete: {said}") from error
+        except UserError as error:
+            raise UserError(f"{self._config}: {error}") from error
+        return config
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Write environment.json."""
@@ -213,7 +232,7 @@ class RunFolder:
 
     def read_environment(self) -> dict[str, Any]:
         """Read environment.json."""
-        return _read_object(self._environment)
+        return _read_object(self._environment, _ENVIRONMENT)
 
     # -------------------------------------------------------------------------------------- rows
 
@@ -268,7 +287,9 @@ class RunFolder:
         for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
             try:
                 metric = json.loads(line)
-                metrics.append({**metric, "kind": metric["kind"], "step": int(metric["step"])})
+                for name in ("step", "forwards", "seconds", *_NUMBERS[metric["kind"]]):
+                    metric[name] = metric[name] + 0  # a number
+                metrics.append(metric)
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{self._metrics}:{number}: damaged: {line[:60]!r}: remove the line"
@@ -292,7 +313,13 @@ class RunFolder:
 
     def read_result(self) -> dict[str, Any] | None:
         """Read result.json; None where no session has ended yet."""
-        return _read_object(self._result) if self._result.exists() else None
+        if not self._result.exists():
+            return None
+        result = _read_object(self._result, _RESULT)
+        for name in _SCORES if result["status"] == "finished" else ():
+            if not isinstance(result.get(name), (int, float)):
+                raise UserError(f"{self._result}: damaged: {name} is missing: remove the file")
+        return result
 
 
 def best_step(metrics: Iterable[Metric], steps: int) -> Metric | None:
@@ -301,11 +328,14 @@ def best_step(metrics: Iterable[Metric], steps: int) -> Metric | None:
     return min(found, key=lambda m: (-m["accuracy"], m["loss"], m["step"]), default=None)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path, needed: dict[str, Any]) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")
+    for name, kind in needed.items():
+        if not isinstance(value.get(name), kind):
+            raise UserError(f"{path}: damaged: {name} is missing")
     return value

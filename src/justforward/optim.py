@@ -18,7 +18,15 @@ from torch.optim import Optimizer
 from justforward import noise, rules
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
-from justforward.estimators import Pairs, RowLooks, Site, describe, look_weights, looking_mode
+from justforward.estimators import (
+    Draws,
+    Pairs,
+    RowLooks,
+    Site,
+    describe,
+    look_weights,
+    looking_mode,
+)
 from justforward.interrupts import Shield
 from justforward.playback import apply_steps, check_base, fingerprint, header_for
 from justforward.trajectory import Course, Log, Step, Writer, read_log, rounded
@@ -26,6 +34,7 @@ from justforward.trajectory import Course, Log, Step, Writer, read_log, rounded
 Closure = Callable[[], Any]
 LossFn = Callable[[Any], Tensor]
 ESTIMATORS = ("weight", "activation")
+LONGEST_EPS = 100.0
 
 
 class MeZO(Optimizer):
@@ -84,12 +93,14 @@ class MeZO(Optimizer):
                 f"estimator is {estimator!r}: it must be one of {', '.join(ESTIMATORS)}"
             )
         self.estimator = estimator
-        self.family = _family(family, estimator)
+        self.family = family_of(family, estimator)
         self.rule = rules.parse(rule)
         self.seed = seed
         self.model = params if isinstance(params, nn.Module) else model
-        if isinstance(num_samples, int) and num_samples < 1:
-            raise UserError(f"num_samples is {num_samples}: it must be at least 1")
+        if not callable(num_samples) and (not isinstance(num_samples, int) or num_samples < 1):
+            raise UserError(
+                f"num_samples is {num_samples!r}: it must be a whole number, at least 1, or a function of the step"
+            )
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise UserError(
                 f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^64"
@@ -111,6 +122,8 @@ class MeZO(Optimizer):
                 raise UserError(
                     f"{log}: the log exists: resume it (resume=True) or choose another name"
                 )
+            if not os.path.isdir(os.path.dirname(log) or "."):
+                raise UserError(f"{log}: there is no folder {os.path.dirname(log)}: make it first")
             base = fingerprint(self.model)
         old = read_log(log) if log is not None and resume and os.path.exists(log) else None
         if old is not None and self.model is not None:
@@ -193,9 +206,9 @@ class MeZO(Optimizer):
                 "step() needs a closure that returns the loss: step(closure) or step(loss_fn, batch)"
             )
         with Shield() as shield:
-            step, back, factors = self._estimate(closure, batch, shield, keep_back=True)
+            step, back, draws = self._estimate(closure, batch, shield, keep_back=True)
             try:
-                self._apply(step, back, factors)
+                self._apply(step, back, draws)
             except BaseException:
                 if back is not None and self.steps == step.index:
                     self.weights.look(
@@ -206,7 +219,7 @@ class MeZO(Optimizer):
 
     def _estimate(
         self, closure: Any, batch: Any, shield: Shield, keep_back: bool
-    ) -> tuple[Step, list[float] | None, dict[int, Any] | None]:
+    ) -> tuple[Step, list[float] | None, Draws | None]:
         eps = self._eps()
         samples = self._samples(self.steps)
         if not isinstance(samples, int) or samples < 1:
@@ -221,16 +234,16 @@ class MeZO(Optimizer):
             shield,
         )
         back: list[float] | None = None
-        factors: dict[int, Any] | None = None
+        draws: Draws | None = None
         with looking_mode(self.model):
             if self.estimator == "weight":
                 losses = look_weights(site, closure, batch, samples, keep_back)
                 back = eps if keep_back else None
             else:
-                losses, factors = self._row_looks.look(site, closure, batch, samples)
+                losses, draws = self._row_looks.look(site, closure, batch, samples)
         try:
             grads = [(plus - minus) / (2.0 * eps[0]) for plus, minus in losses]
-            return self._step_from(losses, grads, samples), back, factors
+            return self._step_from(losses, grads, samples), back, draws
         except BaseException:
             if back is not None:
                 self.weights.look(self._direction(self.steps, samples - 1), eps, 1.0)
@@ -262,17 +275,18 @@ class MeZO(Optimizer):
             forwards=2 * samples,
         )
 
-    def _apply(self, step: Step, back: list[float] | None, factors: dict[int, Any] | None) -> None:
+    def _apply(self, step: Step, back: list[float] | None, draws: Draws | None) -> None:
         if step.index != self.steps:
             raise UserError(f"step {step.index} cannot be applied: the next step is {self.steps}")
         if self._writer is not None:
             self._writer.append(step)
         move = self._course.move(step)
-        # Known factors are those of this step's directions only: momentum brings older ones.
-        self.weights.update([move], back, factors if self.rule.momentum is None else None)
+        # What was drawn are this step's directions only: momentum brings older ones.
+        self.weights.update([move], back, draws if self.rule.momentum is None else None)
         self._rule_state = step.rule_state
         self._scales = step.scales
         self.steps += 1
+        self._opt_called = True  # torch's schedulers ask for it: a step may be taken without `step`
 
     def _eps(self) -> list[float]:
         values = [float(group["eps"]) for group in self.param_groups]
@@ -313,6 +327,8 @@ class MeZO(Optimizer):
             **super().state_dict(),
             "justforward": {
                 "steps": self.steps,
+                "seed": self.seed,
+                "family": self.family,
                 "rule": self.rule.spec,
                 "rule_state": self._rule_state,
                 "scales": self._scales,
@@ -325,15 +341,16 @@ class MeZO(Optimizer):
         """Take over a state; the weights themselves are the model's and must be those it was saved with.
 
         Raises:
-            UserError: the state is not of this optimizer, or of another rule or other tensors.
+            UserError: the state is not of this optimizer, or of another seed, family or rule, or other tensors.
         """
         own = state_dict.get("justforward")
         if own is None:
             raise UserError("load_state_dict: not the state of a MeZO optimizer")
-        if own["rule"] != self.rule.spec:
-            raise UserError(
-                f"load_state_dict: the rule is {own['rule']} in the state and {self.rule.spec} here"
-            )
+        for key, here in (("seed", self.seed), ("family", self.family), ("rule", self.rule.spec)):
+            if own[key] != here:
+                raise UserError(
+                    f"load_state_dict: the {key} is {own[key]} in the state and {here} here"
+                )
         shapes = [tuple(e.shape) for e in own["exponents"]]
         if shapes != [tuple(e.shape) for e in self.weights.exponents]:
             raise UserError("load_state_dict: the state is of other tensors")
@@ -358,7 +375,8 @@ def linear_samples(first: int, last: int, steps: int) -> Callable[[int], int]:
     return schedule
 
 
-def _family(family: str | None, estimator: str) -> str:
+def family_of(family: str | None, estimator: str) -> str:
+    """Name in `FAMILIES` of the directions that an estimator takes."""
     name = family or "gaussian"
     if name not in FAMILIES:
         raise UserError(f"family is {family!r}: it must be one of {', '.join(FAMILIES)}")
@@ -404,11 +422,15 @@ def _groups(params: Any, model: nn.Module | None) -> tuple[list[dict[str, Any]],
 
 
 def _check_positive(group: dict[str, Any]) -> None:
-    for key, least in (("lr", 0.0), ("eps", 0.0), ("weight_decay", 0.0)):
+    for key, low, high, allowed in (
+        ("lr", 0.0, math.inf, "positive and finite"),
+        # beyond this the grid, which holds a look of eps exactly, would round weights away
+        ("eps", 0.0, LONGEST_EPS, f"positive and at most {LONGEST_EPS:g}"),
+        ("weight_decay", -1e-300, math.inf, "finite and at least 0"),
+    ):
         value = group[key]
-        good = isinstance(value, (int, float, Tensor)) and math.isfinite(value) and value >= least
-        if not good or (key != "weight_decay" and value == 0.0):
-            allowed = "finite and at least 0" if key == "weight_decay" else "positive and finite"
+        good = isinstance(value, (int, float, Tensor)) and low < value <= high
+        if not good or math.isinf(value):
             raise UserError(f"{key} is {value!r}: it must be {allowed}")
 
 

@@ -36,6 +36,8 @@ def fingerprint(model: nn.Module) -> str:
             digest.update(f"tied to {seen[id(tensor)]}\0".encode())
             continue
         seen[id(tensor)] = name
+        if tensor.is_meta:
+            raise UserError(f"{name} is on the meta device and has no values: load it first")
         for part in _slices(tensor):
             digest.update(part)
     return digest.hexdigest()
@@ -44,7 +46,7 @@ def fingerprint(model: nn.Module) -> str:
 def _slices(tensor: Tensor) -> Iterable[Any]:
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), 1 << 24):
-        yield flat[start : start + (1 << 24)].cpu().view(torch.uint8).numpy().data
+        yield flat[start : start + (1 << 24)].cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def header_for(
@@ -65,7 +67,7 @@ def header_for(
         "base": base,
         "seed": seed,
         "family": family,
-        "groups": list(eps),
+        "groups": [float(e) for e in eps],
         "rule": rule,
         "rule_state": rule_state,
         "momentum": list(momentum),
@@ -89,6 +91,10 @@ def check_base(model: nn.Module, log: Log) -> list[tuple[str, Tensor]]:
     if header["noise"] != noise.NOISE_VERSION:
         raise UserError(
             f"{log.path}: made with noise version {header['noise']}, this is version {noise.NOISE_VERSION}: use the version that wrote it"
+        )
+    if header["family"] not in FAMILIES:
+        raise UserError(
+            f"{log.path}: directions are {header['family']!r}, this version knows {', '.join(FAMILIES)}: use the version that wrote it"
         )
     have = dict(model.named_parameters(remove_duplicate=False))
     found: list[tuple[str, Tensor]] = []

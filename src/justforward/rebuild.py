@@ -61,9 +61,6 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
     use_threads(config.threads)
     examples = read_examples(data, task)
     split, rows, dropped = _rows(config, folder, run, data, examples)
-    note(f"scoring {len(rows)} rows of {data} ({_SPLITS[split]})")
-    if dropped:
-        note(f"{dropped} rows left out: the run was trained or validated on them")
     model, tokenizer = load_model(source, notify=note)
     max_length = config.max_length
     if max_length is None and run is not None:
@@ -74,6 +71,9 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
     if folder is not None and run is not None:
         step = kept_step(folder, run)
         replay_log(model, folder.log, step)
+    note(f"scoring {len(rows)} rows of {data} ({_SPLITS[split]})")
+    if dropped:
+        note(f"{dropped} rows left out: the run was trained or validated on them")
     found = scorer.evaluate(rows, config.batch_size)
     return {
         "accuracy": found.accuracy,

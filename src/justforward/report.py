@@ -192,7 +192,7 @@ def spell_inspect(found: Result) -> str:
         f"task      {found['template']!r}, {labels}",
         f"data      {found['data']}",
         f"method    {found['estimator']} space, {found['rule']}, lr {found['lr']:g} "
-        f"({found['lr_schedule']}), eps {found['eps']:g}, {found['num_samples']} samples, "
+        f"({found['lr_schedule']}), eps {found['eps']:g}, samples {found['num_samples']}, "
         f"batch {found['batch_size']}, seed {found['seed']}",
         f"run       {found['status']}"
         + (f" ({found['stopped_by']})" if found["stopped_by"] else "")

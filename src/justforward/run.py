@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,13 @@ from justforward.config import (
     validation_due,
 )
 from justforward.data import Example, Splits, batches, read_examples
+from justforward.directions import FAMILIES, compile_kernels
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.evaluate import Evaluation, Scorer
 from justforward.folder import Metric, RunFolder, best_step, check_new, data_hash
 from justforward.interrupts import Shield
 from justforward.models import load_model
-from justforward.optim import MeZO
+from justforward.optim import MeZO, family_of
 from justforward.playback import fingerprint, replay
 from justforward.prepare import (
     Stop,
@@ -129,9 +131,7 @@ def _load(
         log, metrics, done = _reopen(config, folder, digest, progress)
         if done is not None:
             return done
-    for note in splits.notes:
-        progress.note(f"note: {note}")
-    progress.note(f"rows: {_spell_rows(splits)}")
+    compile_kernels(FAMILIES[family_of(config.family, config.estimator)])
     session = _Session(config, task, splits, folder, progress, metrics, started, digest, log)
     session.load()
     return session
@@ -218,18 +218,21 @@ class _Session:
     def load(self) -> None:
         """Load the model, score what must be scored before training, make the folder and the optimizer."""
         self._load_base()
+        for note in self.splits.notes:
+            self.progress.note(f"note: {note}")
+        self.progress.note(f"rows: {_spell_rows(self.splits)}")
         if self.log is not None:
             self._repair(self.log)
         else:
             self._score_before()
         assert self.model is not None
-        if self.log is None:
-            self.folder.make()
         try:
             with Shield():  # all of it or nothing
+                if self.log is None:
+                    self.folder.make()
                 self._make_optimizer()
         except BaseException:
-            self.folder.unmake()
+            self._unmake()
             raise
         self.forwards = forwards_until(self.config, self.steps)
 
@@ -322,7 +325,7 @@ class _Session:
             raise Interrupted(result) from None
         except UserError:
             if first == self.steps == 0 and self.log is None:
-                self.folder.unmake()  # the first look found out that this cannot be trained
+                self._unmake()  # the first look found out that this cannot be trained
             else:
                 # a full disk is one reason to be here: then this cannot be written either, and the
                 # log's whole records are enough to continue from
@@ -347,12 +350,12 @@ class _Session:
             rows = batches(len(train), config.batch_size, config.seed, opt.steps)
             batch = scorer.encode([train[row] for row in rows])
             before, clock = self.forwards, time.monotonic()
-            loss = opt.step(scorer.losses, batch)
-            self.forwards += 2 * samples_at(config, opt.steps - 1)
-            took = round(time.monotonic() - clock, 4)
-            self._append(
-                self._metric("step", self.steps, self.forwards, loss=loss, lr=lr, step_seconds=took)
-            )
+            with Shield() as shield:  # a step and its line: both or neither
+                loss = opt.step(partial(shield.call, scorer.losses), batch)
+                self.forwards += 2 * samples_at(config, opt.steps - 1)
+                took = round(time.monotonic() - clock, 4)
+                values = {"loss": loss, "lr": lr, "step_seconds": took}
+                self._append(self._metric("step", self.steps, self.forwards, **values))
             self.progress.step(self.forwards, loss)
             if validation_due(config, before, self.forwards):
                 self._append(self._validation(self.steps, self.forwards))
@@ -361,7 +364,10 @@ class _Session:
         self.progress.stop()
 
     def _validation(self, step: int, forwards: int) -> Metric:
-        found = self._evaluate(self.splits.validation)
+        try:
+            found = self._evaluate(self.splits.validation)
+        except UserError as error:
+            raise UserError(f"step {step}: {error}, or start again with a lower --lr") from error
         self.progress.validation(forwards, found.accuracy, found.loss)
         return self._metric("validation", step, forwards, accuracy=found.accuracy, loss=found.loss)
 
@@ -434,6 +440,11 @@ class _Session:
             "log_bytes": self.folder.log.stat().st_size,
             "out": str(self.folder.path),
         }
+
+    def _unmake(self) -> None:
+        with contextlib.suppress(UserError):
+            self._close()
+        self.folder.unmake()
 
     def _close(self) -> None:
         if self.opt is not None:

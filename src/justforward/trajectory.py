@@ -8,9 +8,10 @@ Layout (all little-endian):
 A data word is a float32 rounded to its upper 26 bits (18 significant bits), which is the number that training
 itself uses: 4 bytes a plain step. Words whose exponent bits are all ones are marks: the number of coefficients,
 the scales and decays of the parameter groups (written only when they change), and the seal. The check of a word
-is six bits of a CRC-32 chained from the header through every word before it, so that a flipped bit anywhere
-shows; the seal, written on a clean end, holds the whole of that CRC. A step is written by one system call: what
-a kill leaves behind is whole steps and at most one torn one.
+is six bits of a CRC-32 chained from the header through every word before it: one flipped bit always shows, in
+its own word; other damage with odds of 63 in 64 there and in each word that follows. The seal, written on a
+clean end, holds the whole of that CRC. A step is written by one system call: what a kill leaves behind is whole
+steps and at most one torn one.
 """
 
 from __future__ import annotations
@@ -34,15 +35,29 @@ from justforward.errors import UserError
 MAGIC = b"JFLOG 1\n"
 _COUNT, _SCALES, _DECAYS, _SEAL = range(4)
 _MAX_COUNT = (1 << 13) - 1
+# Where in the CRC the six bits of check stand: chosen so that each of a word's 26 bits changes at least one of them.
+_CHECK = 14
+_HEADER = {
+    "noise": int,
+    "base": str,
+    "seed": int,
+    "family": str,
+    "groups": list,
+    "rule_state": int,
+    "momentum": list,
+    "tensors": list,
+}
 
 
 def rounded(value: float) -> float:
     """`value` as the log keeps it: a float32 with 18 significant bits, to nearest even."""
-    bits = int(np.float32(value).view(np.uint32))
-    if bits & 0x7F800000 == 0x7F800000:
+    with np.errstate(over="ignore"):
+        bits = int(np.float32(value).view(np.uint32))
+    even = (bits + 31 + (bits >> 6 & 1)) & ~63
+    # Rounding may carry the largest numbers to infinity, and a NaN anywhere: look before and after.
+    if bits & 0x7F800000 == 0x7F800000 or even & 0x7F800000 == 0x7F800000:
         raise UserError(f"a coefficient of the step is {value}: lower lr")
-    bits = (bits + 31 + (bits >> 6 & 1)) & ~63
-    return float(np.uint32(bits).view(np.float32))
+    return float(np.uint32(even).view(np.float32))
 
 
 @dataclass(frozen=True)
@@ -105,15 +120,25 @@ class Course:
 class _Words:
     """The chain of checked words, for writer and reader alike."""
 
-    def __init__(self, state: int) -> None:
+    def __init__(self, state: int, groups: int, rule_state: int) -> None:
         self.state = state
         self.count = 1
-        self.groups: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+        self.groups: tuple[tuple[float, ...], tuple[float, ...]] = (
+            (1.0,) * groups,
+            (0.0,) * groups,
+        )
+        self.sizes = (groups, rule_state)
+
+    def copy(self) -> _Words:
+        """The chain at this point."""
+        words = _Words(self.state, *self.sizes)
+        words.count, words.groups = self.count, self.groups
+        return words
 
     def next(self, data: int) -> int:
         """The word for 26 bits of data (which stand in the upper bits)."""
         self.state = zlib.crc32(struct.pack("<I", data), self.state)
-        return data | self.state & 63
+        return data | self.state >> _CHECK & 63
 
     def mark(self, kind: int, argument: int = 0) -> int:
         return self.next((0xFF0 | kind) << 19 | argument << 6)
@@ -122,7 +147,27 @@ class _Words:
         return self.next(int(np.float32(value).view(np.uint32)))
 
 
+def _check_fits(step: Step, words: _Words) -> None:
+    groups, rule_state = words.sizes
+    for what, have, least, most in (
+        ("directions", len(step.coefficients), 1, _MAX_COUNT),
+        ("scales", len(step.scales), groups, groups),
+        ("decays", len(step.decays), groups, groups),
+        ("scalars of rule state", len(step.rule_state), rule_state, rule_state),
+    ):
+        if not least <= have <= most:
+            allowed = f"{least}" if least == most else f"{least} to {most}"
+            raise UserError(f"step {step.index} has {have} {what}: this log takes {allowed}")
+    for value in (*step.coefficients, *step.scales, *step.decays, *step.rule_state):
+        if rounded(value) != value:
+            raise UserError(
+                f"step {step.index} has the number {value}, which the log would keep as {rounded(value)}: "
+                "round it before (trajectory.rounded)"
+            )
+
+
 def _encode(words: _Words, step: Step) -> bytes:
+    _check_fits(step, words)
     out: list[int] = []
     if len(step.coefficients) != words.count:
         words.count = len(step.coefficients)
@@ -182,14 +227,16 @@ def read_log(path: str | os.PathLike[str]) -> Log:
         raise UserError(
             f"{file}: not a justforward log (it does not start with {MAGIC[:6].decode()!r})"
         )
+    if MAGIC.startswith(raw):
+        raise UserError(f"{file}: the header is cut short: the log cannot be used")
     if not raw.startswith(MAGIC):
-        version = raw[6:8].decode("latin-1").strip()
+        version = raw[6:16].split(b"\n")[0].decode("latin-1")
         raise UserError(
             f"{file}: log format {version!r}, this version reads format '1': use the version that wrote it"
         )
     header, at = _read_header(file, raw)
-    words = _Words(zlib.crc32(raw[:at]))
-    steps, good, sealed = _read_steps(file, raw, at, header, words)
+    words = _Words(zlib.crc32(raw[: at - 4]), len(header["groups"]), header["rule_state"])
+    steps, good, sealed = _read_steps(file, raw, at, words)
     return Log(file, header, steps, good, len(raw) - good, sealed, words)
 
 
@@ -203,13 +250,21 @@ def _read_header(file: Path, raw: bytes) -> tuple[dict[str, Any], int]:
         raise UserError(
             f"{file}: the header is damaged (its checksum differs): the log cannot be used"
         )
-    return json.loads(zlib.decompress(raw[start:end])), end + 4
+    try:
+        header = json.loads(zlib.decompress(raw[start:end]))
+    except (zlib.error, ValueError, RecursionError):
+        header = None
+    if (
+        not isinstance(header, dict)
+        or any(not isinstance(header.get(key), kind) for key, kind in _HEADER.items())
+        or header["rule_state"] < 0
+    ):
+        raise UserError(f"{file}: the header is not one of a log: use the version that wrote it")
+    return header, end + 4
 
 
-def _read_steps(
-    file: Path, raw: bytes, at: int, header: dict[str, Any], words: _Words
-) -> tuple[list[Step], int, bool]:
-    groups, state_size = len(header["groups"]), header["rule_state"]
+def _read_steps(file: Path, raw: bytes, at: int, words: _Words) -> tuple[list[Step], int, bool]:
+    groups, state_size = words.sizes
     steps: list[Step] = []
     good, sealed = at, False
     kept = (words.state, words.count, words.groups)
@@ -217,22 +272,22 @@ def _read_steps(
     floats: list[float] = (values & np.uint32(0xFFFFFFC0)).view(np.float32).tolist()
     data = (values & np.uint32(0xFFFFFFC0)).tolist()
     checks = (values & np.uint32(63)).tolist()
-    scales, decays = (1.0,) * groups, (0.0,) * groups
-    words.groups = (scales, decays)
+    scales, decays = words.groups
     place = 0
     total = len(data)
 
     def take(count: int) -> list[float] | None:
         nonlocal place
-        if place + count > total:
-            return None
-        for i in range(place, place + count):
+        # The words of a torn step are checked too: it could be a whole one whose count is damaged.
+        for i in range(place, min(place + count, total)):
             words.state = zlib.crc32(struct.pack("<I", data[i]), words.state)
-            if words.state & 63 != checks[i]:
+            if words.state >> _CHECK & 63 != checks[i]:
                 raise UserError(
                     f"{file}: damaged at byte {at + 4 * i}, in step {len(steps)}: a checksum differs: the log cannot "
-                    "be used (a copy of it, or fewer steps, may be)"
+                    "be used: restore it from a copy"
                 )
+        if place + count > total:
+            return None
         place += count
         return floats[place - count : place]
 
@@ -242,7 +297,7 @@ def _read_steps(
             before = words.state
             if take(1) is None:
                 break
-            if kind == _COUNT:
+            if kind == _COUNT and argument:
                 words.count = argument
             elif kind in (_SCALES, _DECAYS):
                 taken = take(groups)
@@ -256,8 +311,7 @@ def _read_steps(
                 first = place
                 if take(2) is None:
                     break
-                crc = (data[first] >> 6 & 0xFFFF) << 16 | data[first + 1] >> 6 & 0xFFFF
-                if crc != before:
+                if (data[first] >> 6, data[first + 1] >> 6) != (before >> 16, before & 0xFFFF):
                     raise UserError(
                         f"{file}: damaged before byte {at + 4 * first}: the seal differs: the log cannot be used"
                     )
@@ -288,7 +342,10 @@ class Writer:
         self.path = path
         self._words = words
         self._size = size
-        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - lives as long as the run
+        try:
+            self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - lives as long as the run
+        except OSError as error:
+            raise UserError(f"{path}: the log cannot be written: {error.strerror}") from None
         self._file.truncate(size)
         self._file.seek(size)
 
@@ -302,20 +359,23 @@ class Writer:
         file = Path(path)
         packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
         raw = MAGIC + struct.pack("<I", len(packed)) + packed
-        raw += struct.pack("<I", zlib.crc32(raw))
+        # The chain starts from this checksum: a checksum over data and its own checksum is the same for any data.
+        state = zlib.crc32(raw)
+        raw += struct.pack("<I", state)
+        created = False
         try:
             with open(file, "xb") as out:
+                created = True
                 out.write(raw)
         except FileExistsError:
             raise UserError(
                 f"{file}: the log exists: resume it (resume=True) or choose another name"
             ) from None
         except OSError as error:
-            file.unlink(missing_ok=True)
+            if created:
+                file.unlink(missing_ok=True)
             raise UserError(f"{file}: the log cannot be written: {error.strerror}") from None
-        words = _Words(zlib.crc32(raw))
-        groups = len(header["groups"])
-        words.groups = ((1.0,) * groups, (0.0,) * groups)
+        words = _Words(state, len(header["groups"]), header["rule_state"])
         return cls(file, words, len(raw))
 
     @classmethod
@@ -346,8 +406,7 @@ class Writer:
         self._write(encode)
 
     def _write(self, encode: Any) -> None:
-        words = _Words(self._words.state)
-        words.count, words.groups = self._words.count, self._words.groups
+        words = self._words.copy()
         raw = encode(words)
         try:
             written = self._file.write(raw)
@@ -365,8 +424,10 @@ class Writer:
     def close(self) -> None:
         """Seal and close; does nothing the second time."""
         if not self._file.closed:
-            self.seal()
-            self._file.close()
+            try:
+                self.seal()
+            finally:
+                self._file.close()
 
 
 def verify(path: str | os.PathLike[str]) -> Log:

@@ -11,6 +11,9 @@ each stage. Kernels release the GIL and take a range of tiles, so any number of 
 # (Numba types what is in here; mypy cannot follow its intrinsics.)
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,7 @@ _DITHER_TILE, _DITHER_LANE = u64(spec.DOMAIN_DITHER_TILE), u64(spec.DOMAIN_DITHE
 _GAUSSIAN, _RADEMACHER = u64(spec.DOMAIN_GAUSSIAN), u64(spec.DOMAIN_RADEMACHER)
 _HALF, _ONE, _SIGN = f32(0.5), f32(1.0), u32(0x80000000)
 _ZERO = f32(0.0)  # -0.0 + 0.0 is +0.0: a negative zero would not survive a look
+_MADV_PAGEOUT = 21
 _POW_M32, _POW_M24 = f32(2.0**-32), f32(2.0**-24)
 
 # The grid: a tile's weights are integers n times q = 2^k with |n| <= 1.5 x 2^23; a look may add 2^22 and is
@@ -400,11 +404,23 @@ def _outer(acc, start, size, columns, a, b, d0, d1):
         sums = acc[done : done + length]
         for i in range(length):
             sums[i] = f32(0.0)
-        for d in range(d0, d1):
+        d = d0
+        while d + 4 <= d1:  # four at a time, in order: a sum is read and written once for all four
+            c0, c1, c2, c3 = a[d, row], a[d + 1, row], a[d + 2, row], a[d + 3, row]
+            v0 = b[d, column : column + length]
+            v1 = b[d + 1, column : column + length]
+            v2 = b[d + 2, column : column + length]
+            v3 = b[d + 3, column : column + length]
+            for i in range(length):
+                s = f32(f32(sums[i] + f32(c0 * v0[i])) + f32(c1 * v1[i]))
+                sums[i] = f32(f32(s + f32(c2 * v2[i])) + f32(c3 * v3[i]))
+            d += 4
+        while d < d1:
             c = a[d, row]
             values = b[d, column : column + length]
             for i in range(length):
                 sums[i] = f32(sums[i] + f32(c * values[i]))
+            d += 1
         done += length
 
 
@@ -435,6 +451,22 @@ def update_outer(theta, exponents, first, last, columns, stream, steps, ends, a,
             word = _one_word(tile, steps[s], stream, _DITHER_TILE)
             _decay(part, acc, decays[s])
             _settle(part, exponents, tile, acc, _ONE, lanes[s], word)
+
+
+def release_compiler() -> None:
+    """Give back the memory of LLVM's code, 65 MB that nothing needs until something is compiled again.
+
+    The pages are those of a library's file: the system reads them back when they are touched. Where it cannot
+    do this (not Linux, an old kernel), they stay.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
+        library = ctypes.CDLL(None)
+        for line in maps:
+            if "llvmlite" in line:
+                start, end = (int(part, 16) for part in line.split()[0].split("-"))
+                library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
 
 @_kernel
