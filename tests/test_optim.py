@@ -787,7 +787,7 @@ REFUSALS: list[tuple[Callable[[], Any], dict[str, Any], str]] = [
     (classifier, {"lr": math.nan}, "lr is nan"),
     (classifier, {"lr": math.inf}, "lr is inf"),
     (classifier, {"lr": "fast"}, "lr is 'fast'"),
-    (classifier, {"eps": 0.0}, "eps is 0.0: it must be positive and finite"),
+    (classifier, {"eps": 0.0}, "eps is 0.0: it must be positive and at most 100"),
     (classifier, {"eps": -1e-3}, "eps is -0.001"),
     (classifier, {"eps": math.nan}, "eps is nan"),
     (classifier, {"eps": math.inf}, "eps is inf"),

@@ -200,7 +200,7 @@ def _seed(value: float) -> bool:
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "lr": (_positive, "positive and finite"),
-    "eps": (_positive, "positive and finite"),
+    "eps": (lambda value: 0 < value <= 100, "positive and at most 100"),
     "weight_decay": (_not_negative, "finite and at least 0"),
     "max_minutes": (_positive, "positive and finite"),
     "target_accuracy": (_share, "above 0 and at most 1"),

@@ -1,8 +1,8 @@
 """Weight space: the only code that moves weights.
 
 `Weights` holds the trainable tensors on their grids (`docs/design.md`, "Exact weights"), looks along dense or
-rank-one directions in place, and applies steps. All of it is a sweep over tiles of 1,024 elements; tiles are
-dealt to threads in contiguous ranges and no tile depends on another, so threads never change a bit.
+rank-one directions in place, and applies steps. All of it is a sweep over tiles of 1,024 elements; no tile
+depends on another, so which thread does which never changes a bit.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Factors of rank-one directions are materialised for this many directions at a time in a long replay.
 _FACTORS_AT_ONCE = 128
+# A sweep is cut into so many shares a thread, of so many tiles at least (a quarter of a millisecond).
+_SHARES, _SMALLEST_SHARE = 16, 256
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,6 @@ class Weights:
         self.floors = [grid_floor(e, family) for e in eps]
         for name, tensor in tensors:
             check_trainable(name, tensor)
-            _check_finite(name, tensor)  # all of them before the first one moves
         self._check_apart()
         self._numba = all(tensor.device.type == "cpu" for tensor in self.tensors)
         self.exponents: list[Tensor] = []
@@ -141,7 +142,9 @@ class Weights:
             tiles = -(-tensor.numel() // spec.TILE)
             self.exponents.append(torch.zeros(tiles, dtype=torch.int8, device=tensor.device))
         if self._numba:
-            compile_kernels(family)
+            compile_kernels(family)  # before the weights are read for the first time, and take their memory
+        for name, tensor in tensors:
+            _check_finite(name, tensor)  # all of them before the first one moves
         for i, group in enumerate(self.groups):
             self._backend().lay_grid(self._flat(i), self._grid(i), self.floors[group])
 
@@ -320,19 +323,27 @@ class Weights:
         return decays if self.tensors[i].dim() >= 2 else np.zeros_like(decays)
 
     def _sweep(self, calls: Sequence[Callable[[int, int], None]]) -> None:
-        """Call every tensor's kernel over all of its tiles, dealt evenly to torch's number of threads."""
+        """Call every tensor's kernel over all of its tiles, with torch's number of threads.
+
+        Threads take small shares as they come: after a forward torch's own threads spin for some milliseconds,
+        and a thread of ours that has to make room for one would keep the others waiting.
+        """
         threads = torch.get_num_threads() if self._numba else 1
         if self._shares[0] != threads:
-            self._shares = (threads, _deal([len(e) for e in self.exponents], threads))
+            tiles = [len(exponents) for exponents in self.exponents]
+            most = max(sum(tiles) // _SMALLEST_SHARE, 1)
+            self._shares = (threads, _deal(tiles, min(_SHARES * threads, most)))
+        shares = iter(self._shares[1])  # shared by all: a list's iterator hands out each item once
 
-        def work(share: list[tuple[int, int, int]]) -> None:
-            for i, first, last in share:
-                calls[i](first, last)
+        def work() -> None:
+            for share in shares:
+                for i, first, last in share:
+                    calls[i](first, last)
 
-        mine, *others = self._shares[1]
-        futures = [_pool(threads - 1).submit(work, share) for share in others if share]
+        helpers = min(threads, len(self._shares[1])) - 1
+        futures = [_pool(threads - 1).submit(work) for _ in range(helpers)]
         try:
-            work(mine)
+            work()
         finally:
             # Another thread's share must be done before anyone looks at the weights, whatever happened here.
             errors = [future.exception() for future in futures]
@@ -353,10 +364,10 @@ def _bind(kernel: Any, theta: Any, grid: Any, *rest: Any) -> Callable[[int, int]
     return call
 
 
-def _deal(tiles: Sequence[int], threads: int) -> list[list[tuple[int, int, int]]]:
-    """Split all tiles of all tensors into `threads` contiguous shares of (tensor, first, last)."""
+def _deal(tiles: Sequence[int], count: int) -> list[list[tuple[int, int, int]]]:
+    """Split all tiles of all tensors into `count` contiguous shares of (tensor, first, last)."""
     total = sum(tiles)
-    shares: list[list[tuple[int, int, int]]] = [[] for _ in range(max(threads, 1))]
+    shares: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]
     per_share = max(-(-total // len(shares)), 1)
     done = 0
     for i, count in enumerate(tiles):

@@ -424,10 +424,8 @@ class Writer:
     def close(self) -> None:
         """Seal and close; does nothing the second time."""
         if not self._file.closed:
-            try:
-                self.seal()
-            finally:
-                self._file.close()
+            self.seal()
+            self._file.close()
 
 
 def verify(path: str | os.PathLike[str]) -> Log:

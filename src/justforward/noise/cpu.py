@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from justforward.noise import spec
@@ -40,6 +41,7 @@ _GAUSSIAN, _RADEMACHER = u64(spec.DOMAIN_GAUSSIAN), u64(spec.DOMAIN_RADEMACHER)
 _HALF, _ONE, _SIGN = f32(0.5), f32(1.0), u32(0x80000000)
 _ZERO = f32(0.0)  # -0.0 + 0.0 is +0.0: a negative zero would not survive a look
 _MADV_PAGEOUT = 21
+_LINE = 16  # float32 values of a cache line
 _POW_M32, _POW_M24 = f32(2.0**-32), f32(2.0**-24)
 
 # The grid: a tile's weights are integers n times q = 2^k with |n| <= 1.5 x 2^23; a look may add 2^22 and is
@@ -89,12 +91,40 @@ def _select(typingctx: Any, condition: Any, yes: Any, no: Any) -> Any:
     return yes(types.boolean, yes, yes), codegen
 
 
+@intrinsic
+def _prefetch(typingctx: Any, values: Any, at: Any) -> Any:
+    """Ask for the cache line of values[at], to be written."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        pointer = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(8).as_pointer())
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(fetch, [pointer, word(1), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.none(values, types.intp), codegen
+
+
 def _inline(function: Any) -> Any:
     return njit(inline="always")(function)
 
 
 def _kernel(function: Any) -> Any:
-    return njit(nogil=True, cache=True)(function)
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder to keep the cache in: compiled anew in each process
+        return njit(nogil=True)(function)
+
+
+@_inline
+def _fetch_tile(theta, tile, last):
+    """Bring a tile into the cache while something else is computed: prefetchers stop at the end of a page."""
+    if tile < last:
+        start, end = tile * TILE, min((tile + 1) * TILE, theta.size)
+        for i in range(start, end, _LINE):
+            _prefetch(theta, i)
 
 
 @_inline
@@ -113,12 +143,15 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 @_inline
 def _words(first, blocks, seed, stream, domain, w0, w1, w2, w3):
-    """The four words of blocks first .. first + blocks, one array for each."""
+    """The four words of blocks first .. first + blocks, one array for each.
+
+    `first` is a multiple of `blocks`, a power of two: only the low word of the counter varies.
+    """
     k0 = u32(seed & _MASK)
     k1 = u32(seed >> _32)
+    low, high = u64(first & _MASK), u64(first >> _32)
     for b in range(blocks):
-        c = u64(first + u64(b))
-        a0, a1, a2, a3 = _philox(c & _MASK, c >> _32, stream, domain, k0, k1)
+        a0, a1, a2, a3 = _philox(u64(low + u64(b)), high, stream, domain, k0, k1)
         w0[b] = u32(a0)
         w1[b] = u32(a1)
         w2[b] = u32(a2)
@@ -253,6 +286,7 @@ def look(theta, exponents, first, last, seed, stream, c, times):
     w0, w1 = np.empty(256, np.uint32), np.empty(256, np.uint32)
     w2, w3 = np.empty(256, np.uint32), np.empty(256, np.uint32)
     for tile in range(first, last):
+        _fetch_tile(theta, tile, last)
         _tile(tile, seed, stream, _GAUSSIAN, False, z, w0, w1, w2, w3)
         part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
         scale = f32(c * _power(-i32(exponents[tile])))
@@ -361,6 +395,7 @@ def _make_update(SIGNS: bool, DOMAIN: Any) -> Any:
         w2, w3 = np.empty(256, np.uint32), np.empty(256, np.uint32)
         lanes = _lanes(steps, stream)
         for tile in range(first, last):
+            _fetch_tile(theta, tile, last)
             part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
             d = 0
             for s in range(steps.size):
@@ -454,15 +489,16 @@ def update_outer(theta, exponents, first, last, columns, stream, steps, ends, a,
 
 
 def release_compiler() -> None:
-    """Give back the memory of LLVM's code, 65 MB that nothing needs until something is compiled again.
+    """Give back the memory of the compiler: LLVM's code, 65 MB, and what it has freed.
 
-    The pages are those of a library's file: the system reads them back when they are touched. Where it cannot
-    do this (not Linux, an old kernel), they stay.
+    Nothing needs it until something is compiled again. The pages are those of a library's file: the system reads
+    them back when they are touched. Where it cannot do this (not Linux, an old kernel), they stay.
     """
     if not sys.platform.startswith("linux"):
         return
-    with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
+    with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps") as maps:
         library = ctypes.CDLL(None)
+        library.malloc_trim(0)  # glibc only
         for line in maps:
             if "llvmlite" in line:
                 start, end = (int(part, 16) for part in line.split()[0].split("-"))
