@@ -142,7 +142,9 @@ class Weights:
             tiles = -(-tensor.numel() // spec.TILE)
             self.exponents.append(torch.zeros(tiles, dtype=torch.int8, device=tensor.device))
         if self._numba:
-            compile_kernels(family)  # before the weights are read for the first time, and take their memory
+            compile_kernels(
+                family
+            )  # before the weights are read for the first time, and take their memory
         for name, tensor in tensors:
             _check_finite(name, tensor)  # all of them before the first one moves
         for i, group in enumerate(self.groups):
