@@ -32,6 +32,7 @@ torch.set_num_threads(1)
 
 CONTEXT = 64
 ARCHITECTURES = ("opt", "gpt2", "llama")
+MASKED = {"bert": "wordpiece", "roberta": "roberta", "distilbert": "wordpiece"}  # and tokenizers
 CORPUS = [
     "a fine film with great acting . It was great",
     "a dull and terrible film , not good at all . It was terrible",
@@ -100,7 +101,92 @@ def _metaspace(vocab_size: int) -> Any:
     return fast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-TOKENIZERS: dict[str, Callable[[int], Any]] = {"bytelevel": _bytelevel, "metaspace": _metaspace}
+def _wordpiece(vocab_size: int) -> Any:
+    """BERT's kind: lower case, words whole or in pieces, [CLS] and [SEP] around a text."""
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    fast: Any = PreTrainedTokenizerFast
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.decoder = decoders.WordPiece()
+    inner.train_from_iterator(
+        CORPUS,
+        trainers.WordPieceTrainer(
+            vocab_size=vocab_size, special_tokens=special, show_progress=False
+        ),
+    )
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return fast(
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def _roberta(vocab_size: int) -> Any:
+    """RoBERTa's kind: bytes, <s> and </s> around a text, a mask that takes the space before it."""
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    fast: Any = PreTrainedTokenizerFast
+    mask = AddedToken("<mask>", lstrip=True, special=True)
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size + 260,
+            special_tokens=["<s>", "<pad>", "</s>", "<unk>", mask],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    inner.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), add_prefix_space=False
+    )
+    return fast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token=mask,
+    )
+
+
+TOKENIZERS: dict[str, Callable[[int], Any]] = {
+    "bytelevel": _bytelevel,
+    "metaspace": _metaspace,
+    "wordpiece": _wordpiece,
+    "roberta": _roberta,
+}
 
 
 @cache
@@ -114,7 +200,7 @@ def tokenizer() -> Any:
     return make_tokenizer("bytelevel")
 
 
-@pytest.fixture(params=sorted(TOKENIZERS))
+@pytest.fixture(params=["bytelevel", "metaspace"])
 def any_tokenizer(request: pytest.FixtureRequest) -> Any:
     return make_tokenizer(request.param)
 
@@ -123,17 +209,30 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 def make_model(architecture: str, *, vocab_size: int = 1024, seed: int = 0) -> Any:
-    """A causal language model of some ten thousand weights: fp32, eval mode, the head tied
-    (OPT, GPT-2) or not (Llama)."""
+    """A language model of some ten thousand weights: fp32, eval mode, the head tied or not (Llama)."""
     from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        DistilBertConfig,
+        DistilBertForMaskedLM,
         GPT2Config,
         GPT2LMHeadModel,
         LlamaConfig,
         LlamaForCausalLM,
         OPTConfig,
         OPTForCausalLM,
+        RobertaConfig,
+        RobertaForMaskedLM,
     )
 
+    encoder: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.2,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if architecture == "opt":
@@ -179,6 +278,32 @@ def make_model(architecture: str, *, vocab_size: int = 1024, seed: int = 0) -> A
                     initializer_range=0.2,
                 )
             )
+        elif architecture == "bert":
+            model = BertForMaskedLM(
+                BertConfig(**encoder, max_position_embeddings=CONTEXT, pad_token_id=0)
+            )
+        elif architecture == "roberta":
+            model = RobertaForMaskedLM(
+                RobertaConfig(
+                    **encoder,
+                    max_position_embeddings=CONTEXT + 2,  # the first two are for the padding
+                    type_vocab_size=1,
+                    pad_token_id=1,
+                )
+            )
+        elif architecture == "distilbert":
+            model = DistilBertForMaskedLM(
+                DistilBertConfig(
+                    vocab_size=vocab_size,
+                    dim=16,
+                    hidden_dim=32,
+                    n_layers=2,
+                    n_heads=2,
+                    max_position_embeddings=CONTEXT,
+                    initializer_range=0.2,
+                    pad_token_id=0,
+                )
+            )
         else:
             raise ValueError(architecture)
     return model.eval()
@@ -220,6 +345,15 @@ def model_folder(tmp_path: Path, tokenizer: Any) -> Path:
     folder = tmp_path / "model"
     make_model("gpt2").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=sorted(MASKED))
+def masked_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The same with each of the masked models in turn."""
+    folder = tmp_path / "masked"
+    make_model(request.param).save_pretrained(folder)
+    make_tokenizer(MASKED[request.param]).save_pretrained(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import justforward as jf
-from conftest import CONTEXT, make_model, make_tokenizer, materialise
+from conftest import CONTEXT, MASKED, make_model, make_tokenizer, materialise
 from justforward import NonFiniteLoss, UserError, noise
 from justforward.activations import repeat_rows
 from justforward.data import Example
@@ -121,6 +121,9 @@ MODELS: dict[str, tuple[Callable[[], Any], LossFn]] = {
     "llama": (lambda: make_model("llama", vocab_size=96), token_loss),
     "llama tied": (lambda: tied(make_model("llama", vocab_size=96)), token_loss),
     "roberta masked": (lambda: roberta("masked"), token_loss),
+    "bert masked": (lambda: make_model("bert", vocab_size=96), token_loss),
+    "bert masked untied": (lambda: untied(make_model("bert", vocab_size=96)), token_loss),
+    "distilbert masked": (lambda: make_model("distilbert", vocab_size=96), token_loss),
     "roberta classifier": (lambda: roberta("classifier"), class_loss),
 }
 
@@ -288,6 +291,34 @@ def test_several_choices_a_row_share_its_direction(architecture: str, rows: int)
     expected = by_hand(model, weights, loss_fn, batch)
     for two_calls in (False, True):
         agree(looked(weights, lambda b: loss_fn(model, b), batch, two_calls=two_calls), expected)
+
+
+@pytest.mark.parametrize("architecture", sorted(MASKED))
+def test_answers_at_a_mask(architecture: str) -> None:
+    """As a masked task is trained: the head sees the mask's position of each row alone."""
+    model, tokenizer = stirred(make_model(architecture)), make_tokenizer(MASKED[architecture])
+    task = Task("{text} It was {mask}.", {"a": "bad", "b": "great", "c": "good"})
+    texts = ["a fine film", "", "the story is wonderful , the music is great"]
+    examples = [Example({"text": t}, "abc"[i], "rows.csv", i) for i, t in enumerate(texts)]
+
+    def loss_fn(of: Any, batch: Batch) -> Tensor:
+        return Scorer(of, tokenizer, task).losses(batch)
+
+    scorer = Scorer(model, tokenizer, task)
+    batch = scorer.encode(examples)
+    weights = weights_of(model)
+    expected = by_hand(model, weights, loss_fn, batch)
+    for two_calls in (False, True):
+        agree(looked(weights, scorer.losses, batch, two_calls=two_calls), expected)
+
+
+def test_segments_are_looked_up_as_given() -> None:
+    model, loss_fn = build("bert masked")
+    weights, batch = weights_of(model), token_batch()
+    batch["token_type_ids"] = (torch.arange(7) > 3).long().repeat(ROWS, 1)
+    agree(
+        looked(weights, lambda b: loss_fn(model, b), batch), by_hand(model, weights, loss_fn, batch)
+    )
 
 
 def test_the_optimizer_moves_along_what_was_looked_at() -> None:

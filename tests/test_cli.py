@@ -17,6 +17,7 @@ import yaml
 
 from justforward import cli, folder, rebuild, report
 from justforward import run as run_module
+from justforward.causal import CausalPrompts
 from justforward.cli import COMMANDS, main
 from justforward.config import TrainConfig
 from justforward.errors import UserError
@@ -306,9 +307,9 @@ def test_bad_options(run: Run, options: dict[str, Any], values: dict[str, Any], 
 def test_label_words_that_become_the_same_tokens(
     run: Run, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = Scorer._word_tokens
+    tokens = CausalPrompts._word_tokens
     monkeypatch.setattr(
-        Scorer, "_word_tokens", lambda self, word: tokens(self, word.replace("\u0301", ""))
+        CausalPrompts, "_word_tokens", lambda self, word: tokens(self, word.replace("\u0301", ""))
     )  # what a tokenizer that strips accents does
     said = error(run("train", *flat(options, labels="neg=ole\u0301,pos=ole")))
     assert "'ole\u0301' and 'ole' become the same tokens [" in said
@@ -375,10 +376,10 @@ def test_a_loss_that_becomes_nan(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "name a command, one of {train,eval,replay,inspect}: see justforward --help"),
+        ([], "name a command, one of {train,eval,replay,inspect,tasks}: see justforward --help"),
         (["tune"], "invalid choice: 'tune'"),
         (["--fast"], "unrecognized arguments: --fast: see justforward --help"),
-        (["train"], "required: --model, --data, --template, --labels, --out: see justforward train --help"),
+        (["train"], "required: --model, --data, --out: see justforward train --help"),
         (["train", "--lr"], "argument --lr: expected one argument: see justforward train --help"),
         (["train", "here"], "justforward train --help"),
         (["eval"], "eval needs --model, or --run with a run folder to take it from"),
@@ -610,4 +611,4 @@ def test_defaults_are_those_of_the_dataclass() -> None:
     argv = ["train", "--model=m", "--data=d", "--template=t", "--labels=l", "--out=o"]
     given = cli.parser().parse_args(argv)["train"].as_dict()
     given.pop("config")
-    assert TrainConfig(**given) == TrainConfig("m", "d", "t", "l", "o")
+    assert TrainConfig(**given) == TrainConfig("m", "d", "o", template="t", labels="l")

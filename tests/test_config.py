@@ -31,7 +31,7 @@ from justforward.config import (
 )
 from justforward.errors import UserError
 
-BASE = TrainConfig("m", "d.csv", "{text} It was", "neg=terrible,pos=great", "out")
+BASE = TrainConfig("m", "d.csv", "out", template="{text} It was", labels="neg=terrible,pos=great")
 
 
 def config(**values: Any) -> TrainConfig:
@@ -84,7 +84,7 @@ def test_ranges(name: str, bad: list[Any], good: list[Any]) -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["model", "labels", "lr", "rule", "max_forwards", "keep", "json"])
+@pytest.mark.parametrize("name", ["model", "data", "lr", "rule", "max_forwards", "keep", "json"])
 def test_empty_values(name: str) -> None:
     with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is empty: it must be given"):
         check_ranges(config(**{name: None}))
@@ -172,6 +172,7 @@ def test_kept_values_are_a_config_without_its_place() -> None:
 CHANGED: dict[str, Any] = {
     "template": "{text} So",
     "labels": {"pos": "great", "neg": "terrible"},  # the order of the choices
+    "task": "sst2",
     "label_field": "y",
     "loss": "vocabulary",
     "truncation": "left",
@@ -187,6 +188,11 @@ CHANGED: dict[str, Any] = {
     "lr_schedule": "cosine",
     "batch_size": 4,
     "seed": 1,
+    "tuner": "lora",
+    "lora_rank": 4,
+    "lora_alpha": 8.0,
+    "lora_targets": "q_proj",
+    "prefix_length": 3,
     "tune": "mlp",
     "max_forwards": 402,
     "eval_every": 7,
@@ -194,6 +200,7 @@ CHANGED: dict[str, Any] = {
     "test_size": 30,
     "validation_size": 30,
     "train_size": 30,
+    "shots": 4,
     "split_seed": 9,
     "keep": "last",
 }

@@ -122,6 +122,13 @@ def test_faults_are_named(tmp_path: Path, name: str, content: str | bytes, said:
     assert str(tmp_path / name) in str(caught.value)
 
 
+def test_a_column_called_mask_is_refused_where_the_template_has_one(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "text,mask,label\nx,y,neg\n")
+    assert len(read_examples(path, TASK)) == 1
+    with pytest.raises(UserError, match=r"a\.csv:2: a column is called 'mask'.*: rename"):
+        read_examples(path, Task("{text} It was {mask}.", TASK.labels))
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.csv: no such file"):
         read_examples(tmp_path / "no.csv", TASK)

@@ -141,7 +141,7 @@ def test_a_model_without_logits_to_keep(tiny_llama: Any, tokenizer: Any) -> None
     scorer = Scorer(tiny_llama, tokenizer, task)
     batch = scorer.encode(rows(labels=SEVERAL))
     expected = scorer.scores(batch)
-    scorer._accepts = scorer._accepts - {"logits_to_keep"}
+    scorer.prompts.accepts = scorer.prompts.accepts - {"logits_to_keep"}
     torch.testing.assert_close(scorer.scores(batch), expected)
 
 
@@ -179,10 +179,10 @@ def test_word_follows_as_the_text_would_be_tokenised(any_tokenizer: Any, ending:
     scorer = Scorer(make_model("opt"), any_tokenizer, Task("{text}" + ending, SINGLE))
     prompt, join = "a fine film" + ending.rstrip(" "), "" if "\n" in ending else " "
     scorer.prepare(examples := rows(["a fine film  " if not ending.strip() else "a fine film"]))
-    [(_, start)] = [scorer._prompts[id(example)] for example in examples]
-    for word, tokens in zip(SINGLE.values(), scorer._words, strict=True):
+    [(_, start)] = [scorer._tokens[id(example)] for example in examples]
+    for word, tokens in zip(SINGLE.values(), scorer.prompts.words, strict=True):
         whole = any_tokenizer(prompt + join + word, add_special_tokens=False)["input_ids"]
-        assert start + tokens == scorer._prefix + whole
+        assert start + tokens == scorer.prompts.before + whole
 
 
 def test_special_tokens_once(tiny_llama: Any) -> None:

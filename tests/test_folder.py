@@ -27,7 +27,9 @@ from justforward.folder import (
     writing,
 )
 
-CONFIG = resolved(TrainConfig("m", "d.csv", "{text} ¿It was", "neg=no,pos=très bon", "out"))
+CONFIG = resolved(
+    TrainConfig("m", "d.csv", "out", template="{text} ¿It was", labels="neg=no,pos=très bon")
+)
 
 
 @pytest.fixture
@@ -189,7 +191,7 @@ def test_config_comes_back(folder: RunFolder) -> None:
         (b"", r"\(not a mapping\)"),
         (b"- a\n", r"\(not a mapping\)"),
         (b"lr: 1\nspeed: 2\n", "'speed' is no setting of train"),
-        (b"lr: 1\n", "incomplete: missing 4 required"),
+        (b"lr: 1\n", "incomplete: missing 2 required"),
         (b"a: [\n", "cannot be read: .*line 2"),
         (b"\xff\n", "cannot be read"),
         (b"1: 2\n", "1 is no setting of train"),
@@ -201,6 +203,7 @@ def test_config_comes_back(folder: RunFolder) -> None:
             b"model: m\ndata: d\ntemplate: t\nlabels: a",
             "config.yaml: labels 'a': 'a' is not label=word",
         ),
+        (b"model: m\ndata: d\ntask: sst2\n", "incomplete: template or labels are missing"),
         (b"model: m\ndata: d\ntemplate: t\nlabels: a=b,c=d\nlr: .nan", "config.yaml: --lr is nan"),
         (b"!!python/object/apply:os.getcwd []\n", "cannot be read: could not determine"),
     ],

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_model, make_tokenizer
+from conftest import MASKED, make_model, make_tokenizer
 from justforward import models
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
-from justforward.models import load_model, save_model
+from justforward.models import is_masked, load_model, save_model
 from justforward.tasks import Task
 
 
@@ -125,10 +125,10 @@ def test_broken_folders(model_folder: Path, tmp_path: Path) -> None:
     refused(folder, "quantised")
 
 
-def test_models_that_do_not_predict_the_next_token(tmp_path: Path) -> None:
+def test_models_that_predict_no_token(tmp_path: Path) -> None:
     from transformers import (
         BertConfig,
-        BertForMaskedLM,
+        BertForSequenceClassification,
         GPT2Config,
         GPT2ForSequenceClassification,
         T5Config,
@@ -141,7 +141,9 @@ def test_models_that_do_not_predict_the_next_token(tmp_path: Path) -> None:
         "num_attention_heads": 1,
         "vocab_size": 9,
     }
-    encoder: Any = BertForMaskedLM(BertConfig(**small, intermediate_size=8, pad_token_id=0))
+    encoder: Any = BertForSequenceClassification(
+        BertConfig(**small, intermediate_size=8, pad_token_id=0)
+    )
     classifier: Any = GPT2ForSequenceClassification(
         GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
     )
@@ -150,10 +152,78 @@ def test_models_that_do_not_predict_the_next_token(tmp_path: Path) -> None:
     )
     for name, model in (("bert", encoder), ("classifier", classifier), ("t5", both)):
         model.save_pretrained(tmp_path / name)
-        refused(tmp_path / name, "is not a causal language model")
+        refused(tmp_path / name, "is not a causal or masked language model")
     make_model("llama").model.save_pretrained(tmp_path / "headless")
     make_tokenizer().save_pretrained(tmp_path / "headless")
     refused(tmp_path / "headless", r"has no weights for lm_head\.weight")
+
+
+# -------------------------------------------------------------------------------------------- masked
+
+
+def test_masked_models_come_back_with_the_same_bits(masked_folder: Path, tmp_path: Path) -> None:
+    loaded: Any
+    loaded, tokenizer = load_model(masked_folder)
+    assert is_masked(loaded)
+    assert not is_masked(make_model("gpt2"))
+    assert not loaded.training
+    assert tokenizer.mask_token_id is not None
+    original = make_model(masked_folder_kind(masked_folder))
+    for (name, before), (same, after) in zip(
+        original.named_parameters(), loaded.named_parameters(), strict=True
+    ):
+        assert name == same
+        assert torch.equal(before, after)
+    head, embeddings = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    assert head.weight is embeddings.weight
+    save_model(loaded, tokenizer, tmp_path / "again")
+    weights = "model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (masked_folder / weights).read_bytes()
+
+
+def masked_folder_kind(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text())["model_type"])
+
+
+def test_masked_models_without_a_whole_head_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for kind, head in (("bert", "cls."), ("roberta", "lm_head."), ("distilbert", "vocab_")):
+        folder = tmp_path / kind
+        model = make_model(kind)
+        model.base_model.save_pretrained(folder)  # the body alone
+        make_tokenizer(MASKED[kind]).save_pretrained(folder)
+        refused(folder, rf"has no weights for {head}.* such\), which would be random")
+        model.save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        dense = next(n for n in tensors if n.startswith(head) and tensors[n].shape == (16, 16))
+        del tensors[dense]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        refused(folder, rf"has no weights for {dense} \(1 such\)")
+
+
+def test_masked_models_without_their_tokenizer_are_refused(masked_folder: Path) -> None:
+    for file in masked_folder.glob("token*"):
+        file.unlink()
+    refused(masked_folder, "tokenizer")
+    make_tokenizer().save_pretrained(masked_folder)
+    refused(masked_folder, "its tokenizer has no mask token|belongs to the model")
+
+
+def test_a_bert_that_reads_left_to_right_is_causal(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(
+        vocab_size=600, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, pad_token_id=0, is_decoder=True,
+    )  # fmt: skip
+    model: Any = BertLMHeadModel(config)
+    model.save_pretrained(tmp_path / "decoder")
+    make_tokenizer("wordpiece").save_pretrained(tmp_path / "decoder")
+    loaded, _ = load_model(tmp_path / "decoder")
+    assert not is_masked(loaded)
+    edit_config(tmp_path / "decoder", architectures=["BertForMaskedLM"])
+    refused(tmp_path / "decoder", "is not a causal or masked language model")
 
 
 # ------------------------------------------------------------------------------------------- saving

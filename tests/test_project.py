@@ -39,10 +39,16 @@ ROOMS = [
     "reference",
     "models",
     "tasks",
+    "catalog",
     "data",
+    "published",
+    "prompts",
+    "causal",
+    "masked",
     "evaluate",
     "config",
     "folder",
+    "tuners",
     "progress",
     "prepare",
     "run",
@@ -53,7 +59,17 @@ ROOMS = [
 ]
 CORE = set(ROOMS[: ROOMS.index("reference")])
 CORE_NEEDS = {"torch", "numpy", "numba", "llvmlite"}  # llvmlite is numba's own
-TORCH_FREE = {"errors", "interrupts", "rules", "tasks", "config", "progress", "cli", "__main__"}
+TORCH_FREE = {
+    "errors",
+    "interrupts",
+    "rules",
+    "tasks",
+    "catalog",
+    "config",
+    "progress",
+    "cli",
+    "__main__",
+}
 MOST_LINES = 500
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -136,7 +136,7 @@ def test_another_file_loses_the_rows_that_the_run_has_seen(
     data.write_text("text,label\n" + "\n".join([*rows, "a new one,neg", "and another,pos"]))
     found = quiet(evaluate, EvalConfig(run=config.out, data=str(data)))
     assert (found["rows"], found["dropped"], found["split"]) == (14, 48, "all")
-    with pytest.raises(UserError, match=r"more\.csv is not the file that the run has split"):
+    with pytest.raises(UserError, match=r"more\.csv is not the data that the run has split"):
         quiet(evaluate, EvalConfig(run=config.out, data=str(data), split="test"))
     seen = tmp_path / "seen.csv"
     texts = {line.split()[0] for line in (Path(config.out) / "seen.txt").read_text().splitlines()}

@@ -99,7 +99,7 @@ def test_plot_of_a_run(finished: tuple[RunFolder, dict[str, Any]]) -> None:
 def test_plot_of_what_there_is(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.make()
-    config = TrainConfig("m", "d.csv", "{text} It was", "a=b,c=d", str(folder.path))
+    config = TrainConfig("m", "d.csv", str(folder.path), template="{text} It was", labels="a=b,c=d")
     folder.write_config(resolved(config))
     plot(folder.path)  # nothing yet
     empty = folder.plot.read_bytes()

@@ -60,6 +60,28 @@ def test_any_template_parses_or_is_refused(template: str) -> None:
     assert "\n" not in said
 
 
+def test_a_mask_is_no_field() -> None:
+    task = Task("{mask} : {text} {{mask}}", LABELS)
+    assert task.masked
+    assert task.fields == ("text",)
+    assert task.prompt({"text": "a {b}"}, mask="[MASK]") == "[MASK] : a {b} {mask}"
+    assert not Task("{text} {{mask}}", LABELS).masked
+
+
+@pytest.mark.parametrize(
+    ("template", "label_field", "said"),
+    [
+        ("{text} {mask} {mask}", "label", "stands there 2 times"),
+        ("It was {mask}.", "label", "no field"),
+        ("{text} {mask}", "mask", "label_field 'mask'"),
+    ],
+)
+def test_masks_refused(template: str, label_field: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        Task(template, LABELS, label_field=label_field)
+    assert "\n" not in str(caught.value)
+
+
 def test_unknown_field_names_what_there_is() -> None:
     with pytest.raises(UserError, match=r"'text'.*'sentence'"):
         Task("{text} It was", LABELS).prompt({"sentence": "x"})

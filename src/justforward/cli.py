@@ -1,4 +1,4 @@
-"""The command: train, eval, replay, inspect. Torch is imported once the arguments are known to be good.
+"""The command: train, eval, replay, inspect, tasks. Torch is imported once the arguments are known to be good.
 
 Exit codes: 0; 2 for input that cannot be used (one line on stderr); 130 after Ctrl-C or SIGTERM.
 """
@@ -17,7 +17,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import justforward
-from justforward.config import EvalConfig, InspectConfig, ReplayConfig, TrainConfig
+from justforward import catalog
+from justforward.config import EvalConfig, InspectConfig, ReplayConfig, TasksConfig, TrainConfig
 from justforward.errors import NonFiniteLoss, UserError
 
 COMMANDS: dict[str, type[Any]] = {
@@ -25,6 +26,7 @@ COMMANDS: dict[str, type[Any]] = {
     "eval": EvalConfig,
     "replay": ReplayConfig,
     "inspect": InspectConfig,
+    "tasks": TasksConfig,
 }
 
 
@@ -91,12 +93,12 @@ def parser() -> Parser:
             sub.add_argument(
                 "--config", action="config", help="a YAML file with any of these options"
             )
-        skip: set[str | int] = {"resume", "json"}
+        skip: set[str | int] = {"resume", "json", "merge"}
         if name in ("replay", "inspect"):
             sub.add_argument("run", type=str, metavar="DIR", help=help_of["run"])
             skip.add("run")
         sub.add_class_arguments(kind, skip=skip, help="settings")
-        for flag in ("resume", "json"):
+        for flag in ("resume", "merge", "json"):
             if flag in help_of:
                 sub.add_argument(f"--{flag}", action="store_true", help=help_of[flag])
         commands.add_subcommand(name, sub, help=first)
@@ -180,6 +182,12 @@ def _check_yaml(argv: list[str]) -> None:
 
 def _run(command: str, config: Any) -> int:
     """Carry out a command and print its result on stdout; returns the exit code."""
+    if command == "tasks":
+        listed = [
+            catalog.load(name) for name in ([config.task] if config.task else catalog.names())
+        ]
+        _print(config.json, [catalog.described(d) for d in listed], catalog.spell_tasks(listed))
+        return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a fork would make it complain
     from justforward import rebuild, report, run
 
@@ -209,7 +217,7 @@ def _run(command: str, config: Any) -> int:
     return 0
 
 
-def _print(as_json: bool, result: dict[str, Any], text: str) -> None:
+def _print(as_json: bool, result: Any, text: str) -> None:
     print(json.dumps(result) if as_json else text, flush=True)
 
 

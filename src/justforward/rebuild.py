@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from justforward.catalog import kind_of, load
 from justforward.config import (
     EvalConfig,
     ReplayConfig,
@@ -16,17 +17,19 @@ from justforward.config import (
     resolved,
     task_of,
 )
-from justforward.data import Example, read_examples
+from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
-from justforward.folder import RunFolder, best_step, check_new, data_hash, row_hash
+from justforward.folder import RunFolder, best_step, check_new, row_hash
 from justforward.models import load_model, save_model
 from justforward.playback import fingerprint
 from justforward.playback import replay as replay_log
-from justforward.prepare import split_rows, use_threads
+from justforward.prepare import read_data, split_rows, use_threads
 from justforward.progress import Progress
+from justforward.published import Published, figures, scored_rows
 from justforward.tasks import Task
 from justforward.trajectory import read_log
+from justforward.tuners import attach, merged
 
 Result = dict[str, Any]
 
@@ -57,11 +60,13 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
         folder = RunFolder(config.run)
         folder.check_run()
         run = resolved(folder.read_config())
-    source, data, task = _inputs(config, run)
+    source, data, task, name = _inputs(config, run)
     use_threads(config.threads)
-    examples = read_examples(data, task)
-    split, rows, dropped = _rows(config, folder, run, data, examples)
+    examples, digest = read_data(name, data, task)
+    split, rows, dropped = _rows(config, folder, run, data, examples, digest)
     model, tokenizer = load_model(source, notify=note)
+    if folder is not None and run is not None:
+        model = attach(model, tokenizer, run, folder.start)
     max_length = config.max_length
     if max_length is None and run is not None:
         max_length = run.max_length
@@ -75,12 +80,14 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
     if dropped:
         note(f"{dropped} rows left out: the run was trained or validated on them")
     found = scorer.evaluate(rows, config.batch_size)
+    declared = examples.declaration if isinstance(examples, Published) else None
     return {
         "accuracy": found.accuracy,
         "loss": found.loss,
         "forwards": found.forwards,
         "seconds": round(time.monotonic() - started, 3),
         "fingerprint": fingerprint(model),
+        **figures(declared, rows, found.predictions),
         "model": source,
         "run": config.run,
         "step": step,
@@ -93,30 +100,45 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
 
 _SPLITS = {
     "all": "all of them",
+    "task": "the task's test rows",
     "train": "the run's training rows",
     "validation": "the run's validation rows",
     "test": "the run's test rows",
 }
 
 
-def _inputs(config: EvalConfig, run: TrainConfig | None) -> tuple[str, str, Task]:
-    """Model, data and task: as given, or as the run has them."""
+def _inputs(config: EvalConfig, run: TrainConfig | None) -> tuple[str, str, Task, str | None]:
+    """Model, data, task and its name in the catalogue: as given, or as the run has them."""
 
     def choose(name: str) -> Any:
         value = getattr(config, name)
         return getattr(run, name) if value is None and run is not None else value
 
-    for name in ("model", "data", "template", "labels"):
-        if choose(name) is None:
-            raise UserError(f"eval needs --{name}, or --run with a run folder to take it from")
+    name, template, labels = choose("task"), config.template, config.labels
+    if name is not None and config.task is not None:  # what is given counts for more than a run's
+        declared = load(name).task_for(kind_of(choose("model")))
+        template = declared.template if template is None else template
+        labels = declared.labels if labels is None else labels
+    template = choose("template") if template is None else template
+    labels = choose("labels") if labels is None else labels
+    for option, value in (
+        ("model", choose("model")),
+        ("data", choose("data")),
+        ("template", template),
+        ("labels", labels),
+    ):
+        if value is None:
+            raise UserError(f"eval needs --{option}, or --run with a run folder to take it from")
+    if config.task is None and config.data is not None and not Path(config.data).is_dir():
+        name = None  # a file of rows, for the model of a run on a task
     task = Task(
-        template=choose("template"),
-        labels=labels_of(choose("labels")),
+        template=template,
+        labels=labels_of(labels),
         label_field=choose("label_field") or "label",
         truncation=choose("truncation") or "right",
         loss=choose("loss") or "choices",
     )
-    return choose("model"), choose("data"), task
+    return choose("model"), choose("data"), task, name
 
 
 def _rows(
@@ -124,37 +146,48 @@ def _rows(
     folder: RunFolder | None,
     run: TrainConfig | None,
     data: str,
-    examples: list[Example],
+    found: list[Example] | Published,
+    digest: str,
 ) -> tuple[str, list[Example], int]:
     """Which split to score, its rows, and how many were left out because the run has seen them."""
+    examples = found.examples if isinstance(found, Published) else found
     if folder is None or run is None:
+        if isinstance(found, Published) and config.split in (None, "test"):
+            return "task", scored_rows(found), 0
         if config.split not in (None, "all"):
             raise UserError(f"--split is {config.split!r}: splits are a run's: give --run")
         return "all", examples, 0
-    if data_hash(data) == folder.read_environment()["data_sha256"]:
+    if digest == folder.read_environment()["data_sha256"]:
         split = config.split or "test"
         if split == "all":
             return split, examples, 0
-        # the run's own task decides which rows are the same; a row is known by its line
-        splits = split_rows(run, read_examples(data, task_of(run)))[1]
-        chosen: list[Example] = getattr(splits, split)
-        by_line = {example.line: example for example in examples}
-        return split, [by_line[example.line] for example in chosen], 0
+        # the run's own task decides which rows are the same; a row is known by its place
+        own = read_data(run.task, data, task_of(run))[0]
+        chosen: list[Example] = getattr(split_rows(run, own)[1], split)
+        rows = own.examples if isinstance(own, Published) else own
+        place = {id(example): i for i, example in enumerate(rows)}
+        return split, [examples[place[id(example)]] for example in chosen], 0
     if config.split not in (None, "all"):
         raise UserError(
-            f"--split is {config.split!r}: {data} is not the file that the run has split: leave it out"
+            f"--split is {config.split!r}: {data} is not the data that the run has split: leave it out"
         )
     seen = folder.read_seen()
+    if isinstance(found, Published):
+        examples = scored_rows(found)
     rows = [example for example in examples if row_hash(example) not in seen]
     if not rows:
         raise UserError(
             f"{data}: the run was trained or validated on all {len(examples)} rows: give others"
         )
-    return "all", rows, len(examples) - len(rows)
+    return (
+        "task" if isinstance(found, Published) else "all",
+        rows,
+        len(examples) - len(rows),
+    )
 
 
 def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
-    """Base + log = the tuned model, saved as a folder.
+    """Base + log = the tuned model, saved as a folder; of lora and prefix the adapter, in peft's format.
 
     Raises:
         UserError: the folder, the base or the log cannot be used, or `out` exists.
@@ -167,12 +200,18 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
     run = resolved(folder.read_config())
     check_new(Path(config.out), "choose another --out")
     steps = _steps(config.steps, folder, run)
+    if config.merge and run.tuner != "lora":
+        raise UserError(
+            f"{folder.path}: --merge adds a LoRA into the weights, and the run's tuner is {run.tuner!r}: leave it out"
+        )
     use_threads(config.threads)
     model, tokenizer = load_model(config.model or run.model, notify=note)
+    model = attach(model, tokenizer, run, folder.start)
     clock = time.monotonic()
     replay_log(model, folder.log, steps)
     took = time.monotonic() - clock
-    save_model(model, tokenizer, config.out)
+    tuned = fingerprint(model)
+    save_model(merged(model) if config.merge else model, tokenizer, config.out)
     result = folder.read_result() or {}
     scored = result.get("kept_step") == steps  # the figures that train measured are of this model
     return {
@@ -180,12 +219,16 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
         "loss": result["loss"] if scored else None,
         "forwards": forwards_until(run, steps),
         "seconds": round(time.monotonic() - started, 3),
-        "fingerprint": fingerprint(model),
+        "fingerprint": tuned,
         "steps": steps,
         "replay_seconds": round(took, 3),
         "run": config.run,
         "out": config.out,
+        "saved": "merged model" if config.merge else _SAVED.get(run.tuner, "model"),
     }
+
+
+_SAVED = {"lora": "adapter", "prefix": "adapter"}
 
 
 def _steps(asked: str | None, folder: RunFolder, run: TrainConfig) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from justforward.catalog import METRICS
 from justforward.config import InspectConfig, check_ranges, forwards_until
 from justforward.folder import Metric, RunFolder, best_step, writing
 from justforward.progress import spell_seconds
@@ -150,7 +151,7 @@ def inspect_run(config: InspectConfig) -> Result:
         "lr_schedule",
         "num_samples",
     ]
-    shown += ["batch_size", "seed", "tune", "keep"]
+    shown += ["batch_size", "seed", "tuner", "tune", "keep"]
     return {
         **{name: getattr(run, name) for name in shown},
         "base_fingerprint": log.header["base"],
@@ -187,7 +188,7 @@ def spell_inspect(found: Result) -> str:
     each = f", {log['bytes_per_step']:g} a step" if log["bytes_per_step"] else ""
     lines = [
         f"model     {found['model']} ({found['base_fingerprint'][:16]})",
-        f"tuned     {found['weights']:,} weights in {found['tensors']} tensors"
+        f"tuned     {found['tuner']}: {found['weights']:,} weights in {found['tensors']} tensors"
         + (f" ({found['tune']})" if found["tune"] else ""),
         f"task      {found['template']!r}, {labels}",
         f"data      {found['data']}",
@@ -245,7 +246,7 @@ def spell_train(result: Result) -> str:
         [
             head,
             f"test accuracy {result['before_accuracy']:.1%} before, {result['accuracy']:.1%} after; "
-            f"loss {result['before_loss']:.4f} before, {result['loss']:.4f} after "
+            f"loss {result['before_loss']:.4f} before, {result['loss']:.4f} after{_more(result)} "
             f"({result['rows']['test']} rows, drawn first and never used to choose)",
             f"kept step {result['kept_step']} of {result['steps']} "
             f"(validation accuracy {result['validation_accuracy']:.1%})",
@@ -256,11 +257,18 @@ def spell_train(result: Result) -> str:
     )
 
 
+def _more(result: Result) -> str:
+    """What a declared task reports beside the accuracy."""
+    more = [name for name in METRICS if name in result and name != "accuracy"]
+    return "".join(f"; {name} {result[name]:.4f}" for name in more)
+
+
 def spell_eval(result: Result) -> str:
     """The outcome of `eval` as text."""
     what = result["model"] if result["run"] is None else f"{result['run']}, step {result['step']}"
     return (
-        f"{what}: accuracy {result['accuracy']:.1%}, loss {result['loss']:.4f} on {result['rows']} rows\n"
+        f"{what}: accuracy {result['accuracy']:.1%}, loss {result['loss']:.4f}{_more(result)} "
+        f"on {result['rows']} rows\n"
         f"fingerprint {result['fingerprint']}"
     )
 
@@ -268,6 +276,6 @@ def spell_eval(result: Result) -> str:
 def spell_replay(result: Result) -> str:
     """The outcome of `replay` as text."""
     return (
-        f"{result['out']}: the model of {result['run']} after {result['steps']} steps, "
+        f"{result['out']}: the {result.get('saved', 'model')} of {result['run']} after {result['steps']} steps, "
         f"replayed in {result['replay_seconds']:.1f} s\nfingerprint {result['fingerprint']}"
     )

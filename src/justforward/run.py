@@ -11,9 +11,9 @@ import contextlib
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from justforward.catalog import Declaration
 from justforward.config import (
     TrainConfig,
     check_same,
@@ -24,11 +24,11 @@ from justforward.config import (
     task_of,
     validation_due,
 )
-from justforward.data import Example, Splits, batches, read_examples
+from justforward.data import Example, Splits, batches
 from justforward.directions import FAMILIES, compile_kernels
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.evaluate import Evaluation, Scorer
-from justforward.folder import Metric, RunFolder, best_step, check_new, data_hash
+from justforward.folder import Metric, RunFolder, best_step, check_new
 from justforward.interrupts import Shield
 from justforward.models import load_model
 from justforward.optim import MeZO, family_of
@@ -38,14 +38,17 @@ from justforward.prepare import (
     check_names,
     choose_tuned,
     environment_now,
+    read_data,
     split_rows,
     stop_reason,
     stop_signals,
     use_threads,
 )
 from justforward.progress import Progress
+from justforward.published import Published, figures
 from justforward.tasks import Task
 from justforward.trajectory import Log, read_log
+from justforward.tuners import attach, keep_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,9 +125,9 @@ def _open(config: TrainConfig, progress: Progress) -> _Session | Result:
 def _load(
     config: TrainConfig, task: Task, folder: RunFolder, progress: Progress, started: float
 ) -> _Session | Result:
-    digest = data_hash(config.data) if Path(config.data).is_file() else ""
-    examples = read_examples(config.data, task)  # says best what is wrong with the file
+    examples, digest = read_data(config.task, config.data, task)
     config, splits = split_rows(config, examples)
+    declared = examples.declaration if isinstance(examples, Published) else None
     log: Log | None = None
     metrics: list[Metric] = []
     if config.resume:
@@ -132,7 +135,9 @@ def _load(
         if done is not None:
             return done
     compile_kernels(FAMILIES[family_of(config.family, config.estimator)])
-    session = _Session(config, task, splits, folder, progress, metrics, started, digest, log)
+    session = _Session(
+        config, task, splits, folder, progress, metrics, started, digest, log, declared
+    )
     session.load()
     return session
 
@@ -195,6 +200,7 @@ class _Session:
     started: float
     data_sha256: str
     log: Log | None
+    declared: Declaration | None = None
 
     def __post_init__(self) -> None:
         self.seconds_before = max((float(m["seconds"]) for m in self.metrics), default=0.0)
@@ -238,7 +244,8 @@ class _Session:
 
     def _load_base(self, rows: bool = True) -> None:
         self.model = self.scorer = None  # before a second one is loaded
-        self.model, self.tokenizer = load_model(self.config.model, notify=self.progress.note)
+        model, self.tokenizer = load_model(self.config.model, notify=self.progress.note)
+        self.model = attach(model, self.tokenizer, self.config, self.folder.start)
         self.scorer = Scorer(self.model, self.tokenizer, self.task, self.config.max_length)
         choose_tuned(self.model, self.config.tune)
         if rows:  # tokenised now, so that a bad row is found before anything is written
@@ -284,6 +291,7 @@ class _Session:
         assert self.model is not None
         if self.log is None:
             folder.write_config(config)
+            keep_start(self.model, folder.start)
         self.opt = MeZO(
             self.model,
             lr=config.lr,
@@ -395,6 +403,7 @@ class _Session:
             "accuracy": test.accuracy,
             "loss": test.loss,
             "fingerprint": fingerprint(self.model),
+            **figures(self.declared, self.splits.test, test.predictions),
             **self._so_far("finished", reason, steps),
             "validation_accuracy": at["accuracy"],
             "validation_loss": at["loss"],

@@ -3,7 +3,9 @@
     Task("{text} It was", {"negative": "terrible", "positive": "great"})
 
 turns the row ``text="A dull film."`` into ``"A dull film. It was"`` and asks the model which of
-" terrible" and " great" is the likelier next. No torch in here: it must import in no time.
+" terrible" and " great" is the likelier next. With ``{mask}`` in the template, as in
+``"{text} It was {mask}."``, a masked model is asked which of them stands there. No torch in here:
+it must import in no time.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from justforward.errors import UserError
 Truncation = Literal["left", "right"]
 Loss = Literal["choices", "vocabulary"]
 
+# The field of a template that is no column of the data: where a masked model puts the answer.
+MASK = "mask"
+
 # A template in pieces: (literal text, name of the field that follows it, or None at the end).
 Pieces = tuple[tuple[str, str | None], ...]
 
@@ -29,7 +34,8 @@ class Task:
 
     Attributes:
         template: text with ``{field}`` for each column of the data to show; a literal brace is
-            doubled, as in str.format. The answer follows it after one space.
+            doubled, as in str.format. The answer follows it after one space, or stands where
+            ``{mask}`` is.
         labels: label value in the data -> the word(s) that answer for it, in order.
         label_field: column that holds the label.
         truncation: which end of a field's text is dropped when a row is longer than max_length.
@@ -51,6 +57,16 @@ class Task:
         fields = [name for _, name in pieces if name is not None]
         if not self.label_field:
             raise UserError("label_field is empty: name the column that holds the label")
+        if fields.count(MASK) > 1:
+            raise UserError(
+                f"template {self.template!r}: {{mask}} stands there {fields.count(MASK)} times: "
+                "the answer is one word at one place: keep one"
+            )
+        if self.label_field == MASK and MASK in fields:
+            raise UserError(
+                "label_field 'mask' is what the template calls the place of the answer: "
+                "rename the column"
+            )
         if self.label_field in fields:
             raise UserError(
                 f"template {self.template!r}: field {self.label_field!r} is the label, which "
@@ -89,7 +105,13 @@ class Task:
     @cached_property
     def fields(self) -> tuple[str, ...]:
         """Names of the columns that the template shows, each once, in order of first use."""
-        return tuple(dict.fromkeys(name for _, name in self.pieces if name is not None))
+        names = dict.fromkeys(name for _, name in self.pieces if name is not None)
+        return tuple(name for name in names if name != MASK)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the template has a ``{mask}``: it asks a masked model, not a causal one."""
+        return any(name == MASK for _, name in self.pieces)
 
     @property
     def tail(self) -> str:
@@ -97,12 +119,19 @@ class Task:
         literal, name = self.pieces[-1]
         return literal if name is None else ""
 
-    def prompt(self, fields: Mapping[str, str]) -> str:
-        """The template with each field's text put in (braces in the text stay as they are)."""
+    def prompt(self, fields: Mapping[str, str], mask: str = "{mask}") -> str:
+        """The template with each field's text put in (braces in the text stay as they are).
+
+        Args:
+            fields: text of each column.
+            mask: what to write for ``{mask}``.
+        """
         out: list[str] = []
         for literal, name in self.pieces:
             out.append(literal)
-            if name is not None:
+            if name == MASK:
+                out.append(mask)
+            elif name is not None:
                 if name not in fields:
                     raise UserError(
                         f"template {self.template!r}: unknown field {name!r}: the row has "
@@ -136,7 +165,7 @@ def parse_template(template: str) -> Pieces:
                 "write {name} with the name of a column"
             )
         pieces.append((literal, name))
-    if all(name is None for _, name in pieces):
+    if all(name in (None, MASK) for _, name in pieces):
         raise UserError(
             f"template {template!r} shows no field of the data: put one in, as in '{{text}} It was'"
         )

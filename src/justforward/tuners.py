@@ -1,0 +1,345 @@
+"""What of a model is tuned: all of it (full), low-rank additions (lora), a prefix, or the output head.
+
+    full     nothing is added
+    lora     W x becomes W x + s B (A x), A drawn from the run's seed, B = 0 (peft's layers)
+    prefix   keys and values of a few tokens before the text, in every layer (peft's prefix encoder)
+    head     the matrix that turns the last hidden state into logits, untied from the embeddings
+
+Everything here is a function of base model and configuration alone, so base + config + log = the tuned
+model. The one exception is where a prefix starts: it comes out of a forward pass, whose last bits differ
+between machines and thread counts, so a run folder keeps it (`keep_start`).
+
+Both adapters work with both estimators: peft applies LoRA by two linear maps and looks a prefix up as rows
+of one matrix [tokens, layers x 2 x heads x head size], and activation space knows linear maps and lookups.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from justforward import noise
+from justforward.config import TrainConfig
+from justforward.errors import UserError
+from justforward.folder import writing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Names of the attention's query and value maps, for architectures that peft has no default for.
+USUAL_TARGETS = ("q_proj", "v_proj")
+
+
+def attach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    start: Path | None = None,
+) -> PreTrainedModel:
+    """The model with the tuner of `config` on it, at its start; only what the tuner tunes has requires_grad.
+
+    Args:
+        model: the base model; changed in place.
+        tokenizer: its tokenizer: a prefix starts from ordinary tokens.
+        config: tuner and its options, seed.
+        start: where `keep_start` has put the start of a prefix; computed if there is no such file.
+
+    Returns:
+        The model (full, head), or a peft.PeftModel around it (lora, prefix).
+
+    Raises:
+        UserError: the model cannot take the tuner, or a pattern finds nothing.
+    """
+    if config.tuner == "lora":
+        return _lora(model, config)
+    if config.tuner == "prefix":
+        return _prefix(model, tokenizer, config, start)
+    return _head(model) if config.tuner == "head" else model
+
+
+def keep_start(model: nn.Module, path: Path) -> None:
+    """Write where a prefix starts; of the other tuners nothing needs to be written.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    encoder = getattr(model, "prompt_encoder", None)
+    if encoder is None:
+        return
+    data = save({_START: encoder["default"].embedding.weight.detach()})
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def merged(model: Any) -> PreTrainedModel:
+    """The base model with its LoRA added into the weights; what `attach` gave is used up.
+
+    The sum is rounded to float32, so scores change in their last digits.
+    """
+    whole: PreTrainedModel = model.merge_and_unload()
+    return whole
+
+
+def _wrapped(model: PreTrainedModel, settings: Any) -> Any:
+    from peft import get_peft_model
+
+    # torch fills new layers from its global generator; peft asks models an outdated question
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        return get_peft_model(model, settings).eval()
+
+
+# ------------------------------------------------------------------------------------------- LoRA
+
+
+def _lora(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    targets = find_targets(model, config.lora_targets)
+    alpha: Any = config.lora_alpha  # peft says int, and any number will do
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        # s = alpha / sqrt(rank). At the start B = 0 and a look moves the output by s eps Z_B (A x): a sum over
+        # `rank` independent terms, which grows with sqrt(rank). So this s makes a look as long for every rank;
+        # the usual alpha / rank would make it shrink, and with it the difference of losses that a step sees.
+        use_rslora=True,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
+        task_type=_task_type(model),
+    )
+    tuned = _wrapped(model, settings)
+    layers = [module for module in tuned.modules() if hasattr(module, "lora_A")]
+    for stream, layer in enumerate(layers):
+        _start_lora(layer.lora_A["default"].weight, layer.lora_B["default"].weight, config, stream)
+    whole: PreTrainedModel = tuned
+    return whole
+
+
+@torch.no_grad()
+def _start_lora(a: Tensor, b: Tensor, config: TrainConfig, stream: int) -> None:
+    """A normal with the variance that LoRA is usually started with, 1 / (3 inputs); B = 0."""
+    z = noise.normal(config.seed, stream, 0, a.numel()).view(a.shape)
+    a.copy_(z.mul_(1.0 / math.sqrt(3.0 * a.shape[1])))
+    b.zero_()
+
+
+def find_targets(model: PreTrainedModel, pattern: str | None) -> list[str]:
+    """Names of the linear maps that get LoRA.
+
+    Args:
+        model: the base model.
+        pattern: regular expression that finds them by name; None: peft's choice for the architecture,
+            which is the attention's queries and values wherever they are matrices of their own.
+
+    Raises:
+        UserError: it finds none, or a head that is tied to the embeddings.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+    from transformers.pytorch_utils import Conv1D
+
+    maps = [
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    ]
+    kind = str(model.config.model_type)
+    if pattern is None:
+        names = KNOWN.get(kind, USUAL_TARGETS)
+        found = [
+            name
+            for name in maps
+            if (
+                re.fullmatch(names, name)
+                if isinstance(names, str)
+                else name.split(".")[-1] in names
+            )
+        ]
+        if not found:
+            raise UserError(
+                f"--tuner is 'lora': no default targets are known for model type {kind!r}: "
+                f"name its attention's maps with --lora-targets (there are {_some(maps)})"
+            )
+        return found
+    found = [name for name in maps if re.search(pattern, name)]
+    if not found:
+        raise UserError(
+            f"--lora-targets is {pattern!r}: it finds none of the {len(maps)} linear maps, such as {_some(maps)}"
+        )
+    whole: Any = model
+    head = whole.get_output_embeddings()
+    for name in found:
+        if model.get_submodule(name) is head and _is_tied(model, head):
+            raise UserError(
+                f"--lora-targets is {pattern!r}: it finds {name}, whose weight is the embeddings' too, "
+                "which an addition to one of them would part: leave it out, or use --tuner head"
+            )
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) or "no linear maps"
+
+
+def _task_type(model: PreTrainedModel) -> str | None:
+    """peft's name for the kind of model; None (any) for a masked one."""
+    from transformers import GenerationMixin
+
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if isinstance(model, GenerationMixin) else None
+
+
+# ------------------------------------------------------------------------------------------ prefix
+
+_START = "prefix"  # the tensor's name in the file of `keep_start`
+
+
+def _prefix(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    start: Path | None,
+) -> PreTrainedModel:
+    from peft import PrefixTuningConfig
+
+    if _task_type(model) != "CAUSAL_LM":
+        raise UserError(
+            f"--tuner is 'prefix': a {model.config.model_type} model keeps no keys and values to put one "
+            "before: use --tuner lora"
+        )
+    length = config.prefix_length
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and length >= context:
+        raise UserError(
+            f"--prefix-length is {length}: the model's context is {context} tokens, and the text needs "
+            "room in it too: give less"
+        )
+    keys, values = real_activations(model, prefix_tokens(tokenizer, model, length, config.seed))
+    layers, heads, _, size = keys.shape
+    # peft's layout: a row a token, in it layer by layer the keys of all heads and then the values
+    rows = torch.stack([keys, values], dim=1).permute(3, 0, 1, 2, 4).reshape(length, -1)
+    settings = PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=length,
+        num_layers=layers,
+        num_attention_heads=heads,  # those of keys and values: fewer than of queries where they are grouped
+        token_dim=heads * size,
+        num_transformer_submodules=1,
+    )
+    tuned = _wrapped(model, settings)
+    weight = tuned.prompt_encoder["default"].embedding.weight
+    if weight.shape != rows.shape:
+        raise UserError(
+            f"--tuner is 'prefix': peft makes one of shape {list(weight.shape)} for this "
+            f"{model.config.model_type} model, whose keys and values need {list(rows.shape)}: use --tuner lora"
+        )
+    with torch.no_grad():
+        weight.copy_(
+            rows if start is None or not start.exists() else _read_start(start, rows.shape)
+        )
+    whole: PreTrainedModel = tuned
+    return whole
+
+
+def prefix_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int, seed: int
+) -> Tensor:
+    """[1, length]: ordinary tokens of the vocabulary, a function of the seed alone."""
+    special = set(tokenizer.all_special_ids)
+    size = min(len(tokenizer), int(model.get_input_embeddings().num_embeddings))  # type: ignore[arg-type]
+    ordinary = [token for token in range(size) if token not in special]
+    chosen = [ordinary[noise.step_seed(seed, i) % len(ordinary)] for i in range(length)]
+    return torch.tensor([chosen], device=model.device)
+
+
+@torch.no_grad()
+def real_activations(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values that the model computes for these tokens at the start of a text.
+
+    Args:
+        model: a causal language model.
+        tokens: [1, T].
+
+    Returns:
+        Keys and values, each [layers, heads, T, head size]; heads are those of keys and values.
+
+    Raises:
+        UserError: the model keeps none, or not the same for every layer.
+    """
+    cache = model(input_ids=tokens, use_cache=True).past_key_values
+    kept = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None))
+        for layer in getattr(cache, "layers", ())
+    ]
+    pairs = [(k[0], v[0]) for k, v in kept if isinstance(k, Tensor) and isinstance(v, Tensor)]
+    shapes = {tuple(tensor.shape) for pair in pairs for tensor in pair}
+    if not pairs or len(pairs) < len(kept) or len(shapes) != 1 or pairs[0][0].dim() != 3 \
+            or pairs[0][0].shape[1] != tokens.shape[1]:  # fmt: skip
+        raise UserError(
+            f"--tuner is 'prefix': the layers of a {model.config.model_type} model do not all keep keys and "
+            "values of one shape for every token: use --tuner lora"
+        )
+    return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+
+
+def _read_start(path: Path, shape: torch.Size) -> Tensor:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        rows = load_file(path)[_START]
+    except (OSError, SafetensorError, KeyError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: cannot be read: {said}: copy it again; without the file the prefix is computed anew"
+        ) from error
+    if rows.shape != shape or rows.dtype != torch.float32:
+        raise UserError(
+            f"{path}: holds a prefix {list(rows.shape)}, the run's model takes {list(shape)}: another run's file"
+        )
+    return rows
+
+
+# -------------------------------------------------------------------------------------------- head
+
+
+def _is_tied(model: PreTrainedModel, head: nn.Module | None) -> bool:
+    weight = getattr(head, "weight", None)
+    return weight is not None and weight is getattr(model.get_input_embeddings(), "weight", None)
+
+
+def _head(model: PreTrainedModel) -> PreTrainedModel:
+    """Only the output head is tuned. A tied one is given weights of its own first.
+
+    Otherwise the embeddings would move with it. That costs the memory of one more embedding matrix, and the
+    tuned model is saved as one whose head is not tied.
+    """
+    whole: Any = model
+    head = whole.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        raise UserError(
+            f"--tuner is 'head': a {model.config.model_type} model has no output head: use --tuner lora"
+        )
+    if _is_tied(model, head):
+        for name, parameter in list(head.named_parameters(recurse=False)):
+            setattr(head, name, nn.Parameter(parameter.detach().clone()))
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    mine = {id(parameter) for parameter in head.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in mine)
+    return model
