@@ -400,7 +400,9 @@ def compile_kernels(family: Family) -> None:
     tiny.draw(seeds)
     tiny.look(0, [1e-3], 1.0)
     tiny.update([Move(0, seeds, np.zeros((1, 1), np.float32), np.zeros(1, np.float32))])
-    tiny._backend().release_compiler()
+    from justforward.noise import llvm
+
+    llvm.release_compiler()
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}

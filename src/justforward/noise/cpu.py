@@ -11,18 +11,13 @@ each stage. Kernels release the GIL and take a range of tiles, so any number of 
 # (Numba types what is in here; mypy cannot follow its intrinsics.)
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import sys
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 
 from justforward.noise import spec
+from justforward.noise.llvm import as_float, as_int, floor, prefetch, rint, select, sqrt
 
 u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
 
@@ -40,71 +35,12 @@ _DITHER_TILE, _DITHER_LANE = u64(spec.DOMAIN_DITHER_TILE), u64(spec.DOMAIN_DITHE
 _GAUSSIAN, _RADEMACHER = u64(spec.DOMAIN_GAUSSIAN), u64(spec.DOMAIN_RADEMACHER)
 _HALF, _ONE, _SIGN = f32(0.5), f32(1.0), u32(0x80000000)
 _ZERO = f32(0.0)  # -0.0 + 0.0 is +0.0: a negative zero would not survive a look
-_MADV_PAGEOUT = 21
 _LINE = 16  # float32 values of a cache line
 _POW_M32, _POW_M24 = f32(2.0**-32), f32(2.0**-24)
 
 # The grid: a tile's weights are integers n times q = 2^k with |n| <= 1.5 x 2^23; a look may add 2^22 and is
 # still exact, below 2^24. A tile that grows beyond is laid anew, on the next coarser grid.
 _LIMIT = f32(spec.GRID_LIMIT)
-
-
-def _llvm(name: str) -> Any:
-    """The LLVM intrinsic of that name on one float32."""
-
-    @intrinsic
-    def call(typingctx: Any, x: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.call(
-                builder.module.declare_intrinsic(f"llvm.{name}", [ir.FloatType()]), args
-            )
-
-        return types.float32(types.float32), codegen
-
-    return call
-
-
-_sqrt, _rint, _floor = _llvm("sqrt"), _llvm("rint"), _llvm("floor")
-
-
-@intrinsic
-def _as_float(typingctx: Any, x: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(x), codegen
-
-
-@intrinsic
-def _as_int(typingctx: Any, x: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), codegen
-
-
-@intrinsic
-def _select(typingctx: Any, condition: Any, yes: Any, no: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.select(*args)
-
-    return yes(types.boolean, yes, yes), codegen
-
-
-@intrinsic
-def _prefetch(typingctx: Any, values: Any, at: Any) -> Any:
-    """Ask for the cache line of values[at], to be written."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        pointer = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(8).as_pointer())
-        word = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(fetch, [pointer, word(1), word(3), word(1)])
-        return context.get_dummy_value()
-
-    return types.none(values, types.intp), codegen
 
 
 def _inline(function: Any) -> Any:
@@ -124,7 +60,7 @@ def _fetch_tile(theta, tile, last):
     if tile < last:
         start, end = tile * TILE, min((tile + 1) * TILE, theta.size)
         for i in range(start, end, _LINE):
-            _prefetch(theta, i)
+            prefetch(theta, i)
 
 
 @_inline
@@ -161,26 +97,26 @@ def _words(first, blocks, seed, stream, domain, w0, w1, w2, w3):
 @_inline
 def _box_muller(x, y):
     v = f32(f32(i32(u32(x >> u32(1)))) + _HALF)
-    i = _as_int(v)
+    i = as_int(v)
     e = i32(i32(i - _ROOT) >> i32(23))
-    f = f32(_as_float(i32(i - i32(e << i32(23)))) - _ONE)
+    f = f32(as_float(i32(i - i32(e << i32(23)))) - _ONE)
     p = f32(f32(f * _L6) + _L5)
     p = f32(f32(p * f) + _L4)
     p = f32(f32(p * f) + _L3)
     p = f32(f32(p * f) + _L2)
     p = f32(f32(p * f) + _L1)
     p = f32(f32(p * f) + _L0)
-    radius = _sqrt(f32(f32(f32(i32(e - i32(31))) * _LN2) + f32(p * f)))
+    radius = sqrt(f32(f32(f32(i32(e - i32(31))) * _LN2) + f32(p * f)))
     t = f32(f32(i32(u32(y << u32(2)))) * _POW_M32)
     s = f32(t * t)
     sine = f32(f32(f32(f32(f32(s * _S2) + _S1) * s) + _S0) * t)
     cosine = f32(f32(f32(f32(f32(f32(s * _C3) + _C2) * s) + _C1) * s) + _C0)
     odd = (y & u32(0x40000000)) != u32(0)
-    first = _as_int(_select(odd, sine, cosine))
-    second = _as_int(_select(odd, cosine, sine))
+    first = as_int(select(odd, sine, cosine))
+    second = as_int(select(odd, cosine, sine))
     # Quadrants 1 and 2 flip the first, 2 and 3 the second: sign bits, not branches.
-    first = _as_float(i32(first ^ i32(u32(y ^ u32(y << u32(1))) & _SIGN)))
-    second = _as_float(i32(second ^ i32(y & _SIGN)))
+    first = as_float(i32(first ^ i32(u32(y ^ u32(y << u32(1))) & _SIGN)))
+    second = as_float(i32(second ^ i32(y & _SIGN)))
     return f32(radius * first), f32(radius * second)
 
 
@@ -194,7 +130,7 @@ def _tile(tile, seed, stream, domain, signs, z, w0, w1, w2, w3):
             shift = u32(31 - j)
             for k in range(32):
                 # 1.0 with the bit as its sign.
-                row[k] = _as_float(i32(u32(u32(w0[k] << shift) & _SIGN) | u32(0x3F800000)))
+                row[k] = as_float(i32(u32(u32(w0[k] << shift) & _SIGN) | u32(0x3F800000)))
     else:
         _words(u64(tile) * u64(256), 256, seed, stream, domain, w0, w1, w2, w3)
         z0, z1, z2, z3 = z[:256], z[256:512], z[512:768], z[768:]
@@ -269,14 +205,14 @@ def lay_grid(theta, exponents, floor):
         exponents[tile] = k
         q, inverse = _power(k), _power(-k)
         for i in range(part.size):
-            part[i] = f32(f32(_rint(f32(part[i] * inverse)) * q) + _ZERO)
+            part[i] = f32(f32(rint(f32(part[i] * inverse)) * q) + _ZERO)
     return -1
 
 
 @_inline
 def _power(k):
     """2^k as float32, -126 <= k <= 127."""
-    return _as_float(i32(i32(k + 127) << i32(23)))
+    return as_float(i32(i32(k + 127) << i32(23)))
 
 
 @_kernel
@@ -292,7 +228,7 @@ def look(theta, exponents, first, last, seed, stream, c, times):
         scale = f32(c * _power(-i32(exponents[tile])))
         q = f32(times * _power(i32(exponents[tile])))
         for i in range(part.size):
-            part[i] = f32(part[i] + f32(_rint(f32(z[i] * scale)) * q))
+            part[i] = f32(part[i] + f32(rint(f32(z[i] * scale)) * q))
 
 
 @_kernel
@@ -313,7 +249,7 @@ def look_signs(theta, exponents, first, last, seed, stream, c, times):
             w[16 + i] = w2[b + i]
             w[24 + i] = w3[b + i]
         q = _power(i32(exponents[tile]))
-        move = u32(_as_int(f32(f32(times * q) * _rint(f32(c * _power(-i32(exponents[tile])))))))
+        move = u32(as_int(f32(f32(times * q) * rint(f32(c * _power(-i32(exponents[tile])))))))
         part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
         if part.size == TILE:
             for j in range(32):
@@ -321,11 +257,11 @@ def look_signs(theta, exponents, first, last, seed, stream, c, times):
                 shift = u32(31 - j)
                 for i in range(32):
                     sign = u32(u32(w[i] << shift) & _SIGN)
-                    row[i] = f32(row[i] + _as_float(i32(move ^ sign)))
+                    row[i] = f32(row[i] + as_float(i32(move ^ sign)))
         else:
             for i in range(part.size):
                 sign = u32(u32(w[i % 32] << u32(31 - i // 32)) & _SIGN)
-                part[i] = f32(part[i] + _as_float(i32(move ^ sign)))
+                part[i] = f32(part[i] + as_float(i32(move ^ sign)))
 
 
 @_inline
@@ -345,17 +281,17 @@ def _settle(part, exponents, tile, values, scale, lanes, word):
         h = u32(lanes[i] + word)
         h = u32(u32(h ^ u32(h >> u32(16))) * _D0)
         u = f32(f32(i32(u32(h >> u32(8)))) * _POW_M24)
-        moved = f32(part[i] + f32(_floor(f32(f32(values[i] * inverse) + u)) * q))
+        moved = f32(part[i] + f32(floor(f32(f32(values[i] * inverse) + u)) * q))
         part[i] = moved
-        size = i32(_as_int(moved) & i32(0x7FFFFFFF))
-        largest = _select(size > largest, size, largest)
-    if _as_float(largest) > f32(_LIMIT * q):
-        while k < 100 and _as_float(largest) > f32(_LIMIT * _power(k)):
+        size = i32(as_int(moved) & i32(0x7FFFFFFF))
+        largest = select(size > largest, size, largest)
+    if as_float(largest) > f32(_LIMIT * q):
+        while k < 100 and as_float(largest) > f32(_LIMIT * _power(k)):
             k += 1
         exponents[tile] = k
         q, inverse = _power(k), _power(-k)
         for i in range(part.size):
-            part[i] = f32(f32(_rint(f32(part[i] * inverse)) * q) + _ZERO)
+            part[i] = f32(f32(rint(f32(part[i] * inverse)) * q) + _ZERO)
 
 
 @_inline
@@ -416,7 +352,7 @@ def _make_update(SIGNS: bool, DOMAIN: Any) -> Any:
                     k = i32(exponents[tile])
                     home, q = f32(back * _power(-k)), _power(k)
                     for i in range(part.size):
-                        part[i] = f32(part[i] + f32(_rint(f32(z[i] * home)) * q))
+                        part[i] = f32(part[i] + f32(rint(f32(z[i] * home)) * q))
                 word = _one_word(tile, steps[s], stream, _DITHER_TILE)
                 _decay(part, acc, decays[s])
                 _settle(part, exponents, tile, values, scale, lanes[s], word)
@@ -469,7 +405,7 @@ def look_outer(theta, exponents, first, last, columns, a, b, times):
         inverse = _power(-i32(exponents[tile]))
         q = f32(times * _power(i32(exponents[tile])))
         for i in range(part.size):
-            part[i] = f32(part[i] + f32(_rint(f32(acc[i] * inverse)) * q))
+            part[i] = f32(part[i] + f32(rint(f32(acc[i] * inverse)) * q))
 
 
 @_kernel
@@ -486,23 +422,6 @@ def update_outer(theta, exponents, first, last, columns, stream, steps, ends, a,
             word = _one_word(tile, steps[s], stream, _DITHER_TILE)
             _decay(part, acc, decays[s])
             _settle(part, exponents, tile, acc, _ONE, lanes[s], word)
-
-
-def release_compiler() -> None:
-    """Give back the memory of the compiler: LLVM's code, 65 MB, and what it has freed.
-
-    Nothing needs it until something is compiled again. The pages are those of a library's file: the system reads
-    them back when they are touched. Where it cannot do this (not Linux, an old kernel), they stay.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps") as maps:
-        library = ctypes.CDLL(None)
-        library.malloc_trim(0)  # glibc only
-        for line in maps:
-            if "llvmlite" in line:
-                start, end = (int(part, 16) for part in line.split()[0].split("-"))
-                library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
 
 @_kernel
