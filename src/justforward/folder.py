@@ -59,8 +59,8 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader finds the old text or the new one.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: a reader finds the old content or the new one. Text is UTF-8.
 
     Raises:
         UserError: it cannot be written; the old file is as it was.
@@ -68,8 +68,8 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

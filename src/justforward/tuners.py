@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from justforward import noise
 from justforward.config import TrainConfig
 from justforward.errors import UserError
-from justforward.folder import writing
+from justforward.folder import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,14 +74,7 @@ def keep_start(model: nn.Module, path: Path) -> None:
     encoder = getattr(model, "prompt_encoder", None)
     if encoder is None:
         return
-    data = save({_START: encoder["default"].embedding.weight.detach()})
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_whole(path, save({_START: encoder["default"].embedding.weight.detach()}))
 
 
 def merged(model: Any) -> PreTrainedModel:
