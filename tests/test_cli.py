@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from justforward import cli, folder, rebuild, report
-from justforward import run as run_module
+from justforward import session as session_module
 from justforward.causal import CausalPrompts
 from justforward.cli import COMMANDS, main
 from justforward.config import TrainConfig
@@ -454,7 +454,7 @@ def test_stopped_before_the_first_step(
 
 
 @pytest.mark.parametrize(
-    ("command", "module"), [("eval", rebuild), ("replay", rebuild), ("train", run_module)]
+    ("command", "module"), [("eval", rebuild), ("replay", rebuild), ("train", session_module)]
 )
 def test_ctrl_c_in_other_places(
     run: Run, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, command: str, module: Any

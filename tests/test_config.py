@@ -18,18 +18,15 @@ from justforward.config import (
     InspectConfig,
     ReplayConfig,
     TrainConfig,
-    check_ranges,
     check_same,
-    forwards_until,
     kept_values,
     labels_of,
-    learning_rate,
     resolved,
-    samples_at,
     task_of,
-    validation_due,
 )
 from justforward.errors import UserError
+from justforward.ranges import check_ranges
+from justforward.schedules import forwards_until, learning_rate, samples_at, validation_due
 
 BASE = TrainConfig("m", "d.csv", "out", template="{text} It was", labels="neg=terrible,pos=great")
 

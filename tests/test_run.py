@@ -38,7 +38,8 @@ from justforward.models import load_model
 from justforward.optim import MeZO
 from justforward.prepare import split_rows, stop_reason, stop_signals
 from justforward.progress import Progress
-from justforward.run import Interrupted, train
+from justforward.run import train
+from justforward.session import Interrupted
 
 Result = dict[str, Any]
 

@@ -190,6 +190,7 @@ def _run(command: str, config: Any) -> int:
         return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a fork would make it complain
     from justforward import rebuild, report, run
+    from justforward.session import Interrupted
 
     if command == "eval":
         found = rebuild.evaluate(config)
@@ -203,7 +204,7 @@ def _run(command: str, config: Any) -> int:
     else:
         try:
             result = run.train(config)
-        except run.Interrupted as stopped:
+        except Interrupted as stopped:
             if stopped.result is not None:
                 report.plot(config.out)
                 _print(config.json, stopped.result, report.spell_train(stopped.result))

@@ -6,14 +6,13 @@ folder keeps a `TrainConfig` as config.yaml.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from justforward import catalog, rules
 from justforward.errors import UserError
+from justforward.ranges import check_ranges
 from justforward.tasks import Loss, Task, Truncation, parse_labels
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -207,92 +206,7 @@ class InspectConfig:
     json: bool = False
 
 
-# ---------------------------------------------------------------------------------------- checks
-
-
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
-
-
-def _not_negative(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
-
-
-def _share(value: float) -> bool:
-    return 0 < value <= 1
-
-
-def _size(value: float) -> bool:
-    return value >= 1 if isinstance(value, int) else 0 < value < 1
-
-
-def _seed(value: float) -> bool:
-    return 0 <= value < 2**64
-
-
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "lr": (_positive, "positive and finite"),
-    "eps": (lambda value: 0 < value <= 100, "positive and at most 100"),
-    "weight_decay": (_not_negative, "finite and at least 0"),
-    "lora_alpha": (_positive, "positive and finite"),
-    "max_minutes": (_positive, "positive and finite"),
-    "target_accuracy": (_share, "above 0 and at most 1"),
-    "seed": (_seed, "at least 0 and below 2^64"),
-    "split_seed": (_seed, "at least 0 and below 2^64"),
-    "test_size": (_size, "a number of rows from 1, or a fraction between 0 and 1"),
-    "validation_size": (_size, "a number of rows from 1, or a fraction between 0 and 1"),
-    **{
-        name: (lambda value: value >= 1, "at least 1")
-        for name in (
-            "num_samples",
-            "batch_size",
-            "max_forwards",
-            "eval_every",
-            "eval_batch_size",
-            "train_size",
-            "shots",
-            "max_length",
-            "lora_rank",
-            "prefix_length",
-            "threads",
-            "last",
-        )
-    },
-}
-
-
-def check_ranges(config: Any) -> None:
-    """Types, ranges and choices of all plain values of a configuration.
-
-    Raises:
-        UserError: naming the option, its value and what it may be.
-    """
-    hints = get_type_hints(type(config))
-    for field in fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        kinds = get_args(hint) or (hint,)
-        option = "--" + field.name.replace("_", "-")
-        if value is None and type(None) not in kinds:
-            raise UserError(f"{option} is empty: it must be given a value")
-        choices = [
-            choice for kind in (hint, *kinds) for choice in get_args(kind) if kind is not dict
-        ]
-        choices = [choice for choice in choices if isinstance(choice, str)]
-        if choices and value is not None and value not in choices:
-            raise UserError(f"{option} is {value!r}: it must be one of {', '.join(choices)}")
-        mapping = isinstance(value, dict) and any(get_origin(kind) is dict for kind in kinds)
-        if str in kinds and value is not None and not (mapping or isinstance(value, str)):
-            raise UserError(f"{option} is {value!r}: it must be a text")
-        number = int in kinds or float in kinds
-        if number and value is not None:
-            whole = float not in kinds
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                what = "a whole number" if whole else "a number"
-                raise UserError(f"{option} is {value!r}: it must be {what}")
-            if field.name in _RANGES:
-                good, allowed = _RANGES[field.name]
-                if not good(value):
-                    raise UserError(f"{option} is {value!r}: it must be {allowed}")
+# --------------------------------------------------------------------------- what follows from settings
 
 
 def labels_of(labels: str | dict[str, str]) -> dict[str, str]:
@@ -406,38 +320,3 @@ def check_same(old: TrainConfig, new: TrainConfig, where: str) -> None:
                 f"{where}: --{option} is {a!r} in the run and {b!r} now{why}: "
                 "resume with the run's value, or choose another --out"
             )
-
-
-# ------------------------------------------------------------------------------------- schedules
-
-
-def learning_rate(config: TrainConfig, forwards: int) -> float:
-    """Learning rate of the step that starts after so many forwards: a function of nothing else."""
-    done = min(forwards / config.max_forwards, 1.0)
-    if config.lr_schedule == "linear":
-        return config.lr * (1.0 - done)
-    if config.lr_schedule == "cosine":
-        return config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
-    return config.lr
-
-
-def samples_at(config: TrainConfig, step: int) -> int:
-    """Directions that step `step` looks along (for each example in activation space)."""
-    last = config.num_samples
-    if config.sample_schedule == "constant" or last == 1:
-        return last
-    steps = max(1, config.max_forwards // (1 + last))  # 2 (1 + last) / 2 forwards a step on average
-    return round(1 + (last - 1) * min(step / steps, 1.0))
-
-
-def forwards_until(config: TrainConfig, steps: int) -> int:
-    """Forwards that the first `steps` steps take."""
-    if config.sample_schedule == "constant":
-        return 2 * config.num_samples * steps
-    return 2 * sum(samples_at(config, step) for step in range(steps))
-
-
-def validation_due(config: TrainConfig, before: int, after: int) -> bool:
-    """Whether a validation follows the step that took the forwards from `before` to `after`."""
-    assert config.eval_every is not None
-    return before // config.eval_every < after // config.eval_every

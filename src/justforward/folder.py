@@ -25,9 +25,10 @@ from typing import IO, Any
 
 import yaml
 
-from justforward.config import TrainConfig, check_ranges, kept_values, labels_of
+from justforward.config import TrainConfig, kept_values, labels_of
 from justforward.data import Example
 from justforward.errors import UserError
+from justforward.ranges import check_ranges
 
 if os.name == "posix":
     import fcntl

@@ -17,13 +17,14 @@ import torch
 
 import justforward
 from justforward.catalog import load
-from justforward.config import TrainConfig, samples_at, task_of
+from justforward.config import TrainConfig, task_of
 from justforward.data import Example, Splits, read_examples, split_examples
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
 from justforward.folder import Metric, best_step, data_hash
 from justforward.optim import ESTIMATORS
 from justforward.published import TEST_SIZE, Published, deal, read_published
+from justforward.schedules import samples_at
 from justforward.tasks import Task
 
 MOST_TEST, MOST_VALIDATION = 400, 200

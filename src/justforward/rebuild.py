@@ -11,8 +11,6 @@ from justforward.config import (
     EvalConfig,
     ReplayConfig,
     TrainConfig,
-    check_ranges,
-    forwards_until,
     labels_of,
     resolved,
     task_of,
@@ -27,6 +25,8 @@ from justforward.playback import replay as replay_log
 from justforward.prepare import read_data, split_rows, use_threads
 from justforward.progress import Progress
 from justforward.published import Published, figures, scored_rows
+from justforward.ranges import check_ranges
+from justforward.schedules import forwards_until
 from justforward.tasks import Task
 from justforward.trajectory import read_log
 from justforward.tuners import attach, merged

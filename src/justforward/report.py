@@ -8,9 +8,11 @@ from itertools import pairwise
 from typing import Any
 
 from justforward.catalog import METRICS
-from justforward.config import InspectConfig, check_ranges, forwards_until
+from justforward.config import InspectConfig
 from justforward.folder import Metric, RunFolder, best_step, writing
 from justforward.progress import spell_seconds
+from justforward.ranges import check_ranges
+from justforward.schedules import forwards_until
 from justforward.trajectory import read_log
 
 Result = dict[str, Any]

@@ -1,0 +1,95 @@
+"""What each setting may be: types, ranges and choices of the dataclasses in `config`. No torch in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+from justforward.errors import UserError
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _not_negative(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _share(value: float) -> bool:
+    return 0 < value <= 1
+
+
+def _size(value: float) -> bool:
+    return value >= 1 if isinstance(value, int) else 0 < value < 1
+
+
+def _seed(value: float) -> bool:
+    return 0 <= value < 2**64
+
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "lr": (_positive, "positive and finite"),
+    "eps": (lambda value: 0 < value <= 100, "positive and at most 100"),
+    "weight_decay": (_not_negative, "finite and at least 0"),
+    "lora_alpha": (_positive, "positive and finite"),
+    "max_minutes": (_positive, "positive and finite"),
+    "target_accuracy": (_share, "above 0 and at most 1"),
+    "seed": (_seed, "at least 0 and below 2^64"),
+    "split_seed": (_seed, "at least 0 and below 2^64"),
+    "test_size": (_size, "a number of rows from 1, or a fraction between 0 and 1"),
+    "validation_size": (_size, "a number of rows from 1, or a fraction between 0 and 1"),
+    **{
+        name: (lambda value: value >= 1, "at least 1")
+        for name in (
+            "num_samples",
+            "batch_size",
+            "max_forwards",
+            "eval_every",
+            "eval_batch_size",
+            "train_size",
+            "shots",
+            "max_length",
+            "lora_rank",
+            "prefix_length",
+            "threads",
+            "last",
+        )
+    },
+}
+
+
+def check_ranges(config: Any) -> None:
+    """Types, ranges and choices of all plain values of a configuration.
+
+    Raises:
+        UserError: naming the option, its value and what it may be.
+    """
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        kinds = get_args(hint) or (hint,)
+        option = "--" + field.name.replace("_", "-")
+        if value is None and type(None) not in kinds:
+            raise UserError(f"{option} is empty: it must be given a value")
+        choices = [
+            choice for kind in (hint, *kinds) for choice in get_args(kind) if kind is not dict
+        ]
+        choices = [choice for choice in choices if isinstance(choice, str)]
+        if choices and value is not None and value not in choices:
+            raise UserError(f"{option} is {value!r}: it must be one of {', '.join(choices)}")
+        mapping = isinstance(value, dict) and any(get_origin(kind) is dict for kind in kinds)
+        if str in kinds and value is not None and not (mapping or isinstance(value, str)):
+            raise UserError(f"{option} is {value!r}: it must be a text")
+        number = int in kinds or float in kinds
+        if number and value is not None:
+            whole = float not in kinds
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                what = "a whole number" if whole else "a number"
+                raise UserError(f"{option} is {value!r}: it must be {what}")
+            if field.name in _RANGES:
+                good, allowed = _RANGES[field.name]
+                if not good(value):
+                    raise UserError(f"{option} is {value!r}: it must be {allowed}")

@@ -1,0 +1,355 @@
+"""One process's part of a run: steps until a limit, then the best step's model, scored on the test rows.
+
+A step is in the log before its line is in metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from justforward.catalog import Declaration
+from justforward.config import TrainConfig
+from justforward.data import Example, Splits, batches
+from justforward.errors import NonFiniteLoss, UserError
+from justforward.evaluate import Evaluation, Scorer
+from justforward.folder import Metric, RunFolder, best_step
+from justforward.interrupts import Shield
+from justforward.models import load_model
+from justforward.optim import MeZO
+from justforward.playback import fingerprint, replay
+from justforward.prepare import Stop, choose_tuned, environment_now, stop_reason
+from justforward.progress import Progress
+from justforward.published import figures
+from justforward.schedules import forwards_until, learning_rate, samples_at, validation_due
+from justforward.tasks import Task
+from justforward.trajectory import Log, read_log
+from justforward.tuners import attach, keep_start
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Result = dict[str, Any]
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the session has ended cleanly and the run can be continued.
+
+    Attributes:
+        result: the run so far; None where nothing was written yet.
+    """
+
+    def __init__(self, result: Result | None) -> None:
+        super().__init__("interrupted")
+        self.result = result
+
+
+@dataclass
+class Session:
+    """One process's part of a run."""
+
+    config: TrainConfig
+    task: Task
+    splits: Splits
+    folder: RunFolder
+    progress: Progress
+    metrics: list[Metric]
+    started: float
+    data_sha256: str
+    log: Log | None
+    declared: Declaration | None = None
+
+    def __post_init__(self) -> None:
+        self.seconds_before = max((float(m["seconds"]) for m in self.metrics), default=0.0)
+        self.validations = [m for m in self.metrics if m["kind"] == "validation"]
+        self.model: PreTrainedModel | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.scorer: Scorer | None = None
+        self.opt: MeZO | None = None
+        self.steps_taken = 0  # once the optimizer is gone
+        self.forwards = 0
+
+    @property
+    def seconds(self) -> float:
+        """Of all sessions of the run, loading and scoring included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    @property
+    def steps(self) -> int:
+        return self.opt.steps if self.opt is not None else self.steps_taken
+
+    def load(self) -> None:
+        """Load the model, score what must be scored before training, make the folder and the optimizer."""
+        self._load_base()
+        for note in self.splits.notes:
+            self.progress.note(f"note: {note}")
+        self.progress.note(f"rows: {_spell_rows(self.splits)}")
+        if self.log is not None:
+            self._repair(self.log)
+        else:
+            self._score_before()
+        assert self.model is not None
+        try:
+            with Shield():  # all of it or nothing
+                if self.log is None:
+                    self.folder.make()
+                self._make_optimizer()
+        except BaseException:
+            self._unmake()
+            raise
+        self.forwards = forwards_until(self.config, self.steps)
+
+    def _load_base(self, rows: bool = True) -> None:
+        self.model = self.scorer = None  # before a second one is loaded
+        model, self.tokenizer = load_model(self.config.model, notify=self.progress.note)
+        self.model = attach(model, self.tokenizer, self.config, self.folder.start)
+        self.scorer = Scorer(self.model, self.tokenizer, self.task, self.config.max_length)
+        choose_tuned(self.model, self.config.tune)
+        if rows:  # tokenised now, so that a bad row is found before anything is written
+            for split in (self.splits.test, self.splits.validation, self.splits.train):
+                self.scorer.prepare(split)
+
+    def _score_before(self) -> None:
+        have = {metric["kind"] for metric in self.metrics if metric["step"] == 0}
+        for kind, rows in (("before", self.splits.test), ("validation", self.splits.validation)):
+            if kind not in have:
+                self.progress.note(f"scoring {len(rows)} {_WHAT[kind]}")
+                found = self._evaluate(rows)
+                self._remember(self._metric(kind, 0, 0, accuracy=found.accuracy, loss=found.loss))
+
+    def _repair(self, log: Log) -> None:
+        """Score again what the last session did not live to write down."""
+        self._check_base(log)
+        written = len(self.metrics)
+        self._score_before()
+        have = {metric["step"] for metric in self.validations}
+        after = 0
+        for step in range(1, len(log.steps) + 1):
+            before, after = after, after + 2 * samples_at(self.config, step - 1)
+            if step not in have and validation_due(self.config, before, after):
+                assert self.model is not None
+                replay(self.model, log.path, step)
+                self._remember(self._validation(step, after))
+                self._load_base()
+        for metric in self.metrics[written:]:
+            self.folder.append_metric(metric)
+
+    def _check_base(self, log: Log) -> None:
+        assert self.model is not None
+        base = fingerprint(self.model)
+        if base != log.header["base"]:
+            raise UserError(
+                f"{self.folder.path}: --model is {self.config.model!r}, whose fingerprint is {base[:12]}; the run "
+                f"was started from {log.header['base'][:12]}: give that model"
+            )
+
+    def _make_optimizer(self) -> None:
+        config, folder = self.config, self.folder
+        assert self.model is not None
+        if self.log is None:
+            folder.write_config(config)
+            keep_start(self.model, folder.start)
+        self.opt = MeZO(
+            self.model,
+            lr=config.lr,
+            eps=config.eps,
+            estimator=config.estimator,
+            rule=config.rule,
+            family=config.family,
+            num_samples=lambda step: samples_at(config, step),
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+            log=folder.log,
+            resume=self.log is not None,
+        )
+        if self.log is None:
+            folder.lock()
+            base = read_log(folder.log).header["base"]
+            folder.write_environment(
+                {**environment_now(), "base_fingerprint": base, "data_sha256": self.data_sha256}
+            )
+            folder.write_seen(self.splits.train, self.splits.validation)
+            folder.keep_metrics(self.metrics)
+        else:
+            folder.write_config(config)  # limits may have changed
+            folder.forget_result()
+
+    # ---------------------------------------------------------------------------------- training
+
+    def run(self, stop: Stop) -> Result:
+        """Take steps until a limit; then keep the best, and score it on the test rows."""
+        first = self.steps
+        try:
+            self._train(stop)
+            return self._finish()
+        except (KeyboardInterrupt, NonFiniteLoss) as error:
+            by = "interrupt" if isinstance(error, KeyboardInterrupt) else "non-finite loss"
+            result = self._end_early(by)
+            if isinstance(error, NonFiniteLoss):
+                raise
+            raise Interrupted(result) from None
+        except UserError:
+            if first == self.steps == 0 and self.log is None:
+                self._unmake()  # the first look found out that this cannot be trained
+            else:
+                # a full disk is one reason to be here: then this cannot be written either, and the
+                # log's whole records are enough to continue from
+                with contextlib.suppress(UserError):
+                    self._end_early("error")
+            raise
+        finally:
+            self.progress.stop()
+            self.folder.unlock()
+
+    def _train(self, stop: Stop) -> None:
+        config, opt, scorer, train = self.config, self.opt, self.scorer, self.splits.train
+        assert opt is not None
+        assert scorer is not None
+        left = None if config.max_minutes is None else 60.0 * config.max_minutes - self.seconds
+        self.progress.start(self.forwards, config.max_forwards, left)
+        while self._reason() is None:
+            stop.check()
+            lr = learning_rate(config, self.forwards)
+            for group in opt.param_groups:
+                group["lr"] = lr
+            rows = batches(len(train), config.batch_size, config.seed, opt.steps)
+            batch = scorer.encode([train[row] for row in rows])
+            before, clock = self.forwards, time.monotonic()
+            with Shield() as shield:  # a step and its line: both or neither
+                loss = opt.step(partial(shield.call, scorer.losses), batch)
+                self.forwards += 2 * samples_at(config, opt.steps - 1)
+                took = round(time.monotonic() - clock, 4)
+                values = {"loss": loss, "lr": lr, "step_seconds": took}
+                self._append(self._metric("step", self.steps, self.forwards, **values))
+            self.progress.step(self.forwards, loss)
+            if validation_due(config, before, self.forwards):
+                self._append(self._validation(self.steps, self.forwards))
+        if not any(m["step"] == self.steps for m in self.validations):
+            self._append(self._validation(self.steps, self.forwards))
+        self.progress.stop()
+
+    def _validation(self, step: int, forwards: int) -> Metric:
+        try:
+            found = self._evaluate(self.splits.validation)
+        except UserError as error:
+            raise UserError(f"step {step}: {error}, or start again with a lower --lr") from error
+        self.progress.validation(forwards, found.accuracy, found.loss)
+        return self._metric("validation", step, forwards, accuracy=found.accuracy, loss=found.loss)
+
+    def _finish(self) -> Result:
+        """Close the log, go back to the best step if that is not the last, score the test rows."""
+        config, steps = self.config, self.steps
+        reason = self._reason()
+        best = best_step(self.validations, steps)
+        assert best is not None
+        assert reason is not None
+        kept = best["step"] if config.keep == "best" else steps
+        self._close()
+        if kept != steps:
+            self.opt, self.steps_taken = None, steps
+            self._load_base(rows=False)
+            assert self.model is not None
+            replay(self.model, self.folder.log, kept)
+        self.progress.note(
+            f"scoring {len(self.splits.test)} test rows with the model of step {kept}"
+        )
+        test = self._evaluate(self.splits.test)
+        assert self.model is not None
+        at = next(m for m in self.validations if m["step"] == kept)
+        result = {
+            "accuracy": test.accuracy,
+            "loss": test.loss,
+            "fingerprint": fingerprint(self.model),
+            **figures(self.declared, self.splits.test, test.predictions),
+            **self._so_far("finished", reason, steps),
+            "validation_accuracy": at["accuracy"],
+            "validation_loss": at["loss"],
+            "kept_step": kept,
+        }
+        self.folder.write_result(result)
+        return result
+
+    def _end_early(self, by: str) -> Result:
+        steps = self.steps
+        self._close()
+        result = {
+            "accuracy": None,  # the test rows are scored once, at the end
+            "loss": None,
+            "fingerprint": None,
+            **self._so_far("failed" if by != "interrupt" else "interrupted", by, steps),
+        }
+        self.folder.write_result(result)
+        return result
+
+    def _so_far(self, status: str, by: str, steps: int) -> Result:
+        before = next((m for m in self.metrics if m["kind"] == "before"), None)
+        best = best_step(self.validations, steps)
+        return {
+            "status": status,
+            "stopped_by": by,
+            "before_accuracy": before["accuracy"] if before else None,
+            "before_loss": before["loss"] if before else None,
+            "validation_accuracy": best["accuracy"] if best else None,
+            "validation_loss": best["loss"] if best else None,
+            "best_step": best["step"] if best else None,
+            "steps": steps,
+            "forwards": forwards_until(self.config, steps),
+            "seconds": round(self.seconds, 3),
+            "train_seconds": round(sum(m.get("step_seconds", 0.0) for m in self.metrics), 3),
+            "rows": {
+                "train": len(self.splits.train),
+                "validation": len(self.splits.validation),
+                "test": len(self.splits.test),
+                "duplicates": self.splits.duplicates,
+                "conflicts": self.splits.conflicts,
+            },
+            "log_bytes": self.folder.log.stat().st_size,
+            "out": str(self.folder.path),
+        }
+
+    def _unmake(self) -> None:
+        with contextlib.suppress(UserError):
+            self._close()
+        self.folder.unmake()
+
+    def _close(self) -> None:
+        if self.opt is not None:
+            with Shield():  # a seal is written once
+                self.opt.close()
+
+    # ----------------------------------------------------------------------------------- metrics
+
+    def _evaluate(self, rows: list[Example]) -> Evaluation:
+        assert self.scorer is not None
+        return self.scorer.evaluate(rows, self.config.eval_batch_size)
+
+    def _metric(self, kind: str, step: int, forwards: int, **values: float) -> Metric:
+        seconds = round(self.seconds, 3)
+        return {"kind": kind, "step": step, "forwards": forwards, "seconds": seconds, **values}
+
+    def _remember(self, metric: Metric) -> None:
+        self.metrics.append(metric)
+        if metric["kind"] == "validation":
+            self.validations.append(metric)
+
+    def _append(self, metric: Metric) -> None:
+        self.folder.append_metric(metric)
+        self._remember(metric)
+
+    def _reason(self) -> str | None:
+        return stop_reason(self.config, self.steps, self.forwards, self.seconds, self.validations)
+
+
+# ------------------------------------------------------------------------------------------ helpers
+
+_WHAT = {"before": "test rows, for the figure before", "validation": "validation rows"}
+
+
+def _spell_rows(splits: Splits) -> str:
+    text = (
+        f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test"
+    )
+    return text + (f" ({splits.duplicates} duplicates dropped)" if splits.duplicates else "")
