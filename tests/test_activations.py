@@ -24,7 +24,7 @@ from justforward import NonFiniteLoss, UserError, noise
 from justforward.activations import repeat_rows
 from justforward.data import Example
 from justforward.directions import FAMILIES, Weights
-from justforward.estimators import RowLooks, Site
+from justforward.estimators import AHEAD, BEHIND, RowLooks, Seen, Site
 from justforward.evaluate import Scorer
 from justforward.interrupts import Shield
 from justforward.tasks import Task
@@ -164,8 +164,14 @@ def looked(
 ) -> Tensor:  # fmt: skip
     """Losses [samples * rows, 2] at +eps and -eps, as the estimator sees them."""
     site = Site(weights, 0, seed_of, eps, Shield())
-    losses, _ = RowLooks(two_calls, check).look(site, closure, batch, samples)
-    return torch.tensor(losses, dtype=torch.float64)
+    seen, _ = RowLooks(two_calls, check).look(site, closure, batch, samples)
+    return pairs(seen)
+
+
+def pairs(seen: Seen) -> Tensor:
+    """Losses [samples * rows, 2] at +eps and -eps."""
+    both = zip(seen.losses[AHEAD], seen.losses[BEHIND], strict=True)
+    return torch.tensor(list(both), dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -616,8 +622,8 @@ def test_a_closure_may_bring_another_number_of_rows_each_step(name: str) -> None
         batch = token_batch(rows)
         with torch.no_grad():
             site = Site(weights, 0, seed_of, (EPS,), Shield())
-            losses, _ = looks.look(site, lambda batch=batch: loss_fn(model, batch), None, 1)
-        agree(torch.tensor(losses).double(), by_hand(model, weights, loss_fn, batch))
+            seen, _ = looks.look(site, lambda batch=batch: loss_fn(model, batch), None, 1)
+        agree(pairs(seen), by_hand(model, weights, loss_fn, batch))
 
 
 def test_a_closure_that_brings_other_rows_each_call_is_told_so() -> None:

@@ -13,12 +13,16 @@ import pytest
 import yaml
 
 from justforward import catalog
-from justforward.catalog import CHANGES, FOLDER, KEYS, METRICS, Declaration, load
+from justforward.catalog import FOLDER, KEYS, load
 from justforward.cli import main
-from justforward.config import TrainConfig, resolved
+from justforward.config import TrainConfig
 from justforward.data import Example
+from justforward.declaration import CHANGES, Declaration
 from justforward.errors import UserError
-from justforward.published import Published, deal, figures, read_published, scored_rows
+from justforward.metrics import figures
+from justforward.published import Published, deal, read_published, scored_rows
+from justforward.settings import resolved
+from justforward.tasks import METRICS
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -156,7 +160,7 @@ def test_the_declaration_in_the_documentation(tmp_path: Path) -> None:
     assert prompts[0] == "Hello\nIs this mail wanted? Yes or No?\n"
     assert [row.label for row in found.rows["test"]] == ["ham", "spam"]
     keys = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "tasks.md").read_text()))
-    assert keys >= {*CHANGES, *METRICS, *KEYS} - {"kind", "accuracy"}
+    assert keys >= {*CHANGES, *(m for each in METRICS.values() for m in each), *KEYS} - {"kind", "accuracy"}
 
 
 def test_the_declarations_are_shipped() -> None:
@@ -364,12 +368,11 @@ def test_figures() -> None:
     def found(name: str, truth: str, told: str) -> dict[str, float]:
         labels = {label[0]: label for label in load(name).labels}
         examples = rows(name, [labels[letter] for letter in truth])
-        return figures(load(name), examples, [labels[letter] for letter in told])
+        return figures(load(name).task_for(), examples, [labels[letter] for letter in told])
 
-    assert figures(None, [], []) == {}
-    assert found("sst2", "np", "nn") == {}
-    assert found("mrpc", "ssdd", "sdsd") == {"f1": 0.5}
-    assert found("mrpc", "dd", "dd") == {"f1": 0.0}
+    assert found("sst2", "np", "nn") == {"accuracy": 0.5}
+    assert found("mrpc", "ssdd", "sdsd") == {"accuracy": 0.5, "f1": 0.5}
+    assert found("mrpc", "dd", "dd") == {"accuracy": 1.0, "f1": 0.0}
     # sklearn.metrics.f1_score(average="macro") of the same: (2/3 + 2/3 + 0) / 3
     assert found("cb", "eecn", "ecce")["f1_macro"] == pytest.approx((1 / 2 + 2 / 3) / 3)
     assert found("cola", "aaauu", "aauua")["matthews"] == pytest.approx(1 / 6)
@@ -377,7 +380,8 @@ def test_figures() -> None:
     answers = rows("m", ["right", "wrong"], paragraph="p", question="a")
     answers += rows("m", ["right", "wrong"], paragraph="p", question="b")
     told = ["right", "wrong", "right", "right"]
-    assert figures(load("multirc"), answers, told) == {"f1": 0.8, "exact_match": 0.5}
+    expected = {"accuracy": 0.75, "f1": 0.8, "exact_match": 0.5}
+    assert figures(load("multirc").task_for(), answers, told) == expected
 
 
 # ---------------------------------------------------------------------------------- what is refused

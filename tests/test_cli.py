@@ -265,7 +265,7 @@ def test_bad_data(
         ({"template": "It was"}, "shows no field of the data: put one in"),
         ({"template": "{text} {title}"}, "rows.csv:2: template field 'title' is not a column"),
         ({"template": "{text"}, "double a brace that is meant as text"),
-        ({"rule": "adam"}, "'adam' is unknown; known are sgd, rms, sign, clip, momentum"),
+        ({"rule": "lion"}, "'lion' is unknown; known are sgd, rms, sign, clip, momentum"),
         ({"rule": "rms(beta=2)"}, "rms's beta is '2': it must be in [0, 1)"),
         ({"estimator": "both"}, "--estimator is 'both': it must be one of weight, activation"),
         ({"family": "cauchy"}, "--family is 'cauchy': it must be one of gaussian, rademacher"),
@@ -376,7 +376,7 @@ def test_a_loss_that_becomes_nan(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "name a command, one of {train,eval,replay,inspect,tasks}: see justforward --help"),
+        ([], "name a command, one of train, eval, baseline, compare, replay, inspect, rank, tasks: see justforward --help"),
         (["tune"], "invalid choice: 'tune'"),
         (["--fast"], "unrecognized arguments: --fast: see justforward --help"),
         (["train"], "required: --model, --data, --out: see justforward train --help"),

@@ -12,21 +12,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from justforward.config import (
-    FREE,
-    EvalConfig,
-    InspectConfig,
-    ReplayConfig,
-    TrainConfig,
-    check_same,
-    kept_values,
-    labels_of,
-    resolved,
-    task_of,
-)
+from justforward.config import FREE, EvalConfig, InspectConfig, ReplayConfig, TrainConfig
 from justforward.errors import UserError
 from justforward.ranges import check_ranges
 from justforward.schedules import forwards_until, learning_rate, samples_at, validation_due
+from justforward.settings import check_same, kept_values, labels_of, resolved, task_of
 
 BASE = TrainConfig("m", "d.csv", "out", template="{text} It was", labels="neg=terrible,pos=great")
 
@@ -141,7 +131,7 @@ def test_resolved_fills_in_what_depends_on_other_values() -> None:
         ({"tune": "("}, r"--tune is '\(': not a regular expression"),
         ({"max_forwards": 1}, "--max-forwards is 1: one step takes 2 forwards"),
         ({"max_forwards": 7, "num_samples": 4}, "one step takes 8 forwards"),
-        ({"rule": "adam"}, "rule 'adam'.*unknown; known are sgd, rms"),
+        ({"rule": "lion"}, "rule 'lion'.*unknown; known are sgd, rms"),
         ({"lr": math.nan}, "--lr is nan"),
         ({"labels": "neg=terrible"}, "at least 2"),
         ({"labels": "neg"}, "'neg' is not label=word"),
@@ -172,11 +162,17 @@ CHANGED: dict[str, Any] = {
     "task": "sst2",
     "label_field": "y",
     "loss": "vocabulary",
+    "objective": "accuracy",
+    "temperature": 1.0,
     "truncation": "left",
     "max_length": 9,
     "estimator": "weight",
     "rule": "sgd",
     "family": "rademacher",
+    "looks": "one-sided",
+    "modified": "variance",
+    "blocks": "layers",
+    "block_order": "random",
     "lr": 2e-3,
     "eps": 2e-3,
     "num_samples": 2,

@@ -179,7 +179,7 @@ def test_word_follows_as_the_text_would_be_tokenised(any_tokenizer: Any, ending:
     scorer = Scorer(make_model("opt"), any_tokenizer, Task("{text}" + ending, SINGLE))
     prompt, join = "a fine film" + ending.rstrip(" "), "" if "\n" in ending else " "
     scorer.prepare(examples := rows(["a fine film  " if not ending.strip() else "a fine film"]))
-    [(_, start)] = [scorer._tokens[id(example)] for example in examples]
+    [start] = [row.prompt for row in scorer.prompts.rows(examples)]
     for word, tokens in zip(SINGLE.values(), scorer.prompts.words, strict=True):
         whole = any_tokenizer(prompt + join + word, add_special_tokens=False)["input_ids"]
         assert start + tokens == scorer.prompts.before + whole
@@ -228,7 +228,7 @@ def test_a_foreign_tokenizer_is_refused(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="belongs to the model"):
         Scorer(make_model("gpt2", vocab_size=300), tokenizer, Task("{text} It was", SINGLE))
     scorer = Scorer(
-        make_model("gpt2", vocab_size=300), tokenizer, Task("{text}", {"a": "b", "b": "c"})
+        make_model("gpt2", vocab_size=300), tokenizer, Task("{text}", {"neg": "b", "pos": "c"})
     )
     with pytest.raises(UserError, match=r"rows\.csv:2: token \d+ where the model knows 300"):
         scorer.encode(rows(["wonderful story music great"]))

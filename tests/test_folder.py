@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from justforward.config import TrainConfig, resolved
+from justforward.config import TrainConfig
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.folder import (
@@ -26,6 +26,7 @@ from justforward.folder import (
     write_whole,
     writing,
 )
+from justforward.settings import resolved
 
 CONFIG = resolved(
     TrainConfig("m", "d.csv", "out", template="{text} ¿It was", labels="neg=no,pos=très bon")

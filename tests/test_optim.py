@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 import justforward as jf
 from conftest import materialise
-from justforward import MeZO, NonFiniteLoss, UserError, noise
+from justforward import Blocks, MeZO, Modified, NonFiniteLoss, UserError, noise
 from justforward.directions import FAMILIES
 from justforward.reference import direction, mezo_step
 from justforward.trajectory import Writer
@@ -86,7 +86,8 @@ def train(optimizer: MeZO, model: nn.Module, steps: int) -> list[float]:
 # ------------------------------------------------------------------- every variant, on the same checks
 
 RATES = {"sgd": 0.1, "rms": 0.02, "sign": 0.01, "clip(0.5)": 0.1, "momentum(0.8, window=8)": 0.02,
-         "rms+clip(2)+momentum(0.8, window=8)": 0.005}  # fmt: skip
+         "rms+clip(2)+momentum(0.8, window=8)": 0.005, "adam(0.8, window=4)": 0.02, "clip(0.5)+rmsprop": 0.01,
+         "adam(0.8, window=0)": 0.02}  # fmt: skip
 VARIANTS = [
     pytest.param({"estimator": estimator, "rule": rule, "family": family, "num_samples": samples}, RATES[rule],
                  id=f"{estimator}-{rule}-{family}-{samples}")
@@ -94,6 +95,25 @@ VARIANTS = [
     for family in families
     for rule in RATES
     for samples in (1, 3)
+]  # fmt: skip
+
+HALVES = ["norm|head", "hidden"]
+VARIANTS += [
+    pytest.param({"estimator": estimator, "num_samples": samples, **options}, lr,
+                 id="-".join([estimator, *map(str, options.values()), str(samples)]))
+    for estimator, samples in (("weight", 1), ("weight", 3), ("activation", 1), ("activation", 3))
+    for options, lr in [
+        ({"looks": "one-sided"}, 0.1),
+        ({"looks": "one-sided", "rule": "rms+clip(2)+momentum(0.8, window=8)"}, 0.005),
+        ({"looks": "one-point", "eps": 0.1}, 0.05),
+        ({"looks": "one-point", "eps": 0.1, "rule": "rms", "blocks": Blocks(HALVES)}, 0.02),
+        *(({"modified": Modified(form, by, "tensor", every, 2)}, lr) for form, lr in (("variance", 0.02), ("expectation", 0.3))
+          for by, every in (("weights", 3), ("looks", 4), ("gradient", None))),
+        ({"modified": Modified("variance", "looks", "tensor", 3), "family": "rademacher", "rule": "rms+momentum"}, 1e-4),
+        ({"blocks": Blocks(HALVES)}, 0.1),
+        ({"blocks": Blocks(HALVES, "random"), "rule": "rms", "looks": "one-sided"}, 0.02),
+    ]
+    if estimator == "weight" or options.get("looks") != "one-point"
 ]  # fmt: skip
 
 
@@ -652,7 +672,9 @@ def test_a_state_of_something_else_is_refused(other: Callable[[], Any], said: st
 
 @pytest.mark.parametrize("torn", [0, 1, 6])
 @pytest.mark.parametrize("sealed", [True, False])
-@pytest.mark.parametrize("rule", ["sgd", "rms+momentum(0.8, window=4)"])
+@pytest.mark.parametrize(
+    "rule", ["sgd", "rms+momentum(0.8, window=4)", "rms+adam(window=4)", "rmsprop(window=0)"]
+)
 def test_a_resumed_run_goes_on_to_the_same_bits(
     rule: str, sealed: bool, torn: int, tmp_path: Path
 ) -> None:
@@ -794,7 +816,7 @@ REFUSALS: list[tuple[Callable[[], Any], dict[str, Any], str]] = [
     (classifier, {"eps": None}, "eps is None"),
     (classifier, {"weight_decay": -0.1}, "weight_decay is -0.1: it must be finite and at least 0"),
     (classifier, {"weight_decay": math.nan}, "weight_decay is nan"),
-    (classifier, {"rule": "adam"}, "rule 'adam': 'adam' is unknown; known are sgd"),
+    (classifier, {"rule": "adagrad"}, "rule 'adagrad': 'adagrad' is unknown; known are sgd"),
     (classifier, {"rule": "clip(0)"}, "clip's limit is '0'"),
     (classifier, {"estimator": "backprop"}, "estimator is 'backprop': it must be one of weight, activation"),
     (classifier, {"family": "cauchy"}, "family is 'cauchy': it must be one of gaussian, rademacher, rank1"),

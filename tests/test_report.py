@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import make_model, make_tokenizer
-from justforward.config import InspectConfig, TrainConfig, resolved
+from justforward.config import InspectConfig, TrainConfig
 from justforward.errors import UserError
 from justforward.folder import RunFolder
 from justforward.progress import Progress
@@ -28,6 +28,7 @@ from justforward.report import (
     spell_train,
 )
 from justforward.run import train
+from justforward.settings import resolved
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -169,7 +170,7 @@ def test_inspect_as_text(finished: tuple[RunFolder, dict[str, Any]]) -> None:
     text = spell_inspect(found)
     for part in (
         "'{text} It was', neg=great, pos=terrible",
-        "activation space, rms(beta=0.9), lr 0.03 (linear), eps 0.001, samples 1, batch 8, seed 0",
+        "activation space, two-sided, rms(beta=0.9), lr 0.03 (linear), eps 0.001, samples 1, batch 8, seed 0",
         "finished (max_forwards): 10 steps, 20 of 20 forwards",
         f"{result['log_bytes']:,} bytes",
         ", sealed",
@@ -234,11 +235,12 @@ def test_summaries(finished: tuple[RunFolder, dict[str, Any]]) -> None:
     lines = spell_train(early).splitlines()
     assert lines[0].startswith("interrupted (x): 10 steps")
     assert lines[1:] == [f"best validation accuracy so far {result['validation_accuracy']:.1%}"]
-    assert len(spell_train({**early, "validation_accuracy": None}).splitlines()) == 1
+    assert len(spell_train({**early, "validation_value": None}).splitlines()) == 1
 
-    scored = {"accuracy": 0.5, "loss": 0.25, "fingerprint": "ff", "rows": 8, "step": 3}
+    scored = {"metric": "f1", "value": 0.5, "loss": 0.25, "fingerprint": "ff", "rows": 8, "step": 3}
+    scored |= {"accuracy": 0.25, "f1": 0.5, "exact_match": 0.125}
     alone = spell_eval({**scored, "model": "m", "run": None})
-    assert alone == "m: accuracy 50.0%, loss 0.2500 on 8 rows\nfingerprint ff"
+    assert alone == "m: f1 50.0%, loss 0.2500; exact_match 0.1250 on 8 rows\nfingerprint ff"
     assert spell_eval({**scored, "model": "m", "run": "r"}).startswith("r, step 3: ")
 
     made = {"out": "o", "run": "r", "steps": 3, "replay_seconds": 0.25, "fingerprint": "ff"}

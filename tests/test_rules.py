@@ -35,8 +35,9 @@ def run(spec: str, steps: list[list[float]]) -> list[list[float]]:
 
 
 @given(grads=GRADS)
-def test_sgd_and_momentum_leave_a_step_s_numbers_alone(grads: list[float]) -> None:
-    assert run("sgd", [grads]) == run("momentum", [grads]) == [grads]
+def test_sgd_and_rules_that_look_back_leave_a_step_s_numbers_alone(grads: list[float]) -> None:
+    for spec in ("sgd", "momentum", "adam", "rmsprop", "adam(window=0)"):
+        assert run(spec, [grads]) == [grads]
 
 
 @given(steps=st.lists(GRADS, min_size=1, max_size=8), beta=st.sampled_from([0.0, 0.5, 0.9, 0.99]))
@@ -89,6 +90,7 @@ def test_a_chain_is_its_rules_in_order(steps: list[list[float]]) -> None:
     expected = run("clip(0.5)", run("rms(0.8)", steps))
     assert run("rms(0.8)+clip(0.5)", steps) == expected
     assert run(" rms( beta = 0.8 ) + clip(0.5)+momentum", steps) == expected
+    assert run("rms(0.8)+ adam(0.5,window=7) +clip(0.5)", steps) == expected
 
 
 @given(steps=st.lists(GRADS.filter(any), min_size=2, max_size=5))
@@ -133,11 +135,41 @@ def test_text_is_read_and_spelled_out(
     assert (chain.momentum and (chain.momentum.beta, chain.momentum.window)) == momentum
 
 
+ADAM = "adam(beta1=0.9, beta2=0.99, eps=1e-08, window=20)"
+RMSPROP = "rmsprop(beta2=0.99, eps=1e-08, window=20)"
+
+
+@pytest.mark.parametrize(
+    ("spec", "spelled", "moments"),
+    [
+        ("adam", ADAM, (0.9, 0.99, 1e-8, 20)),
+        ("rmsprop", RMSPROP, (0.0, 0.99, 1e-8, 20)),
+        ("adam+clip(3)", f"clip(limit=3.0)+{ADAM}", (0.9, 0.99, 1e-8, 20)),
+        ("rmsprop(0.5, window=0)", "rmsprop(beta2=0.5, eps=1e-08, window=0)", (0.0, 0.5, 1e-8, 0)),
+        (
+            "adam(0, 0.999, 1e-6, 1000)+rms",
+            "rms(beta=0.9)+adam(beta1=0.0, beta2=0.999, eps=1e-06, window=1000)",
+            (0.0, 0.999, 1e-6, 1000),
+        ),
+        ("rms+sgd", "rms(beta=0.9)+sgd", None),
+        ("momentum", "momentum(beta=0.9, window=20)", None),
+    ],
+)
+def test_moments_are_read_and_spelled_out(
+    spec: str, spelled: str, moments: tuple[float, float, float, int] | None
+) -> None:
+    chain = rules.parse(spec)
+    assert chain.spec == spelled
+    assert rules.parse(chain.spec) == chain
+    assert chain.moments == (moments and rules.Adam(*moments))
+    assert chain.state_size == spelled.count("rms(")
+
+
 @pytest.mark.parametrize(
     ("spec", "named"),
     [
-        ("", "'' is unknown; known are sgd, rms, sign, clip, momentum"),
-        ("adam", "'adam' is unknown"),
+        ("", "'' is unknown; known are sgd, rms, sign, clip, momentum, adam, rmsprop"),
+        ("adamw", "'adamw' is unknown"),
         ("rms+", "'' is unknown"),
         ("rms(0.9", r"'rms\(0.9' is unknown"),
         ("rms-clip", "'rms-clip' is unknown"),
@@ -157,7 +189,20 @@ def test_text_is_read_and_spelled_out(
         ("momentum(window=2.5)", "window is '2.5'"),
         ("momentum(window=1001)", "window is '1001'"),
         ("momentum(window=inf)", "window is 'inf'"),
-        ("momentum+momentum(0.5)", "momentum is there twice"),
+        ("momentum+momentum(0.5)", "momentum is there twice; keep one"),
+        ("adam+rms+adam(0.5)", "adam is there twice; keep one"),
+        ("adam+momentum", "adam and momentum are both there; keep one"),
+        ("rmsprop+clip+adam", "rmsprop and adam are both there; keep one"),
+        ("adam(gamma=1)", r"adam has no parameter 'gamma=1'; it is adam\(beta1: "),
+        ("rmsprop(beta1=0.9)", "rmsprop has no parameter 'beta1=0.9'"),
+        ("adam(beta1=1)", r"beta1 is '1': it must be in \[0, 0.999999\]"),
+        ("adam(beta2=0.99999999)", "beta2 is '0.99999999'"),
+        ("rmsprop(nan)", "beta2 is 'nan'"),
+        ("adam(eps=0)", r"eps is '0': it must be in \[1e-30, 1e30\]"),
+        ("adam(eps=inf)", "eps is 'inf'"),
+        ("adam(window=-1)", "window is '-1': it must be a whole number, 0 to 1000"),
+        ("rmsprop(window=1.5)", "window is '1.5'"),
+        ("adam(window=1001)", "window is '1001'"),
     ],
 )
 def test_text_that_cannot_be_read_is_named(spec: str, named: str) -> None:

@@ -29,7 +29,7 @@ import torch
 import justforward as jf
 from justforward import folder as folder_module
 from justforward import prepare
-from justforward.config import TrainConfig, resolved
+from justforward.config import TrainConfig
 from justforward.data import read_examples
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.evaluate import Evaluation, Scorer
@@ -40,6 +40,7 @@ from justforward.prepare import split_rows, stop_reason, stop_signals
 from justforward.progress import Progress
 from justforward.run import train
 from justforward.session import Interrupted
+from justforward.settings import resolved
 
 Result = dict[str, Any]
 
@@ -167,6 +168,7 @@ def kept_task(config: TrainConfig) -> Any:
     [
         {"rule": "sgd+momentum(0.5, window=3)", "lr": 1e-3, "lr_schedule": "constant"},
         {"family": "rademacher", "weight_decay": 0.1, "lr_schedule": "cosine"},
+        {"rule": "clip(3)+adam(window=3)", "lr": 1e-3, "lr_schedule": "cosine"},
         {"num_samples": 3, "sample_schedule": "linear", "max_forwards": 36},
         {"estimator": "weight", "num_samples": 2, "tune": r"mlp|wte"},
         {"loss": "vocabulary", "truncation": "left", "max_length": 12, "batch_size": 3},

@@ -58,7 +58,12 @@ def write(path: Path, steps: Sequence[Step], head: dict[str, Any], seal: bool = 
 
 def kept(steps: Sequence[Step]) -> str:
     """All that a log keeps of steps; as text, which tells -0.0 from 0.0."""
-    return repr([(s.index, s.coefficients, s.scales, s.decays, s.rule_state) for s in steps])
+    return repr(
+        [
+            (s.index, s.coefficients, s.scales, s.decays, s.rule_state, s.norms, s.rates)
+            for s in steps
+        ]
+    )
 
 
 def message(path: Path) -> str:
@@ -98,6 +103,7 @@ def runs(draw: Any, least: int = 0) -> tuple[dict[str, Any], list[Step]]:
     groups, rule_state = draw(st.integers(1, 3)), draw(st.integers(0, 2))
     some_rates = st.tuples(*[RATES] * groups)
     pool = draw(st.lists(some_rates, min_size=1, max_size=2))  # rates stay for a while
+    rule, normed = draw(st.sampled_from(["sgd", "clip(3)+adam"])), draw(st.booleans())
     steps = [
         Step(
             index,
@@ -105,10 +111,12 @@ def runs(draw: Any, least: int = 0) -> tuple[dict[str, Any], list[Step]]:
             draw(st.sampled_from(pool)),
             draw(st.sampled_from(pool)),
             draw(st.tuples(*[NUMBERS] * rule_state)),
+            norms=draw(st.sampled_from(pool)) if normed else (),
+            rates=draw(st.sampled_from(pool)) if rule != "sgd" else (),
         )
         for index in range(draw(st.integers(least, 6)))
     ]
-    return header(groups, rule_state), steps
+    return header(groups, rule_state, rule=rule), steps
 
 
 # Each kind of record: plain, more directions, other scales, other decays, all at once, plain again.
@@ -208,6 +216,8 @@ def test_the_most_directions_a_step_may_have(tmp_path: Path) -> None:
         (Step(0, (0.5,), (1.0, 1.0)), "2 scales: this log takes 1"),
         (Step(0, (0.5,), (1.0,), ()), "0 decays: this log takes 1"),
         (Step(0, (0.5,), rule_state=(1.0,)), "1 scalars of rule state: this log takes 0"),
+        (Step(0, (0.5,), rates=(1.0,)), "1 rates: this log takes 0"),
+        (Step(0, (0.5,), norms=(1.0, 1.0)), "2 norms: this log takes 1"),
         (Step(0, (0.1,)), "0.1, which the log would keep as 0.0999"),
         (Step(0, (0.5,), (0.1,)), "0.1, which"),
         (Step(0, (math.inf,)), "lower lr"),
@@ -223,6 +233,25 @@ def test_a_step_that_the_log_cannot_hold_is_refused(step: Step, named: str, tmp_
     writer.append(good)
     writer.close()
     assert kept(read_log(path).steps) == kept([good])
+
+
+@pytest.mark.parametrize("rates", [(), (0.5,), (0.1, 0.5)])
+def test_a_log_of_a_rule_with_moments_takes_a_rate_for_each_group(
+    rates: tuple[float, ...], tmp_path: Path
+) -> None:
+    writer = Writer.create(tmp_path / "log", header(groups=2, rule="adam"))
+    named = "0.1, which" if len(rates) == 2 else f"{len(rates)} rates: this log takes 2"
+    with pytest.raises(UserError, match=named):
+        writer.append(Step(0, (0.5,), (1.0, 1.0), (0.0, 0.0), rates=rates))
+    writer.close()
+
+
+def test_rates_are_written_when_they_change(tmp_path: Path) -> None:
+    rates = [(0.0, 0.0), (0.5, 0.25), (0.5, 0.25), (0.5, 0.0)]
+    steps = [Step(i, (1.5,), (1.0, 1.0), (0.0, 0.0), rates=r) for i, r in enumerate(rates)]
+    sizes = write(tmp_path / "log", steps, header(groups=2, rule="rmsprop"))
+    assert [b - a for a, b in pairwise(sizes)] == [4, 16, 4, 16]
+    assert kept(read_log(tmp_path / "log").steps) == kept(steps)
 
 
 # A log as this format's first version wrote it: two groups, a scalar of rule state, four steps, the seal.
@@ -604,6 +633,13 @@ def test_a_file_of_another_kind_is_no_log(raw: bytes, tmp_path: Path) -> None:
 def test_a_header_of_something_else_is_refused(inner: str, tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(headed(zlib.compress(inner.encode())))
     assert "the header is not one of a log" in message(tmp_path / "log")
+
+
+def test_a_log_of_a_rule_that_is_not_known_here_is_refused(tmp_path: Path) -> None:
+    inner = json.dumps({**HEAD, "rule": "lion(0.9)"}).encode()
+    (tmp_path / "log").write_bytes(headed(zlib.compress(inner)))
+    assert "'lion(0.9)' is unknown; known are sgd" in message(tmp_path / "log")
+    assert "use the version that wrote it" in message(tmp_path / "log")
 
 
 def usable_or_refused(path: Path, raw: bytes) -> Log | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 import justforward as jf
 from conftest import ARCHITECTURES, CONTEXT, MASKED, make_model, make_tokenizer, materialise
 from justforward import cli, noise, tuners
-from justforward.config import EvalConfig, ReplayConfig, TrainConfig, resolved
+from justforward.config import EvalConfig, ReplayConfig, TrainConfig
 from justforward.data import Example
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
@@ -36,6 +36,7 @@ from justforward.prepare import choose_tuned
 from justforward.progress import Progress
 from justforward.rebuild import evaluate, rebuild
 from justforward.run import train
+from justforward.settings import resolved
 from justforward.tasks import Task
 
 Result = dict[str, Any]

@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from justforward.optim import MeZO, linear_samples
     from justforward.playback import fingerprint, replay
     from justforward.trajectory import Log, Step, read_log, verify
+    from justforward.variants import Blocks, Modified
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Blocks",
     "Log",
     "MeZO",
+    "Modified",
     "NonFiniteLoss",
     "Step",
     "UserError",
@@ -30,8 +33,10 @@ __all__ = [
 
 # Imported on first use: the command line answers --help without waiting for torch.
 _HOMES = {
+    "Blocks": "variants",
     "Log": "trajectory",
     "MeZO": "optim",
+    "Modified": "variants",
     "NonFiniteLoss": "errors",
     "Step": "trajectory",
     "UserError": "errors",

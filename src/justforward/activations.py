@@ -34,7 +34,8 @@ class Look:
 
     Args:
         weights: the trainable tensors.
-        draws: their directions (`Weights.draw`), D of them.
+        draws: their directions (`Weights.draw`); a tensor that has none rests, and is not intercepted.
+        count: how many directions, D.
         signs: whole numbers [R]; row r of the model's batch looks along direction r mod D, this many eps
             away. R is a multiple of D.
         eps: per parameter group.
@@ -44,6 +45,7 @@ class Look:
         self,
         weights: Weights,
         draws: Sequence[tuple[Any, ...]],
+        count: int,
         signs: Sequence[float],
         eps: Sequence[float],
     ) -> None:
@@ -51,10 +53,14 @@ class Look:
         self.rows = len(signs)
         self.leading = 0  # rows of the model's own batch, once seen: rows x choices
         self._draws = draws
-        self._signs = torch.tensor(signs).view(-1, len(draws[0][0]))
+        self._signs = torch.tensor(signs).view(-1, count)
         self.times = len(self._signs)  # rows that share a direction
         self._eps = eps
         self._lengths: dict[tuple[int, torch.device], Tensor] = {}
+
+    def moves(self, i: int) -> bool:
+        """Whether tensor i has directions."""
+        return bool(self._draws[i])
 
     def outer(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """Factors a [D, rows] and b [D, columns] of matrix i, and how far each row looks, [R / D, D, 1]."""
@@ -312,11 +318,12 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 @contextmanager
 def looking(look: Look) -> Iterator[None]:
-    """While inside, every trainable parameter adds its rows' directions to the results it takes part in."""
-    tensors = look.weights.tensors
+    """While inside, every parameter that does not rest adds its rows' directions to the results it takes part in."""
+    places = [i for i in range(len(look.weights.tensors)) if look.moves(i)]
+    tensors = [look.weights.tensors[i] for i in places]
     classes = [type(tensor) for tensor in tensors]
     try:
-        for i, tensor in enumerate(tensors):
+        for i, tensor in zip(places, tensors, strict=True):
             tensor.__class__ = _Looking
             tensor._jf_look, tensor._jf_index = look, i  # type: ignore[attr-defined]
         yield

@@ -1,131 +1,32 @@
 """Tasks as declarations: one YAML file a task, the built-in ones in `declarations/`.
 
-A declaration says where published rows are and how they are read; what it cannot say, it cannot do:
-there is no code in one. `published` reads rows with it, docs/tasks.md explains each key.
-No torch in here: `justforward tasks` must answer in no time.
+`declaration` has what a file becomes, docs/tasks.md explains each key. No torch in here: `justforward tasks` must answer in no time.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import yaml
 
+from justforward.declaration import (
+    CHANGES,
+    SPLITS,
+    Answers,
+    Declaration,
+    Field,
+    LabelColumn,
+    ModelKind,
+    Options,
+)
 from justforward.errors import UserError
-from justforward.tasks import MASK, Loss, Task, Truncation
+from justforward.tasks import MASK, METRICS, Kind, Loss, Score
 
 FOLDER = Path(__file__).with_name("declarations")
-
-Kind = Literal["classification"]
-ModelKind = Literal["causal", "masked"]
-SPLITS = ("train", "validation", "test")
-METRICS = ("accuracy", "f1", "f1_macro", "matthews", "exact_match")
-END_MARKS = ".!?;:,"
-
-# What may be done to a field's text, by name.
-CHANGES: dict[str, Callable[[str], str]] = {
-    "strip": str.strip,
-    "lower": str.lower,
-    "capital": lambda text: text[:1].upper() + text[1:],
-    "small": lambda text: text[:1].lower() + text[1:],
-    "no_end_mark": lambda text: (
-        text.rstrip()[:-1] if text.rstrip().endswith(tuple(END_MARKS)) else text.rstrip()
-    ),
-    "question_mark": lambda text: text if text.rstrip().endswith("?") else text.rstrip() + "?",
-}
-
-
-@dataclass(frozen=True)
-class Field:
-    """One field of a template: the places in a row where it may be, and what is done to its text."""
-
-    places: tuple[str, ...]
-    changes: tuple[str, ...] = ()
-
-    def changed(self, text: str) -> str:
-        """`text` after all changes, in order."""
-        for name in self.changes:
-            text = CHANGES[name](text)
-        return text
-
-
-@dataclass(frozen=True)
-class LabelColumn:
-    """A place where a row's label may be, and the name of each published value; none: as it is."""
-
-    place: str
-    values: dict[str, str] = field(default_factory=dict)
-    drop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Declaration:
-    """A task as its file declares it.
-
-    Attributes:
-        where: the file, as messages name it.
-        rows: path of the rows within an object of the file, such as "questions[*].answers[*]"; empty
-            where an object is a row.
-        splits: file names of each split, of which the first that is there is read.
-        train_from_test: the share of the test rows to train on where there are no training rows of
-            two labels.
-        whole_small_classes: whether a class smaller than the number of shots gives all its rows.
-        group: fields that rows of one question share, for exact_match.
-        positive: the label that f1 counts.
-    """
-
-    name: str
-    where: str
-    title: str
-    labels: dict[str, str]
-    template: str | None = None
-    masked_template: str | None = None
-    masked_labels: dict[str, str] | None = None
-    kind: Kind = "classification"
-    rows: str = ""
-    fields: dict[str, Field] = field(default_factory=dict)
-    label: tuple[LabelColumn, ...] = (LabelColumn("label"),)
-    splits: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    train_from_test: float | None = None
-    whole_small_classes: bool = False
-    metrics: tuple[str, ...] = ("accuracy",)
-    positive: str | None = None
-    group: tuple[str, ...] = ()
-    hub: str | None = None
-    notes: str = ""
-
-    def task_for(
-        self,
-        kind: ModelKind = "causal",
-        *,
-        truncation: Truncation = "right",
-        loss: Loss = "choices",
-    ) -> Task:
-        """Template and label words for one kind of model.
-
-        Raises:
-            UserError: the declaration has no template for it.
-        """
-        template = self.template if kind == "causal" else self.masked_template
-        if template is None:
-            key = "template" if kind == "causal" else "masked_template"
-            raise UserError(
-                f"{self.where}: task {self.name!r} has no {key}, which a {kind} model needs: "
-                "add one, or give --template"
-            )
-        labels = self.labels if kind == "causal" else self.masked_labels or self.labels
-        return Task(template=template, labels=dict(labels), truncation=truncation, loss=loss)
-
-    @property
-    def kinds(self) -> tuple[ModelKind, ...]:
-        """The kinds of model that there is a template for."""
-        have = {"causal": self.template, "masked": self.masked_template}
-        return tuple(kind for kind in get_args(ModelKind) if have[kind] is not None)
 
 
 # ---------------------------------------------------------------------------------------- the catalogue
@@ -173,7 +74,8 @@ def kind_of(model: str | None) -> ModelKind:
 def spell_tasks(declarations: list[Declaration]) -> str:
     """A line for each task."""
     lines = [
-        f"{declared.name:<10} {', '.join(declared.kinds):<15} {', '.join(declared.metrics):<24} {declared.title}"
+        f"{declared.name:<10} {declared.kind:<15} {', '.join(declared.kinds):<15} "
+        f"{', '.join(declared.metrics):<25} {declared.title}"
         for declared in declarations
     ]
     return "\n".join(lines)
@@ -187,6 +89,7 @@ def described(declared: Declaration) -> dict[str, Any]:
         "kind": declared.kind,
         "models": list(declared.kinds),
         "template": declared.template,
+        "options": declared.options is not None,
         "labels": declared.labels,
         "masked_template": declared.masked_template,
         "masked_labels": declared.masked_labels or declared.labels,
@@ -286,6 +189,34 @@ class _Check:
             raise self.bad(key, "a text or a list of texts")
         return tuple(several)
 
+    def choice(self, key: str, known: Any) -> Any:
+        """One of the words of a Literal, or None."""
+        value = self.values.get(key)
+        if value is not None and value not in get_args(known):
+            raise self.bad(key, f"one of {', '.join(get_args(known))}")
+        return value
+
+    def words_or_none(self, key: str) -> str | None:
+        """A text that may be empty or of spaces alone."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.bad(key, "a text")
+        return value
+
+    def endings(self, key: str) -> tuple[str, ...]:
+        """Texts, also of white space alone."""
+        value = self.values.get(key)
+        several = [value] if isinstance(value, str) else value or []
+        if not isinstance(several, list) or not all(isinstance(x, str) and x for x in several):
+            raise self.bad(key, "a text or a list of texts, none of them empty")
+        return tuple(several)
+
+    def count(self, key: str, usual: int) -> int:
+        value = self.values.get(key, usual)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.bad(key, "a whole number from 1")
+        return value
+
     def flag(self, key: str) -> bool:
         value = self.values.get(key, False)
         if not isinstance(value, bool):
@@ -311,19 +242,18 @@ class _Check:
 KEYS = (
     *("name", "title", "kind", "hub", "splits", "train_from_test", "whole_small_classes", "rows"),
     *("fields", "label", "template", "labels", "masked_template", "masked_labels", "metrics"),
-    *("positive", "group", "notes"),
+    *("positive", "group", "apart", "options", "answers", "loss", "score", "null", "masked_null"),
+    *("stop", "max_new_tokens", "separator", "notes"),
 )
 
 
 def _declaration(path: Path, values: dict[Any, Any]) -> Declaration:
     where = str(path) if path.parent != FOLDER else f"declarations/{path.name}"
     check = _Check(where, values, KEYS)
-    kind = check.text("kind") or "classification"
-    if kind not in get_args(Kind):
-        raise check.bad("kind", f"one of {', '.join(get_args(Kind))}")
+    kind: Kind = check.choice("kind", Kind) or "classification"
     name = check.needed("name", path.stem)
-    labels = check.words("labels")
-    if labels is None:
+    labels = check.words("labels") or {}
+    if kind == "classification" and not labels:
         raise UserError(
             f"{where}: labels are missing: give the word of each label, such as "
             "labels: {negative: terrible, positive: great}"
@@ -342,9 +272,20 @@ def _declaration(path: Path, values: dict[Any, Any]) -> Declaration:
         splits=_splits(where, values.get("splits")),
         train_from_test=_share(check),
         whole_small_classes=check.flag("whole_small_classes"),
-        metrics=check.texts("metrics") or ("accuracy",),
+        kind=kind,
+        metrics=check.texts("metrics") or METRICS[kind][:1],
         positive=check.text("positive"),
         group=check.texts("group"),
+        apart=check.texts("apart"),
+        options=_options(where, values.get("options")),
+        answers=_answers(where, values.get("answers")),
+        loss=check.choice("loss", Loss),
+        score=check.choice("score", Score),
+        null=check.words_or_none("null"),
+        masked_null=check.words_or_none("masked_null"),
+        stop=check.endings("stop") or ("\n",),
+        max_new_tokens=check.count("max_new_tokens", 50),
+        separator=check.words_or_none("separator") or "\n\n",
         hub=check.text("hub"),
         notes=check.text("notes") or "",
     )
@@ -393,15 +334,57 @@ def _fields(where: str, value: Any) -> dict[str, Field]:
                 f"{where}: fields has {name!r}, which cannot be a field's name: choose another"
             )
         inner = given if isinstance(given, dict) else {"from": given}
-        check = _Check(f"{where}: field {name}", inner, ("from", "change"))
-        changes = check.texts("change")
-        for change in changes:
-            if change not in CHANGES:
-                raise UserError(
-                    f"{where}: field {name} has the change {change!r}: known are {', '.join(CHANGES)}"
-                )
-        fields[name] = Field(check.texts("from") or (name,), changes)
+        check = _Check(f"{where}: field {name}", inner, ("from", "change", "values", "replace"))
+        values = {spelled(k): v for k, v in (check.words("values") or {}).items()}
+        replace = check.words("replace") or {}
+        fields[name] = Field(check.texts("from") or (name,), _changes(check), values, replace)
     return fields
+
+
+def _changes(check: _Check) -> tuple[str, ...]:
+    changes = check.texts("change")
+    for change in changes:
+        if change not in CHANGES:
+            raise UserError(
+                f"{check.where} has the change {change!r}: known are {', '.join(CHANGES)}"
+            )
+    return changes
+
+
+def _options(where: str, value: Any) -> Options | None:
+    if value is None:
+        return None
+    inner = value if isinstance(value, dict) else {"from": value}
+    known = ("from", "columns", "text", "into", "at", "change", "replace")
+    check = _Check(f"{where}: options", inner, known)
+    places, columns = check.texts("from"), check.texts("columns")
+    if bool(places) == bool(columns):
+        raise UserError(
+            f"{where}: options are either from: a column that lists them, or columns: one each"
+        )
+    into, at = check.texts("into"), check.text("at")
+    if bool(into) != bool(at):
+        raise UserError(f"{where}: options: into and at go together: give both or neither")
+    return Options(
+        places=places,
+        changes=_changes(check),
+        replace=check.words("replace") or {},
+        columns=columns,
+        text=check.text("text"),
+        into=into,
+        at=at or "",
+    )
+
+
+def _answers(where: str, value: Any) -> Answers | None:
+    if value is None:
+        return None
+    inner = value if isinstance(value, dict) else {"from": value}
+    check = _Check(f"{where}: answers", inner, ("from", "also", "one", "within"))
+    places = check.texts("from")
+    if not places:
+        raise UserError(f"{where}: answers: from is missing: name the column that holds them")
+    return Answers(places, check.text("also"), check.flag("one"), check.text("within"))
 
 
 def _label(where: str, value: Any, labels: dict[str, str]) -> tuple[LabelColumn, ...]:
@@ -456,16 +439,17 @@ def _check_whole(declared: Declaration) -> None:
             key = "masked_template" if kind == "masked" else "template"
             must = "needs {mask} where the answer stands" if kind == "masked" else "has a {mask}"
             raise UserError(f"{where}: {key} {must}: {task.template!r}")
-    for metric in declared.metrics:
-        if metric not in METRICS:
+    if (declared.options is not None) != (declared.kind == "choice"):
+        must = "needs options" if declared.kind == "choice" else "has no options"
+        raise UserError(f"{where}: kind {declared.kind!r} {must}")
+    if declared.kind != "classification":
+        if declared.answers is None:
             raise UserError(
-                f"{where}: metric {metric!r} is unknown: known are {', '.join(METRICS)}"
+                f"{where}: kind {declared.kind!r} needs answers: where they are in a row"
             )
-    if declared.positive is not None and declared.positive not in declared.labels:
-        raise UserError(
-            f"{where}: positive is {declared.positive!r}: it must be one of the labels "
-            f"({', '.join(declared.labels)})"
-        )
+        return
+    if declared.answers is not None:
+        raise UserError(f"{where}: kind 'classification' has no answers: give label and labels")
     if "f1" in declared.metrics and declared.positive is None:
         raise UserError(f"{where}: metric f1 needs positive: the label that it counts")
     if "exact_match" in declared.metrics and not declared.group:

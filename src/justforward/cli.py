@@ -1,4 +1,4 @@
-"""The command: train, eval, replay, inspect, tasks. Torch is imported once the arguments are known to be good.
+"""The command: train, eval, baseline, compare, replay, inspect, rank, tasks. Torch is imported once the arguments are known to be good.
 
 Exit codes: 0; 2 for input that cannot be used (one line on stderr); 130 after Ctrl-C or SIGTERM.
 """
@@ -18,16 +18,30 @@ from jsonargparse import ArgumentParser
 
 import justforward
 from justforward import catalog
-from justforward.config import EvalConfig, InspectConfig, ReplayConfig, TasksConfig, TrainConfig
+from justforward.config import (
+    BaselineConfig,
+    CompareConfig,
+    EvalConfig,
+    InspectConfig,
+    RankConfig,
+    ReplayConfig,
+    TasksConfig,
+    TrainConfig,
+)
 from justforward.errors import NonFiniteLoss, UserError
 
 COMMANDS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "eval": EvalConfig,
+    "baseline": BaselineConfig,
+    "compare": CompareConfig,
     "replay": ReplayConfig,
     "inspect": InspectConfig,
+    "rank": RankConfig,
     "tasks": TasksConfig,
 }
+# Settings that are true where they are named.
+FLAGS = ("calibrate", "gradient_checkpointing", "resume", "merge", "json")
 
 
 class Parser(ArgumentParser):
@@ -56,7 +70,8 @@ def _plain(message: str) -> str:
         r"Expected a (typing\.Literal\[.*?\]|<class '\w+'>)\. Got value: ?(.*)",
     ):
         text = re.sub(several_or_one, _wrong_type, text)
-    text = re.sub(r'expected "subcommand" to be (one of .*?), but .*', r"name a command, \1", text)
+    commands = f"name a command, one of {', '.join(COMMANDS)}"
+    text = re.sub(r'expected "subcommand" to be one of .*?, but .*', commands, text)
     return _dashed(text).rstrip(".")
 
 
@@ -70,6 +85,7 @@ def _wrong_type(match: re.Match[str]) -> str:
         "bool": "true or false",
         "dict": "label=word,label=word or a mapping",
         "str": "a text",
+        "tuple": "a list such as [0, 1, 2]",
     }
     return f"{match[2]!r} is not {next((n for t, n in names.items() if t in match[1]), match[1])}"
 
@@ -89,16 +105,16 @@ def parser() -> Parser:
     for name, kind in COMMANDS.items():
         first, help_of = _docs(kind)
         sub = Parser(description=first)
-        if name in ("train", "eval"):
+        if name in ("train", "eval", "baseline", "compare", "rank"):
             sub.add_argument(
                 "--config", action="config", help="a YAML file with any of these options"
             )
-        skip: set[str | int] = {"resume", "json", "merge"}
+        skip: set[str | int] = set(FLAGS)
         if name in ("replay", "inspect"):
             sub.add_argument("run", type=str, metavar="DIR", help=help_of["run"])
             skip.add("run")
         sub.add_class_arguments(kind, skip=skip, help="settings")
-        for flag in ("resume", "merge", "json"):
+        for flag in FLAGS:
             if flag in help_of:
                 sub.add_argument(f"--{flag}", action="store_true", help=help_of[flag])
         commands.add_subcommand(name, sub, help=first)
@@ -171,6 +187,7 @@ def _check_yaml(argv: list[str]) -> None:
             raise UserError(f"--config {where}: not YAML: {said}") from error
         if not isinstance(tree, yaml.MappingNode):
             raise UserError(f"--config {path}: not a mapping: write one 'option: value' a line")
+        _check_once(path, tree)
         known = {field.name for field in fields(COMMANDS[command])}
         for key, _ in tree.value:
             if key.value not in known:
@@ -180,7 +197,35 @@ def _check_yaml(argv: list[str]) -> None:
                 )
 
 
-def _run(command: str, config: Any) -> int:
+def _check_once(path: str, tree: yaml.MappingNode) -> None:
+    """Refuse a key that a mapping has twice: YAML would take the last."""
+    seen: set[str] = set()
+    for key, value in tree.value:
+        if key.value in seen:
+            line = key.start_mark.line + 1
+            raise UserError(f"--config {path}:{line}: {key.value!r} is given twice: keep one")
+        seen.add(key.value)
+        if isinstance(value, yaml.MappingNode):
+            _check_once(path, value)
+
+
+def _compare(config: CompareConfig, source: str | None) -> int:
+    """Apart from the others: it stays without torch, whose memory its cells would be charged with."""
+    if os.name != "posix":
+        raise UserError("compare measures processes as Linux and macOS count: run it on one of them")
+    from justforward.compare import compare, spell_compare
+
+    try:
+        result = compare(config, source)
+    except KeyboardInterrupt:
+        kept = os.path.join(config.out, "compare.yaml")
+        _say(f"stopped: go on with: justforward compare --config {kept} --out {config.out}")
+        return 130
+    _print(config.json, result, spell_compare(result))
+    return 2 if result["failed"] else 0
+
+
+def _run(command: str, config: Any, source: str | None = None) -> int:
     """Carry out a command and print its result on stdout; returns the exit code."""
     if command == "tasks":
         listed = [
@@ -188,6 +233,8 @@ def _run(command: str, config: Any) -> int:
         ]
         _print(config.json, [catalog.described(d) for d in listed], catalog.spell_tasks(listed))
         return 0
+    if command == "compare":
+        return _compare(config, source)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a fork would make it complain
     from justforward import rebuild, report, run
     from justforward.session import Interrupted
@@ -195,9 +242,19 @@ def _run(command: str, config: Any) -> int:
     if command == "eval":
         found = rebuild.evaluate(config)
         _print(config.json, found, report.spell_eval(found))
+    elif command == "baseline":
+        from justforward.baselines import run_baseline
+
+        figure = run_baseline(config)
+        _print(config.json, figure, report.spell_baseline(figure))
     elif command == "replay":
         made = rebuild.rebuild(config)
         _print(config.json, made, report.spell_replay(made))
+    elif command == "rank":
+        from justforward.rank import rank, spell_rank
+
+        measured = rank(config)
+        _print(config.json, measured, spell_rank(measured))
     elif command == "inspect":
         shown = report.inspect_run(config)
         _print(config.json, shown, report.spell_inspect(shown))
@@ -234,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = parser().parse_args(arguments)
         command: str = values.subcommand
         given = values[command].as_dict()
-        given.pop("config", None)
+        files = given.pop("config", None)
+        source = str(files[-1]) if files else None
         config = COMMANDS[command](**given)
     except SystemExit as stop:  # --help, --version
         return stop.code if isinstance(stop.code, int) else 2
@@ -242,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return 2
     try:
-        return _run(command, config)
+        return _run(command, config, source)
     except UserError as error:
         _say(f"error: {error}")
         return 2

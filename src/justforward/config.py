@@ -6,20 +6,20 @@ folder keeps a `TrainConfig` as config.yaml.
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from justforward import catalog, rules
-from justforward.errors import UserError
-from justforward.ranges import check_ranges
-from justforward.tasks import Loss, Task, Truncation, parse_labels
+from justforward.tasks import Loss, Truncation
 
 Schedule = Literal["constant", "linear", "cosine"]
 Samples = Literal["constant", "linear"]
+Looks = Literal["two-sided", "one-sided", "one-point"]
+Order = Literal["cyclic", "random"]
 Keep = Literal["best", "last"]
 Split = Literal["train", "validation", "test", "all"]
 Tuner = Literal["full", "lora", "prefix", "head"]
+Prompting = Literal["both", "with", "without"]
+Method = Literal["zero-shot", "icl", "probe", "first-order"]
 
 # What says where and how a command runs, and not what a run is: kept out of config.yaml.
 NOT_KEPT = ("out", "resume", "json")
@@ -39,12 +39,18 @@ class TrainConfig:
         template: how a row becomes a prompt, such as "{text} It was" (default the task's).
         labels: the word that answers for each label: negative=terrible,positive=great (or a YAML mapping).
         label_field: the column that holds the label; a task has its own.
-        loss: cross-entropy over the choices, or over the full vocabulary.
+        loss: cross-entropy over the choices, or over the full vocabulary (default the task's, else choices).
+        objective: what is made better: loss, a metric of the task such as accuracy or f1, or rewards.py:function.
+        temperature: with an objective on written texts, how they are drawn in training; 0: the likeliest token.
         truncation: which end of a text is dropped where a row is longer than max_length.
         max_length: longest row in tokens; none: a row beyond the model's context is an error.
         estimator: "activation" (a direction for each example) or "weight" (the paper's).
-        rule: projected gradients to coefficients: sgd, rms, sign, clip(3), momentum, joined by "+".
+        rule: projected gradients to coefficients: sgd, rms, sign, clip(3), momentum, adam, rmsprop, joined by "+".
         family: gaussian, rademacher, rank1 or rank1-rademacher (default gaussian).
+        looks: two-sided, one-sided (samples + 1 forwards a step) or, in weight space, one-point (samples forwards, against the loss of the step before).
+        modified: look along unlike layers at unlike lengths: variance or expectation, with parameters as in "variance(by=looks, per=layer, every=100, samples=1)".
+        blocks: look along and move one block a step: "layers", or regular expressions with spaces between them, one a block.
+        block_order: cyclic, or random.
         lr: learning rate; with rules that normalise (rms, sign), the distance a coordinate moves in a step.
         eps: how far to look.
         num_samples: directions a step (for each example in activation space).
@@ -59,9 +65,9 @@ class TrainConfig:
         lora_targets: regular expression; linear maps whose name it finds get LoRA (default the attention's queries and values).
         prefix_length: tokens of the prefix; it takes that much of the model's context.
         tune: regular expression; of the tuner's parameters those whose name it finds are tuned (default all).
-        max_forwards: stop after so many forward passes over a batch (a step is 2 for each sample).
+        max_forwards: stop after so many forward passes over a batch (a two-sided step is 2 for each sample).
         max_minutes: stop after so many minutes.
-        target_accuracy: stop when validation reaches it, in (0, 1].
+        target_accuracy: stop when validation reaches it (the task's first metric), in (0, 1].
         eval_every: forwards between validations (default an eighth of max_forwards).
         eval_batch_size: rows a forward in validation and test.
         test_size: rows, or a fraction, set aside for the final figure (default a fifth, at most 400; with --task at most 1000 of the task's test rows).
@@ -69,7 +75,7 @@ class TrainConfig:
         train_size: rows to train on (default all the others).
         shots: with --task: rows of each label to train on; as many others choose the step.
         split_seed: of the split into train, validation and test (default seed).
-        keep: the step to keep: the best in validation (accuracy, then loss, then the earliest), or the last.
+        keep: the step to keep: the best in validation (the task's first metric, then loss, then the earliest), or the last.
         threads: CPU threads (default torch's choice).
         resume: continue the run in `out`; what is not given again is taken from there.
         json: print the result as one JSON object, the last line on stdout.
@@ -82,12 +88,18 @@ class TrainConfig:
     template: str | None = None
     labels: str | dict[str, str] | None = None
     label_field: str = "label"
-    loss: Loss = "choices"
+    loss: Loss | None = None
+    objective: str = "loss"
+    temperature: float = 0.0
     truncation: Truncation = "right"
     max_length: int | None = None
     estimator: str = "activation"
     rule: str = "rms"
     family: str | None = None
+    looks: Looks = "two-sided"
+    modified: str | None = None
+    blocks: str | None = None
+    block_order: Order = "cyclic"
     lr: float = 1e-3
     eps: float = 1e-3
     num_samples: int = 1
@@ -156,6 +168,85 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class BaselineConfig:
+    """Score what a run is compared with, on the rows, prompts and splits that train would have.
+
+    Args:
+        method: the model as it is (zero-shot), with solved rows before each prompt (icl), logistic regression on its last hidden state (probe), backpropagation with AdamW (first-order).
+        model: as for train.
+        data: as for train.
+        task: as for train.
+        template: as for train.
+        labels: as for train.
+        label_field: as for train.
+        loss: as for train.
+        truncation: as for train.
+        max_length: as for train; icl drops the first demonstrations where a row would be longer.
+        test_size: as for train.
+        validation_size: as for train.
+        train_size: as for train.
+        shots: as for train.
+        split_seed: as for train.
+        seed: of the order of the rows, of LoRA's and the prefix's start, of the demonstrations.
+        demonstrations: icl: training rows before each prompt, as many of each label (default 32, or all if there are fewer).
+        draws: icl: so many choices of demonstrations; the figure is their mean (default 3).
+        calibrate: zero-shot, icl: take off the scores of a prompt without content.
+        tuner: first-order: as for train.
+        lora_rank: as for train.
+        lora_alpha: as for train.
+        lora_targets: as for train.
+        prefix_length: as for train.
+        tune: first-order: as for train.
+        lr: first-order: of the first step, falling linearly to 0 (default full 1e-5, lora 1e-4, prefix 1e-2, head 1e-3).
+        max_steps: first-order: updates (default 200).
+        max_minutes: first-order: begin no step after so many minutes.
+        batch_size: first-order: rows a step.
+        eval_every: first-order: steps between validations (default an eighth of max_steps).
+        gradient_checkpointing: first-order: keep the inputs of layers only and run these twice, for memory.
+        eval_batch_size: rows a forward in validation and test.
+        out: probe, first-order: save the probe, the adapter or the tuned model in this new folder.
+        threads: CPU threads (default torch's choice).
+        json: print the result as one JSON object, the last line on stdout.
+    """
+
+    method: Method
+    model: str
+    data: str
+    task: str | None = None
+    template: str | None = None
+    labels: str | dict[str, str] | None = None
+    label_field: str = "label"
+    loss: Loss | None = None
+    truncation: Truncation = "right"
+    max_length: int | None = None
+    test_size: int | float | None = None
+    validation_size: int | float | None = None
+    train_size: int | None = None
+    shots: int | None = None
+    split_seed: int | None = None
+    seed: int = 0
+    demonstrations: int | None = None
+    draws: int | None = None
+    calibrate: bool = False
+    tuner: Tuner = "full"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_targets: str | None = None
+    prefix_length: int = 5
+    tune: str | None = None
+    lr: float | None = None
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    batch_size: int = 8
+    eval_every: int | None = None
+    gradient_checkpointing: bool = False
+    eval_batch_size: int = 32
+    out: str | None = None
+    threads: int | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class ReplayConfig:
     """Rebuild a run's model from its base and its log, bit for bit, and save it as a folder.
 
@@ -174,6 +265,59 @@ class ReplayConfig:
     steps: str | None = None
     model: str | None = None
     merge: bool = False
+    threads: int | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """Measure why the rate does not depend on the dimension: the Hessian's effective rank, and steps predicted and observed.
+
+    Args:
+        model: as for train.
+        data: as for train; with --task the folder that holds its files: its test rows are measured.
+        out: the folder to make, for rank.json and rank.png.
+        task: as for train.
+        template: as for train.
+        labels: as for train.
+        label_field: as for train.
+        loss: as for train.
+        truncation: as for train.
+        max_length: as for train.
+        prompt: measure with the template, with its fields alone (without), or both.
+        tune: regular expression; the parameters whose name it finds are tuned (default all).
+        rows: how many rows the loss is of, drawn by the seed.
+        step_rows: how many of them a step sees; must divide rows (default all).
+        batch_size: rows whose derivatives are held in memory at a time.
+        probes: random vectors for the trace.
+        iterations: steps of Lanczos for the eigenvalues; so many copies of the parameters are held.
+        directions: steps observed, each at five learning rates.
+        eps: how far a step looks.
+        seed: of rows, probes and directions.
+        threads: CPU threads (default torch's choice).
+        json: print the result as one JSON object, the last line on stdout.
+    """
+
+    model: str
+    data: str
+    out: str
+    task: str | None = None
+    template: str | None = None
+    labels: str | dict[str, str] | None = None
+    label_field: str = "label"
+    loss: Loss | None = None
+    truncation: Truncation = "right"
+    max_length: int | None = None
+    prompt: Prompting = "both"
+    tune: str | None = None
+    rows: int = 16
+    step_rows: int | None = None
+    batch_size: int = 8
+    probes: int = 16
+    iterations: int = 16
+    directions: int = 16
+    eps: float = 1e-3
+    seed: int = 0
     threads: int | None = None
     json: bool = False
 
@@ -206,117 +350,30 @@ class InspectConfig:
     json: bool = False
 
 
-# --------------------------------------------------------------------------- what follows from settings
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare methods on tasks over seeds, each cell in a process of its own.
 
-
-def labels_of(labels: str | dict[str, str]) -> dict[str, str]:
-    """The mapping that `--labels` or a YAML file spells.
-
-    Raises:
-        UserError: it is not label=word,label=word, or YAML read a bare yes or no as a truth value.
+    Args:
+        model: as for train.
+        out: the folder to make, or to go on in.
+        tasks: for each task the options that all its cells have: {sst2: {data: FOLDER, shots: 16}}.
+        methods: for each method its own: {zero-shot: {}, mezo: {lr: 1e-3}, mezo-lora: {tuner: lora}}.
+        seeds: one cell each: [0, 1, 2].
+        search: values to choose among by validation, with the first seed: {mezo: {lr: [3e-4, 1e-3]}}.
+        again: a method whose cells are run again.
+        cell_minutes: stop a cell after so many minutes (default no limit).
+        threads: CPU threads of each cell (default torch's choice).
+        json: print the result as one JSON object, the last line on stdout.
     """
-    if isinstance(labels, str):
-        return parse_labels(labels)
-    out: dict[str, str] = {}
-    for label, word in labels.items():
-        for value in (label, word):
-            if isinstance(value, bool) or value is None:
-                raise UserError(
-                    f"labels: YAML reads {label!r}: {word!r} here: put quotes around yes, no, true, null"
-                )
-        out[str(label)] = str(word)
-    return out
 
-
-def task_of(config: TrainConfig) -> Task:
-    """The task that a configuration describes: what it does not give is the declared task's.
-
-    Raises:
-        UserError: as `Task` and `catalog.load`; or neither a task nor its parts are given.
-    """
-    template, labels = config.template, config.labels
-    if template is None or labels is None:
-        if config.task is None:
-            name = "template" if template is None else "labels"
-            raise UserError(
-                f"--{name} is missing: give --template and --labels, or --task with the name of a "
-                "task ('justforward tasks' lists them)"
-            )
-        declared = catalog.load(config.task).task_for(catalog.kind_of(config.model))
-        template = declared.template if template is None else template
-        labels = declared.labels if labels is None else labels
-    return Task(
-        template=template,
-        labels=labels_of(labels),
-        label_field=config.label_field,
-        truncation=config.truncation,
-        loss=config.loss,
-    )
-
-
-def resolved(config: TrainConfig) -> TrainConfig:
-    """`config` checked, with what depends on other values filled in.
-
-    Raises:
-        UserError: a value is out of range or unknown.
-    """
-    check_ranges(config)
-    for option, pattern in (("tune", config.tune), ("lora-targets", config.lora_targets)):
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise UserError(
-                f"--{option} is {pattern!r}: not a regular expression: {error}"
-            ) from None
-    for field in fields(config):
-        owner = field.name.partition("_")[0]
-        value = getattr(config, field.name)
-        if owner in ("lora", "prefix") and owner != config.tuner and value != field.default:
-            raise UserError(
-                f"--{field.name.replace('_', '-')} is {value!r}: it belongs to --tuner {owner}, "
-                f"and --tuner is {config.tuner!r}: leave it out"
-            )
-    first = 2 * (config.num_samples if config.sample_schedule == "constant" else 1)
-    if config.max_forwards < first:
-        raise UserError(
-            f"--max-forwards is {config.max_forwards}: one step takes {first} forwards: give at least that"
-        )
-    if config.task is None and config.shots is not None:
-        raise UserError(
-            f"--shots is {config.shots}: it is for the rows of a --task: give --train-size"
-        )
-    task = task_of(config)
-    return replace(
-        config,
-        template=task.template,
-        labels=task.labels,
-        rule=rules.parse(config.rule).spec,
-        eval_every=config.eval_every or max(2, config.max_forwards // 8),
-        split_seed=config.seed if config.split_seed is None else config.split_seed,
-    )
-
-
-def kept_values(config: TrainConfig) -> dict[str, Any]:
-    """What config.yaml holds."""
-    return {key: value for key, value in asdict(config).items() if key not in NOT_KEPT}
-
-
-def check_same(old: TrainConfig, new: TrainConfig, where: str) -> None:
-    """Refuse to resume a run with settings that would have changed what was already done.
-
-    Raises:
-        UserError: naming the option and both values.
-    """
-    free = set(FREE)
-    if new.lr_schedule == "constant" and new.sample_schedule == "constant":
-        free.add("max_forwards")  # else the schedules depend on it
-    for field in fields(TrainConfig):
-        a, b = getattr(old, field.name), getattr(new, field.name)
-        same = list(a.items()) == list(b.items()) if isinstance(a, dict) else a == b
-        if field.name not in free and not same:
-            option = field.name.replace("_", "-")
-            why = ", which sets the schedules" if field.name == "max_forwards" else ""
-            raise UserError(
-                f"{where}: --{option} is {a!r} in the run and {b!r} now{why}: "
-                "resume with the run's value, or choose another --out"
-            )
+    model: str
+    out: str
+    tasks: dict[str, Any]
+    methods: dict[str, Any]
+    seeds: tuple[int, ...] = (0,)
+    search: dict[str, Any] | None = None
+    again: str | None = None
+    cell_minutes: float | None = None
+    threads: int | None = None
+    json: bool = False

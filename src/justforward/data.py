@@ -27,17 +27,30 @@ KNOWN = (".csv", ".tsv", ".jsonl")
 
 @dataclass(frozen=True)
 class Example:
-    """One row: the fields that the template shows (in its order), the label, and where it is."""
+    """One row: the fields that the template shows (in its order), the label, and where it is.
+
+    Attributes:
+        label: the label's name; where the answers are in the row, the one that is trained on.
+        options: what a task of kind "choice" chooses from.
+        answers: every right answer of a "choice" or "generation", each a bag of spans (nearly always one).
+    """
 
     fields: dict[str, str]
     label: str
     file: str
     line: int
+    options: tuple[str, ...] = ()
+    answers: tuple[tuple[str, ...], ...] = ()
 
     @property
     def where(self) -> str:
         """``file:line``, as error messages name it."""
         return f"{self.file}:{self.line}"
+
+    @property
+    def stratum(self) -> str:
+        """What splits are balanced over: the label, where rows share labels."""
+        return "" if self.answers else self.label
 
 
 @dataclass(frozen=True)
@@ -296,7 +309,7 @@ def split_examples(
 
     pools: dict[str, list[Example]] = {}
     for example in sorted(unique, key=lambda example: rank(example, seed)):
-        pools.setdefault(example.label, []).append(example)
+        pools.setdefault(example.stratum, []).append(example)
     pools = dict(sorted(pools.items()))
 
     quota = proportional(pools, test_count, "test", where)
@@ -354,7 +367,8 @@ def drop_duplicates(examples: list[Example]) -> tuple[list[Example], int, int]:
 
 def text_key(example: Example) -> tuple[str, ...]:
     """What makes two rows the same to a reader: case and white space do not count."""
-    return tuple(" ".join(text.split()).casefold() for text in example.fields.values())
+    texts = (*example.fields.values(), *example.options)
+    return tuple(" ".join(text.split()).casefold() for text in texts)
 
 
 def rank(example: Example, seed: int) -> bytes:

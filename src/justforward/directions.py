@@ -75,6 +75,48 @@ class Move:
     decays: NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Moves as the kernels take them."""
+
+    dithers: NDArray[np.uint64]
+    ends: NDArray[np.int64]
+    seeds: NDArray[np.uint64]
+    coefficients: NDArray[np.float32]
+    decays: NDArray[np.float32]
+
+
+def _parts(moves: Sequence[Move], away: Sequence[bool]) -> list[_Part | None]:
+    """Moves by parameter group; None for a group that rests.
+
+    A move that is zero for a group changes no bit of it and is left out, unless the group is away, along its
+    direction.
+    """
+    counts = [len(move.seeds) for move in moves]
+    whole = _Part(
+        np.array([move.dither for move in moves], np.uint64),
+        np.cumsum(counts, dtype=np.int64),
+        np.concatenate([move.seeds for move in moves]).astype(np.uint64),
+        np.concatenate([move.coefficients for move in moves], axis=1).astype(np.float32),
+        np.stack([move.decays for move in moves], axis=1).astype(np.float32),
+    )
+    moved = np.stack([move.coefficients.any(axis=1) for move in moves], axis=1)
+    out: list[_Part | None] = []
+    for c, decays, some in zip(whole.coefficients, whole.decays, moved, strict=True):
+        mine = some | (decays != 0.0) | away[len(out)]
+        if mine.all():
+            out.append(_Part(whole.dithers, whole.ends, whole.seeds, c, decays))
+        elif mine.any():
+            theirs = np.repeat(mine, counts)
+            ends = np.cumsum(np.array(counts)[mine], dtype=np.int64)
+            out.append(
+                _Part(whole.dithers[mine], ends, whole.seeds[theirs], c[theirs], decays[mine])
+            )
+        else:
+            out.append(None)
+    return out
+
+
 def check_trainable(name: str, tensor: Tensor) -> None:
     """Raise UserError where a tensor cannot be moved exactly in place."""
     advice = "freeze it (requires_grad_(False))"
@@ -116,6 +158,9 @@ class Weights:
         family: shape of the directions.
         eps: per group, the longest look there will be; sets the finest grid.
 
+    Attributes:
+        compiled: whether the Numba kernels take the tensors (all are on the CPU), or those in plain torch.
+
     Raises:
         UserError: a tensor cannot be tuned, is not finite, or shares memory with another.
     """
@@ -135,13 +180,13 @@ class Weights:
         for name, tensor in tensors:
             check_trainable(name, tensor)
         self._check_apart()
-        self._numba = all(tensor.device.type == "cpu" for tensor in self.tensors)
+        self.compiled = all(tensor.device.type == "cpu" for tensor in self.tensors)
         self.exponents: list[Tensor] = []
-        self._shares: tuple[int, list[list[tuple[int, int, int]]]] = (0, [])
+        self._shares: tuple[tuple[int, ...], list[list[tuple[int, int, int]]]] = ((), [])
         for tensor in self.tensors:
             tiles = -(-tensor.numel() // spec.TILE)
             self.exponents.append(torch.zeros(tiles, dtype=torch.int8, device=tensor.device))
-        if self._numba:
+        if self.compiled:
             compile_kernels(
                 family
             )  # before the weights are read for the first time, and take their memory
@@ -165,7 +210,7 @@ class Weights:
 
     def _backend(self) -> Any:
         # One set of function names, two implementations; Numba's import is paid for on first use.
-        if self._numba:
+        if self.compiled:
             from justforward.noise import cpu
 
             return cpu
@@ -175,10 +220,14 @@ class Weights:
 
     def _flat(self, i: int) -> Any:
         flat = self.tensors[i].detach().view(-1)
-        return flat.numpy() if self._numba else flat
+        return flat.numpy() if self.compiled else flat
 
     def _grid(self, i: int) -> Any:
-        return self.exponents[i].numpy() if self._numba else self.exponents[i]
+        return self.exponents[i].numpy() if self.compiled else self.exponents[i]
+
+    def bind(self, i: int, kernel: Any, *rest: Any) -> Callable[[int, int], None]:
+        """A kernel with tensor i, its grid and all the rest but the range of tiles: for `sweep`."""
+        return _bind(kernel, self._flat(i), self._grid(i), *rest)
 
     def is_outer(self, i: int) -> bool:
         """Whether tensor i takes rank-one directions."""
@@ -196,8 +245,12 @@ class Weights:
         self._fill(i, seeds, (z,))
         return z
 
-    def draw(self, seeds: NDArray[np.uint64]) -> list[tuple[Any, ...]]:
+    def draw(
+        self, seeds: NDArray[np.uint64], eps: Sequence[float] | None = None
+    ) -> list[tuple[Any, ...]]:
         """Directions of all tensors: (a, b) of those that take rank-one ones, (z,) of the others.
+
+        With `eps`, lengths of a look by group, a tensor whose length is 0 gets (): it rests.
 
         Views of one buffer a device: hundreds of small arrays, made among the temporaries of a forward, tear the
         heap and make it grow by a quarter of the model.
@@ -205,6 +258,8 @@ class Weights:
         count = len(seeds)
         shapes = [
             [(count, n) for n in (t.shape if self.is_outer(i) else (t.numel(),))]
+            if eps is None or eps[self.groups[i]]
+            else []
             for i, t in enumerate(self.tensors)
         ]
         left: dict[torch.device, Any] = {}
@@ -219,12 +274,13 @@ class Weights:
                 buffer = left[tensor.device]
                 parts.append(buffer[: rows * n].reshape(rows, n))
                 left[tensor.device] = buffer[rows * n :]
-            self._fill(i, seeds, parts)
+            if parts:
+                self._fill(i, seeds, parts)
             out.append(tuple(parts))
         return out
 
     def _room(self, i: int, shape: tuple[int, ...]) -> Any:
-        if self._numba:
+        if self.compiled:
             return np.empty(shape, np.float32)
         return torch.empty(shape, device=self.tensors[i].device)
 
@@ -241,14 +297,17 @@ class Weights:
 
         Args:
             seed: the direction.
-            eps: length of the look, one for each parameter group.
+            eps: length of the look, one for each parameter group; tensors of a group whose length is 0 are not read.
             times: whole number of lengths, negative to go back.
         """
         seeds = np.array([seed], np.uint64)
         kernels = self._backend()
-        calls: list[Callable[[int, int], None]] = []
+        calls: list[Callable[[int, int], None] | None] = []
         for i in range(len(self.tensors)):
             c = np.float32(eps[self.groups[i]])
+            if c == 0.0:
+                calls.append(None)
+                continue
             theta, grid, stream, t = self._flat(i), self._grid(i), np.uint64(i), np.float32(times)
             if self.is_outer(i):
                 a, b = self.factors(i, seeds)
@@ -257,7 +316,7 @@ class Weights:
             else:
                 look = kernels.look_signs if self.family.signs else kernels.look
                 calls.append(_bind(look, theta, grid, seeds[0], stream, c, t))
-        self._sweep(calls)
+        self.sweep(calls)
 
     def update(
         self,
@@ -269,8 +328,8 @@ class Weights:
 
         Args:
             moves: the steps, in order.
-            back: eps of each group when the weights still stand at -eps along the last direction of the
-                (single) move; they are brought home in the same pass, with the same z.
+            back: where each group's weights still stand along the last direction of the (single) move, times -1:
+                eps for -eps; they are brought home in the same pass, with the same z.
             draws: what `draw` gave for the (single) move's directions, where already known; used up.
         """
         directions = sum(len(move.seeds) for move in moves)
@@ -282,21 +341,23 @@ class Weights:
         if back is not None and self.family.outer:
             self.look(int(moves[0].seeds[-1]), back, 1.0)
             back = None
-        dithers = np.array([move.dither for move in moves], np.uint64)
-        ends = np.cumsum([len(move.seeds) for move in moves], dtype=np.int64)
-        seeds = np.concatenate([move.seeds for move in moves]).astype(np.uint64)
-        coefficients = np.concatenate([move.coefficients for move in moves], axis=1)
-        decays = np.stack([move.decays for move in moves], axis=1)
         kernels = self._backend()
-        calls: list[Callable[[int, int], None]] = []
+        parts = _parts(
+            moves, [back is not None and back[g] != 0.0 for g in range(len(self.floors))]
+        )
+        calls: list[Callable[[int, int], None] | None] = []
         for i in range(len(self.tensors)):
             group = self.groups[i]
+            part = parts[group]
+            if part is None:
+                calls.append(None)
+                continue
+            dithers, ends, seeds, c = part.dithers, part.ends, part.seeds, part.coefficients
             theta, grid, stream = self._flat(i), self._grid(i), np.uint64(i)
-            decay = np.ascontiguousarray(self.decays_of(i, decays[group]), np.float32)
-            c = np.ascontiguousarray(coefficients[group], np.float32)
+            decay = self.decays_of(i, part.decays)
             if self.is_outer(i):
                 a, b = self.factors(i, seeds) if draws is None else draws[i]
-                a *= c[:, None] if self._numba else torch.as_tensor(c[:, None], device=a.device)
+                a *= c[:, None] if self.compiled else torch.as_tensor(c[:, None], device=a.device)
                 columns = self.tensors[i].shape[1]
                 calls.append(
                     _bind(
@@ -318,29 +379,35 @@ class Weights:
                 calls.append(
                     _bind(update, theta, grid, stream, dithers, ends, seeds, c, decay, home)
                 )
-        self._sweep(calls)
+        self.sweep(calls)
 
     def decays_of(self, i: int, decays: NDArray[np.float32]) -> NDArray[np.float32]:
         """Weight decay leaves biases and norm scales (tensors of fewer than two dimensions) alone."""
         return decays if self.tensors[i].dim() >= 2 else np.zeros_like(decays)
 
-    def _sweep(self, calls: Sequence[Callable[[int, int], None]]) -> None:
-        """Call every tensor's kernel over all of its tiles, with torch's number of threads.
+    def sweep(self, calls: Sequence[Callable[[int, int], None] | None]) -> None:
+        """Call every tensor's kernel, where it has one, over all of its tiles, with torch's number of threads.
 
         Threads take small shares as they come: after a forward torch's own threads spin for some milliseconds,
         and a thread of ours that has to make room for one would keep the others waiting.
         """
-        threads = torch.get_num_threads() if self._numba else 1
-        if self._shares[0] != threads:
-            tiles = [len(exponents) for exponents in self.exponents]
+        threads = torch.get_num_threads() if self.compiled else 1
+        key = (threads, *(call is None for call in calls))
+        if self._shares[0] != key:
+            tiles = [
+                0 if call is None else len(exponents)
+                for call, exponents in zip(calls, self.exponents, strict=True)
+            ]
             most = max(sum(tiles) // _SMALLEST_SHARE, 1)
-            self._shares = (threads, _deal(tiles, min(_SHARES * threads, most)))
+            self._shares = (key, _deal(tiles, min(_SHARES * threads, most)))
         shares = iter(self._shares[1])  # shared by all: a list's iterator hands out each item once
 
         def work() -> None:
             for share in shares:
                 for i, first, last in share:
-                    calls[i](first, last)
+                    call = calls[i]
+                    assert call is not None  # the shares hold no tile of a tensor that rests
+                    call(first, last)
 
         helpers = min(threads, len(self._shares[1])) - 1
         futures = [_pool(threads - 1).submit(work) for _ in range(helpers)]

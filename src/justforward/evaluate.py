@@ -1,15 +1,15 @@
-"""Scores each choice of a row by its log-likelihood, whole batches in one forward pass.
+"""Scores each choice of a row by its log-likelihood, whole batches in one forward pass; or has the model write.
 
-A causal model is asked for what follows the prompt (`causal`), a masked one for what stands at the
-mask (`masked`); what is common to both is here and in `prompts`.
+A causal model is asked for what follows the prompt (`causal`), a masked one for what stands at the mask
+(`masked`); what is common to both is here and in `prompts`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -17,13 +17,18 @@ from torch import Tensor
 from justforward.causal import CausalPrompts
 from justforward.data import Example
 from justforward.errors import UserError
+from justforward.generate import GREEDY, Sampling, generate
 from justforward.masked import MaskedPrompts
+from justforward.metrics import exact_match, figures
 from justforward.models import is_masked
-from justforward.prompts import Batch, Prompts, eval_mode
+from justforward.prompts import Batch, Prompts, Row, eval_mode
 from justforward.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Which answers of a row are put into a batch.
+Answers = Literal["all", "right", "none"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,15 @@ class Evaluation:
     """How well the model answers.
 
     Attributes:
-        accuracy: share of rows whose likeliest choice is the label, in [0, 1].
+        accuracy: share of rows answered rightly, in [0, 1]; of generated texts the exact matches.
         loss: mean of the task's loss over the rows, in nats.
-        predictions: the label predicted for each row, in the order the rows were given.
+        predictions: what is predicted for each row, in the order the rows were given: a label, an option,
+            or a text.
         rows: how many rows.
         forwards: how many forward passes of a batch it took.
+        metric: name of the task's first metric.
+        value: that metric.
+        metrics: all that the task reports, by name.
     """
 
     accuracy: float
@@ -43,6 +52,9 @@ class Evaluation:
     predictions: list[str]
     rows: int
     forwards: int
+    metric: str = "accuracy"
+    value: float = math.nan
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Scorer:
@@ -55,6 +67,10 @@ class Scorer:
         max_length: longest sequence in tokens, prompt and answer together; a longer row has the
             text of its longest field shortened (the template and the answer stay whole). None
             truncates nothing: a row longer than the model's context is an error.
+        demonstrations: rows to show with their answers before each row (in-context learning), as many
+            of the last of them as fit.
+        calibrate: take off each choice's score what it has where the row's content is left out
+            (arXiv 2104.08315; the paper's "SFC"); scores are then sums.
 
     Raises:
         UserError: a template for the other kind of model; label words that become the same tokens
@@ -68,14 +84,25 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
         max_length: int | None = None,
+        demonstrations: Sequence[Example] = (),
+        calibrate: bool = False,
     ) -> None:
+        if calibrate and task.kind == "generation":
+            raise UserError(
+                "calibration is of the scores of choices, and a task of kind 'generation' has none: "
+                "leave --calibrate out"
+            )
         self.model = model
+        self.tokenizer = tokenizer
         self.task = task
         self.labels = list(task.labels)
         self.max_length = max_length
+        self.calibrate = calibrate
         kind = MaskedPrompts if is_masked(model) else CausalPrompts
-        self.prompts: Prompts = kind(model, tokenizer, task, max_length)
-        self._tokens: dict[int, tuple[Example, list[int]]] = {}
+        self.prompts: Prompts = kind(model, tokenizer, task, max_length, demonstrations)
+        self._numbers: dict[int, int] = {}  # of an example's id
+        # The examples are kept too: their ids stay taken as long as the entries live.
+        self._known: list[tuple[Example, Row]] = []
 
     # ------------------------------------------------------------------------------------ public
 
@@ -86,16 +113,20 @@ class Scorer:
             UserError: a row longer than the context, or than max_length with its text left out;
                 naming its file and line.
         """
-        new = [example for example in examples if id(example) not in self._tokens]
-        for example, tokens in zip(new, self.prompts.tokens(new), strict=True):
-            # the example is kept too: its id stays taken as long as the entry lives
-            self._tokens[id(example)] = (example, tokens)
+        new = list({id(e): e for e in examples if id(e) not in self._numbers}.values())
+        for example, row in zip(new, self.prompts.rows(new), strict=True):
+            self._numbers[id(example)] = len(self._known)
+            self._known.append((example, row))
 
-    def encode(self, examples: Sequence[Example]) -> Batch:
+    def encode(self, examples: Sequence[Example], answers: Answers = "all") -> Batch:
         """A batch of B rows: every tensor has B as its first dimension.
 
-        ``label`` [B] is the index of the right choice; the others are the model's input, as
-        `CausalPrompts.batch` or `MaskedPrompts.batch` has it.
+        ``label`` [B] is the index of the right choice, ``row`` [B] what `example` knows a row by; the others
+        are the model's input, as `CausalPrompts.batch` or `MaskedPrompts.batch` has it.
+
+        Args:
+            answers: "all" choices, the "right" one alone (enough for the loss over the vocabulary), or
+                "none" (to write an answer).
 
         Raises:
             UserError: no rows, or as `prepare`.
@@ -103,19 +134,51 @@ class Scorer:
         if not examples:
             raise UserError("there are no rows to encode: give at least one")
         self.prepare(examples)
-        batch = self.prompts.batch([self._tokens[id(example)][1] for example in examples])
-        labels = [self._label(example) for example in examples]
-        return {**batch, "label": torch.tensor(labels, device=self.model.device)}
+        numbers = [self._numbers[id(example)] for example in examples]
+        rows = [self._known[number][1] for number in numbers]
+        if self.task.kind != "classification" and answers != "all":
+            rows = [r.only_right() if answers == "right" else r.without_answers() for r in rows]
+        device = self.model.device
+        return {
+            **self.prompts.batch(rows),
+            "label": torch.tensor([row.right for row in rows], device=device),
+            "row": torch.tensor(numbers, device=device),
+        }
+
+    def encode_training(self, examples: Sequence[Example]) -> Batch:
+        """`encode` with no more answers than the task's loss needs."""
+        return self.encode(examples, "right" if self.task.loss == "vocabulary" else "all")
+
+    def examples(self, batch: Batch) -> list[Example]:
+        """The rows of a batch."""
+        return [self._known[number][0] for number in batch["row"].tolist()]
+
+    def length(self, example: Example) -> int:
+        """Tokens of a row's prompt."""
+        self.prepare([example])
+        return len(self._known[self._numbers[id(example)]][1].prompt)
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
-        """[B, C] float32: log-likelihood of each choice in its place. One forward pass."""
+        """[B, C] float32: score of each choice in its place. One forward pass, or two (`causal`)."""
         return self.prompts.scores(batch)
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """[B] float32: the task's loss of each row, differentiable."""
+        return self._losses(self.prompts.scores(batch), batch["label"])
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:
-        """[B] float32: the task's loss of each row. One forward pass."""
-        return self._losses(self.prompts.scores(batch), batch["label"])
+        """[B] float32: the task's loss of each row, without a graph."""
+        return self.loss_of(batch)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, sampling: Sampling = GREEDY) -> list[str]:
+        """What the model answers to each row of a batch: a label, an option, or a text.
+
+        For kind "generation" the batch is one encoded with answers "none".
+        """
+        return self._predict(batch, sampling)[0]
 
     def evaluate(self, examples: Sequence[Example], batch_size: int) -> Evaluation:
         """Predicts each row; rows of like length share a batch, results keep the given order.
@@ -129,46 +192,93 @@ class Scorer:
             raise UserError(f"batch_size {batch_size} is below 1: give a whole number from 1")
         self.prepare(examples)
         # longest first: what is too big for the memory fails at once
-        order = sorted(
-            range(len(examples)), key=lambda i: len(self._tokens[id(examples[i])][1]), reverse=True
-        )
-        predicted = [0] * len(examples)
+        order = sorted(range(len(examples)), key=lambda i: self.length(examples[i]), reverse=True)
+        predictions = [""] * len(examples)
         losses = [0.0] * len(examples)
         forwards = 0
         with eval_mode(self.model), torch.no_grad():
             for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch = self.encode([examples[i] for i in rows])
+                places = order[start : start + batch_size]
+                rows = [examples[i] for i in places]
+                batch = self.encode(rows)
                 scores = self.prompts.scores(batch)
-                forwards += 1
-                finite = scores.isfinite().all(dim=1).tolist()
-                if not all(finite):
-                    bad = examples[rows[finite.index(False)]]
-                    raise UserError(
-                        f"{bad.where}: the scores are not finite: the model's weights are broken: "
-                        "load another model or replay to an earlier step"
-                    )
+                forwards += 2 if "shown_ids" in batch else 1
+                self._check_finite(scores, batch, rows)
                 row_losses = self._losses(scores, batch["label"]).tolist()
-                for i, choice, loss in zip(
-                    rows, scores.argmax(dim=1).tolist(), row_losses, strict=True
-                ):
-                    predicted[i], losses[i] = choice, loss
-        predictions = [self.labels[choice] for choice in predicted]
-        right = sum(p == example.label for p, example in zip(predictions, examples, strict=True))
+                if self.task.kind == "generation":
+                    predicted, more = self._predict(self.encode(rows, "none"), GREEDY)
+                    forwards += more
+                else:
+                    if self.calibrate:
+                        scores, more = self._calibrated(rows)
+                        forwards += more
+                    predicted = self._names(rows, scores)
+                for i, name, loss in zip(places, predicted, row_losses, strict=True):
+                    predictions[i], losses[i] = name, loss
+        found = figures(self.task, examples, predictions)
         count = len(examples)
+        right = (
+            sum(p == e.label for p, e in zip(predictions, examples, strict=True))
+            if self.task.kind == "classification"
+            else math.fsum(
+                exact_match(p, e.answers) for p, e in zip(predictions, examples, strict=True)
+            )
+        )
         # fsum: the mean does not depend on the order of the batches
-        return Evaluation(right / count, math.fsum(losses) / count, predictions, count, forwards)
+        return Evaluation(
+            accuracy=right / count,
+            loss=math.fsum(losses) / count,
+            predictions=predictions,
+            rows=count,
+            forwards=forwards,
+            metric=self.task.metric,
+            value=found[self.task.metric],
+            metrics=found,
+        )
+
+    # ----------------------------------------------------------------------------------- private
+
+    def _predict(self, batch: Batch, sampling: Sampling) -> tuple[list[str], int]:
+        rows = self.examples(batch)
+        if self.task.kind != "generation":
+            return self._names(rows, self.prompts.scores(batch)), 1
+        written = generate(
+            self.model,
+            self.tokenizer,
+            batch,
+            self.prompts.accepts,
+            stop=self.task.stop,
+            max_new_tokens=self.task.max_new_tokens,
+            sampling=sampling,
+            keys=batch["row"].tolist(),
+        )
+        return written.texts, written.forwards
+
+    def _names(self, rows: Sequence[Example], scores: Tensor) -> list[str]:
+        chosen = scores.argmax(dim=1).tolist()
+        return [(e.options or self.labels)[c] for e, c in zip(rows, chosen, strict=True)]
 
     def _losses(self, scores: Tensor, label: Tensor) -> Tensor:
         if self.task.loss == "choices":
             scores = scores.log_softmax(dim=-1)
         return -scores.gather(1, label[:, None]).squeeze(1)
 
-    def _label(self, example: Example) -> int:
-        try:
-            return self.labels.index(example.label)
-        except ValueError:
+    def _calibrated(self, rows: Sequence[Example]) -> tuple[Tensor, int]:
+        """Summed scores minus those without the rows' content; and the forward passes it took."""
+        known = [self._known[self._numbers[id(example)]][1] for example in rows]
+        nulls = [self.prompts.null_row(e, row) for e, row in zip(rows, known, strict=True)]
+        # the word scores of one null prompt are the same for all rows: asked once
+        first = nulls[0]
+        same = all(n.prompt == first.prompt and n.choices is first.choices for n in nulls)
+        here = self.prompts.summed(self.prompts.batch(known))
+        without = self.prompts.summed(self.prompts.batch(nulls[:1] if same else nulls))
+        return here - without, 2
+
+    def _check_finite(self, scores: Tensor, batch: Batch, rows: Sequence[Example]) -> None:
+        wanted = batch.get("present", torch.ones_like(scores, dtype=torch.bool))
+        finite = (scores.isfinite() | ~wanted).all(dim=1).tolist()
+        if not all(finite):
             raise UserError(
-                f"{example.where}: label {example.label!r} has no word: the task has "
-                f"{', '.join(self.labels)}"
-            ) from None
+                f"{rows[finite.index(False)].where}: the scores are not finite: the model's weights are broken: "
+                "load another model or replay to an earlier step"
+            )

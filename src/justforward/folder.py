@@ -25,10 +25,11 @@ from typing import IO, Any
 
 import yaml
 
-from justforward.config import TrainConfig, kept_values, labels_of
+from justforward.config import TrainConfig
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.ranges import check_ranges
+from justforward.settings import kept_values, labels_of
 
 if os.name == "posix":
     import fcntl
@@ -328,9 +329,14 @@ class RunFolder:
 
 
 def best_step(metrics: Iterable[Metric], steps: int) -> Metric | None:
-    """The best validation up to a step: highest accuracy, then lowest loss, then the earliest."""
+    """The best validation up to a step: highest value, then lowest loss, then the earliest."""
     found = [m for m in metrics if m["kind"] == "validation" and m["step"] <= steps]
-    return min(found, key=lambda m: (-m["accuracy"], m["loss"], m["step"]), default=None)
+    return min(found, key=lambda m: (-value_of(m), m["loss"], m["step"]), default=None)
+
+
+def value_of(metric: Metric) -> float:
+    """What a validation is judged by: the task's first metric."""
+    return float(metric["value"] if "value" in metric else metric["accuracy"])
 
 
 def _read_object(path: Path, needed: dict[str, Any]) -> dict[str, Any]:

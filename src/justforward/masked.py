@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.models import inner_model
-from justforward.prompts import Batch, Prompts, eval_mode
+from justforward.prompts import Batch, Prompts, Row, eval_mode
 from justforward.tasks import MASK, Task
 
 if TYPE_CHECKING:
@@ -38,8 +38,14 @@ class MaskedPrompts(Prompts):
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
         max_length: int | None = None,
+        demonstrations: Sequence[Example] = (),
     ) -> None:
         name = type(inner_model(model)).__name__
+        if task.kind != "classification":
+            raise UserError(
+                f"a task of kind {task.kind!r} has answers of many tokens, and the masked model {name} "
+                "fills in one: give a causal model"
+            )
         if not task.masked:
             raise UserError(
                 f"template {task.template!r} has no {{mask}}, which the masked model {name} needs: "
@@ -51,7 +57,7 @@ class MaskedPrompts(Prompts):
                 f"the tokenizer has no mask token, which the masked model {name} needs: "
                 "give the tokenizer that belongs to the model"
             )
-        super().__init__(model, tokenizer, task, max_length)
+        super().__init__(model, tokenizer, task, max_length, demonstrations)
         if mask >= self.vocabulary:
             raise UserError(
                 f"the mask is token {mask}, the model knows {self.vocabulary}: "
@@ -64,8 +70,9 @@ class MaskedPrompts(Prompts):
         self._choices = torch.tensor([word[0] for word in self.words])
         self._body = self._find_body()
 
-    def batch(self, prompts: Sequence[list[int]]) -> Batch:
+    def batch(self, rows: Sequence[Row]) -> Batch:
         """``input_ids`` and ``attention_mask`` [B, L], padded on the right; ``mask_position`` [B]."""
+        prompts = [row.prompt for row in rows]
         longest = max(map(len, prompts))
         gaps = [longest - len(prompt) for prompt in prompts]
         device = self.model.device
@@ -110,7 +117,7 @@ class MaskedPrompts(Prompts):
             or (self.context is not None and len(prompt) > self.context)
         ):
             return None  # the rows will say what is wrong
-        batch = self.batch([prompt])
+        batch = self.batch([Row(prompt, self.words, 0)])
         try:
             with eval_mode(self.model), torch.no_grad():
                 whole = self._logits(batch, None)
@@ -205,13 +212,13 @@ class MaskedPrompts(Prompts):
                 )
         super()._check_words()
 
-    def _fitted(self, example: Example, tokens: list[int]) -> list[int]:
+    def _fitted(self, example: Example, tokens: list[int], room: int) -> list[int]:
         if tokens.count(self._mask) != 1:
             raise UserError(
                 f"{example.where}: the text itself holds {self.tokenizer.mask_token!r}, which marks the place "
                 "of the answer: remove it"
             )
-        return super()._fitted(example, tokens)
+        return super()._fitted(example, tokens, room)
 
 
 def _size(logits: Tensor) -> float:

@@ -7,9 +7,9 @@ step(closure)                 both, with one pass fewer; the same bits
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,23 +18,20 @@ from torch.optim import Optimizer
 from justforward import noise, rules
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
-from justforward.estimators import (
-    Draws,
-    Pairs,
-    RowLooks,
-    Site,
-    describe,
-    look_weights,
-    looking_mode,
-)
+from justforward.estimators import Draws, RowLooks, Seen, Site, look_weights, looking_mode
+from justforward.groups import check_group, parameter_groups, split
 from justforward.interrupts import Shield
+from justforward.modified import measure
+from justforward.moments import compile_kernels, course_of
 from justforward.playback import apply_steps, check_base, fingerprint, header_for
-from justforward.trajectory import Course, Log, Step, Writer, read_log, rounded
+from justforward.trajectory import Log, Step, Writer, read_log, rounded
+from justforward.variants import Blocks, Modified, check_variants
 
 Closure = Callable[[], Any]
 LossFn = Callable[[Any], Tensor]
 ESTIMATORS = ("weight", "activation")
-LONGEST_EPS = 100.0
+# A lane that no direction of a step has (a log holds fewer than 2^13 of them): it draws the step's block.
+BLOCK_LANE = 1 << 31
 
 
 class MeZO(Optimizer):
@@ -51,11 +48,15 @@ class MeZO(Optimizer):
         estimator: "weight", the paper's: one dense z shared by the batch, any closure with a scalar loss; or
             "activation": a rank-one z for each example, weights untouched while looking; the closure
             returns one loss a row.
-        rule: "sgd", "rms", "sign", "clip", "momentum", or several joined by "+" (see `rules`).
+        rule: "sgd", "rms", "sign", "clip", "momentum", "adam", "rmsprop", or several joined by "+" (see `rules`).
         family: "gaussian" (default), "rademacher", "rank1", "rank1-rademacher". In activation space
             directions are always rank-one, and this names the distribution of their factors.
+        looks: "two-sided" (SPSA), "one-sided" (one forward fewer for two directions, and so on), or "one-point" (one
+            forward a direction, against the loss of the step before; weight space only). See `estimators`.
         num_samples: directions a step (n of n-SPSA) for each closure or example; or a function of the
             step's index (`linear_samples`).
+        modified: look along unlike tensors at unlike lengths (`Modified`); the groups are split for it.
+        blocks: look along and move one block of tensors a step (`Blocks`); the groups are split for it.
         weight_decay: decoupled, times lr; skips biases and norm scales.
         seed: of all directions of the run.
         model: the module, when `params` is not one: for names, eval mode and the log.
@@ -79,7 +80,10 @@ class MeZO(Optimizer):
         estimator: str = "weight",
         rule: str = "sgd",
         family: str | None = None,
+        looks: str = "two-sided",
         num_samples: int | Callable[[int], int] = 1,
+        modified: Modified | None = None,
+        blocks: Blocks | None = None,
         weight_decay: float = 0.0,
         seed: int = 0,
         model: nn.Module | None = None,
@@ -96,6 +100,8 @@ class MeZO(Optimizer):
         self.family = family_of(family, estimator)
         self.rule = rules.parse(rule)
         self.seed = seed
+        self.looks, self.modified, self.blocks = looks, modified, blocks
+        check_variants(looks, estimator, self.rule, modified, blocks)
         self.model = params if isinstance(params, nn.Module) else model
         if not callable(num_samples) and (not isinstance(num_samples, int) or num_samples < 1):
             raise UserError(
@@ -107,10 +113,16 @@ class MeZO(Optimizer):
             )
         self._samples = (lambda step: num_samples) if isinstance(num_samples, int) else num_samples
 
-        groups, names = _groups(params, self.model)
+        groups, names = parameter_groups(params, self.model)
+        variant = modified or blocks
+        labels = [""] * len(groups)
+        if variant is not None:
+            groups, names, labels = split(groups, names, variant.labels(names))
+        turns = list(dict.fromkeys(labels))
+        self._block_of = [turns.index(label) for label in labels]
         super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
-            _check_positive(group)
+            check_group(group)
         base = ""
         if log is not None:
             if self.model is None:
@@ -133,15 +145,20 @@ class MeZO(Optimizer):
         if not tensors:
             raise UserError("there is nothing to tune: no parameter has requires_grad")
         owners = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
-        looks = [group["eps"] for group in self.param_groups]
+        self._longest = [group["eps"] for group in self.param_groups]
+        flat = [name for called in names for name in called]
         self.weights = Weights(
-            list(zip(names, tensors, strict=True)), owners, FAMILIES[self.family], looks
+            list(zip(flat, tensors, strict=True)), owners, FAMILIES[self.family], self._longest
         )
-        self._longest = looks
         momentum = self.rule.momentum
-        self._course = Course(seed, momentum.beta, momentum.window) if momentum else Course(seed)
-        self._rule_state: tuple[float, ...] = (0.0,) * self.rule.state_size
-        self._scales = (1.0,) * len(looks)
+        if self.weights.compiled:
+            compile_kernels(FAMILIES[self.family], self.rule.spec)
+        self._course = course_of(seed, self.rule.spec)
+        # What one-point looks compare with is kept as one more scalar of the rule's.
+        memory = self.rule.state_size + (looks == "one-point")
+        self._rule_state: tuple[float, ...] = (0.0,) * memory
+        self._scales = (1.0,) * len(labels)
+        self._norms: tuple[float, ...] = ()
         self._row_looks = RowLooks(two_calls, check_rows)
         self.steps = 0
         self._writer: Writer | None = None
@@ -150,17 +167,28 @@ class MeZO(Optimizer):
                 self.weights,
                 seed=seed,
                 family=self.family,
-                eps=looks,
+                eps=self._longest,
                 rule=self.rule.spec,
-                rule_state=self.rule.state_size,
+                rule_state=memory,
                 momentum=(momentum.beta, momentum.window) if momentum else (0.0, 1),
                 base=base,
-                settings={"estimator": estimator},
+                settings=self._settings(),
             )
             if old is not None:
                 self._continue(old, header)
             else:
                 self._writer = Writer.create(log, header)
+
+    def _settings(self) -> dict[str, Any]:
+        """What the log says besides; an option that is not used is left out, so that older logs can be resumed."""
+        out: dict[str, Any] = {"estimator": self.estimator}
+        if self.looks != "two-sided":
+            out["looks"] = self.looks
+        if self.modified is not None:
+            out["modified"] = self.modified.settings()
+        if self.blocks is not None:
+            out["blocks"] = self.blocks.settings()
+        return out
 
     # -- looking ----------------------------------------------------------------------------------------------
 
@@ -220,7 +248,7 @@ class MeZO(Optimizer):
     def _estimate(
         self, closure: Any, batch: Any, shield: Shield, keep_back: bool
     ) -> tuple[Step, list[float] | None, Draws | None]:
-        eps = self._eps()
+        base = self._eps()
         samples = self._samples(self.steps)
         if not isinstance(samples, int) or samples < 1:
             raise UserError(
@@ -229,62 +257,93 @@ class MeZO(Optimizer):
         site = Site(
             self.weights,
             self.steps,
-            lambda lane: noise.direction_seed(self.seed, self.steps, lane),
-            eps,
+            lambda lane: self._direction(self.steps, lane),
+            base,
             shield,
+            self.looks,
+            self._rule_state[-1] if self.looks == "one-point" and self.steps else None,
         )
+        norms, extra = self._norms, 0
         back: list[float] | None = None
         draws: Draws | None = None
         with looking_mode(self.model):
+            if self.modified is not None and self.modified.due(self.steps):
+                norms = measure(self.modified, site, self.seed, closure, batch)
+                extra = self.modified.forwards(self.steps, len(norms))
+            eps = [e * reach for e, (reach, _) in zip(base, self._shape(norms), strict=True)]
+            site = replace(site, eps=eps)
             if self.estimator == "weight":
-                losses = look_weights(site, closure, batch, samples, keep_back)
-                back = eps if keep_back else None
+                seen = look_weights(site, closure, batch, samples, keep_back)
+                back = [-seen.at * e for e in eps] if seen.at else None
             else:
-                losses, draws = self._row_looks.look(site, closure, batch, samples)
+                seen, draws = self._row_looks.look(site, closure, batch, samples)
         try:
-            grads = [(plus - minus) / (2.0 * eps[0]) for plus, minus in losses]
-            return self._step_from(losses, grads, samples), back, draws
+            return self._step_from(seen, base, norms, extra), back, draws
         except BaseException:
             if back is not None:
-                self.weights.look(self._direction(self.steps, samples - 1), eps, 1.0)
+                self.weights.look(self._direction(self.steps, samples - 1), back, 1.0)
             raise
+
+    def _shape(self, norms: tuple[float, ...]) -> list[tuple[float, float]]:
+        """For each group: how far this step looks along z, in its eps, and how far it moves."""
+        if self.modified is not None:
+            return [(1.0 / norm, self.modified.gain(norm)) for norm in norms]
+        if self.blocks is not None:
+            count = max(self._block_of) + 1
+            turn = self.steps % count
+            if self.blocks.order == "random":
+                turn = self._direction(self.steps, BLOCK_LANE) % count
+            return [(float(block == turn),) * 2 for block in self._block_of]
+        return [(1.0, 1.0)] * len(self._block_of)
 
     # -- moving -----------------------------------------------------------------------------------------------
 
-    def _step_from(self, losses: Pairs, grads: list[float], samples: int) -> Step:
-        signal, state = self.rule(grads, self._rule_state, self.steps)
+    def _step_from(
+        self, seen: Seen, eps: list[float], norms: tuple[float, ...], extra: int
+    ) -> Step:
+        grads = [rise / eps[0] for rise in seen.rises]
+        own = self._rule_state[: self.rule.state_size]
+        signal, state = self.rule(grads, own, self.steps)
+        if self.looks == "one-point":
+            state = (*state, seen.ahead)
         rates = [float(group["lr"]) for group in self.param_groups]
         lr = max(rates)
-        eps = self._eps()
-        scales = self._scales
-        if lr > 0.0:
+        gains = [gain for _, gain in self._shape(norms)]
+        reaches = [eps[0] / e * gain for e, gain in zip(eps, gains, strict=True)]
+        # The coefficients move; with moments they are a gradient estimate, and the rates stand apart.
+        apart = self.rule.moments is not None
+        scales, factor = self._scales, 1.0 if apart else -lr
+        if apart:
+            scales = tuple(rounded(reach) for reach in reaches)
+        elif lr > 0.0:
             scales = tuple(
-                rounded(rate / lr * eps[0] / e) for rate, e in zip(rates, eps, strict=True)
+                rounded(rate / lr * reach) for rate, reach in zip(rates, reaches, strict=True)
             )
         return Step(
             index=self.steps,
-            coefficients=tuple(rounded(-lr * s / len(signal)) for s in signal),
+            coefficients=tuple(rounded(factor * s / len(signal)) for s in signal),
             scales=scales,
             decays=tuple(
-                rounded(rate * group["weight_decay"])
-                for rate, group in zip(rates, self.param_groups, strict=True)
+                rounded(rate * group["weight_decay"]) if gain else 0.0
+                for rate, gain, group in zip(rates, gains, self.param_groups, strict=True)
             ),
             rule_state=tuple(rounded(s) for s in state),
-            loss=math.fsum(p + m for p, m in losses) / (2 * len(losses)),
+            loss=seen.loss,
             projected_grads=tuple(grads),
-            forwards=2 * samples,
+            forwards=seen.forwards + extra,
+            norms=norms,
+            rates=tuple(rounded(rate) for rate in rates) if apart else (),
         )
 
     def _apply(self, step: Step, back: list[float] | None, draws: Draws | None) -> None:
         if step.index != self.steps:
             raise UserError(f"step {step.index} cannot be applied: the next step is {self.steps}")
+        self._course.check(step)
         if self._writer is not None:
             self._writer.append(step)
-        move = self._course.move(step)
-        # What was drawn are this step's directions only: momentum brings older ones.
-        self.weights.update([move], back, draws if self.rule.momentum is None else None)
+        self._course.apply(self.weights, [step], back, draws)
         self._rule_state = step.rule_state
-        self._scales = step.scales
+        self._scales, self._norms = step.scales, step.norms
         self.steps += 1
         self._opt_called = True  # torch's schedulers ask for it: a step may be taken without `step`
 
@@ -309,11 +368,10 @@ class MeZO(Optimizer):
                 raise UserError(
                     f"{log.path}: cannot be resumed: {key} is {_short(log.header[key])} in the log and {_short(value)} now"
                 )
-        self._course = log.course()
         self.steps = apply_steps(self.weights, self._course, log.steps)
         if log.steps:
             self._rule_state = log.steps[-1].rule_state
-            self._scales = log.steps[-1].scales
+            self._scales, self._norms = log.steps[-1].scales, log.steps[-1].norms
         self._writer = Writer.resume(log)
 
     def close(self) -> None:
@@ -331,8 +389,10 @@ class MeZO(Optimizer):
                 "family": self.family,
                 "rule": self.rule.spec,
                 "rule_state": self._rule_state,
+                "settings": self._settings(),
                 "scales": self._scales,
-                "past": list(self._course.past),
+                "norms": self._norms,
+                "past": self._course.state(),
                 "exponents": [exponents.clone() for exponents in self.weights.exponents],
             },
         }
@@ -346,7 +406,12 @@ class MeZO(Optimizer):
         own = state_dict.get("justforward")
         if own is None:
             raise UserError("load_state_dict: not the state of a MeZO optimizer")
-        for key, here in (("seed", self.seed), ("family", self.family), ("rule", self.rule.spec)):
+        for key, here in (
+            ("seed", self.seed),
+            ("family", self.family),
+            ("rule", self.rule.spec),
+            ("settings", self._settings()),
+        ):
             if own[key] != here:
                 raise UserError(
                     f"load_state_dict: the {key} is {own[key]} in the state and {here} here"
@@ -357,9 +422,8 @@ class MeZO(Optimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "justforward"})
         self.steps = own["steps"]
         self._rule_state = tuple(own["rule_state"])
-        self._scales = tuple(own["scales"])
-        self._course.past.clear()
-        self._course.past.extend((list(seeds), tuple(cs)) for seeds, cs in own["past"])
+        self._scales, self._norms = tuple(own["scales"]), tuple(own["norms"])
+        self._course.restore(own["past"])
         for mine, theirs in zip(self.weights.exponents, own["exponents"], strict=True):
             mine.copy_(theirs)
 
@@ -383,55 +447,6 @@ def family_of(family: str | None, estimator: str) -> str:
     if estimator == "activation":
         return {"gaussian": "rank1", "rademacher": "rank1-rademacher"}.get(name, name)
     return name
-
-
-def _groups(params: Any, model: nn.Module | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """torch's parameter groups with the frozen parameters left out, and the names of the others."""
-    known = {} if model is None else {id(p): name for name, p in model.named_parameters()}
-    if isinstance(params, nn.Module):
-        params = list(params.parameters())
-    items = list(params)
-    groups = items if items and isinstance(items[0], dict) else [{"params": items}]
-    out: list[dict[str, Any]] = []
-    names: list[str] = []
-    seen: set[int] = set()
-    for group in groups:
-        members = group["params"]
-        members = [members] if isinstance(members, Tensor) else list(members)
-        kept: list[Tensor] = []
-        for member in members:
-            name, tensor = member if isinstance(member, tuple) else (None, member)
-            if not isinstance(tensor, Tensor):
-                raise UserError(
-                    f"params: {describe(tensor)} is not a parameter: pass a model, parameters, or groups of them"
-                )
-            if id(tensor) in seen:
-                raise UserError(
-                    f"params: parameter {known.get(id(tensor), name or len(names))} is there twice"
-                )
-            if not tensor.requires_grad:
-                continue
-            seen.add(id(tensor))
-            kept.append(tensor)
-            names.append(known.get(id(tensor), name or f"param{len(names)}"))
-        if kept:
-            out.append({**group, "params": kept})
-    if not out:
-        raise UserError("there is nothing to tune: no parameter has requires_grad")
-    return out, names
-
-
-def _check_positive(group: dict[str, Any]) -> None:
-    for key, low, high, allowed in (
-        ("lr", 0.0, math.inf, "positive and finite"),
-        # beyond this the grid, which holds a look of eps exactly, would round weights away
-        ("eps", 0.0, LONGEST_EPS, f"positive and at most {LONGEST_EPS:g}"),
-        ("weight_decay", -1e-300, math.inf, "finite and at least 0"),
-    ):
-        value = group[key]
-        good = isinstance(value, (int, float, Tensor)) and low < value <= high
-        if not good or math.isinf(value):
-            raise UserError(f"{key} is {value!r}: it must be {allowed}")
 
 
 def _short(value: Any) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from justforward import noise
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
+from justforward.moments import Moments, compile_kernels, course_of
 from justforward.trajectory import Course, Log, Step, read_log
 
 
@@ -141,12 +142,15 @@ def replay(model: nn.Module, path: str | os.PathLike[str], steps: int | None = N
     header = log.header
     tensors = check_base(model, log)
     groups = [group for *_, group in header["tensors"]]
-    weights = Weights(tensors, groups, FAMILIES[header["family"]], header["groups"])
-    return apply_steps(weights, log.course(), log.steps[:steps])
+    family = FAMILIES[header["family"]]
+    weights = Weights(tensors, groups, family, header["groups"])
+    if weights.compiled:
+        compile_kernels(family, header["rule"])
+    return apply_steps(weights, course_of(header["seed"], header["rule"]), log.steps[:steps])
 
 
-def apply_steps(weights: Weights, course: Course, steps: Sequence[Step]) -> int:
+def apply_steps(weights: Weights, course: Course | Moments, steps: Sequence[Step]) -> int:
     """Apply steps in bounded batches, each one pass over the weights."""
     for start in range(0, len(steps), 1024):
-        weights.update([course.move(step) for step in steps[start : start + 1024]])
+        course.apply(weights, steps[start : start + 1024])
     return len(steps)

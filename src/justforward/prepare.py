@@ -17,14 +17,15 @@ import torch
 
 import justforward
 from justforward.catalog import load
-from justforward.config import TrainConfig, task_of
+from justforward.config import TrainConfig
 from justforward.data import Example, Splits, read_examples, split_examples
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
-from justforward.folder import Metric, best_step, data_hash
+from justforward.folder import Metric, best_step, data_hash, value_of
 from justforward.optim import ESTIMATORS
 from justforward.published import TEST_SIZE, Published, deal, read_published
-from justforward.schedules import samples_at
+from justforward.schedules import forwards_at
+from justforward.settings import task_of
 from justforward.tasks import Task
 
 MOST_TEST, MOST_VALIDATION = 400, 200
@@ -122,14 +123,19 @@ def choose_tuned(model: torch.nn.Module, pattern: str | None) -> None:
 
 
 def stop_reason(
-    config: TrainConfig, steps: int, forwards: int, seconds: float, validations: list[Metric]
+    config: TrainConfig,
+    steps: int,
+    forwards: int,
+    seconds: float,
+    validations: list[Metric],
+    parts: int = 1,
 ) -> str | None:
-    """The limit that ends the run here: after so many steps, forwards and seconds."""
+    """The limit that ends the run here: after so many steps, forwards and seconds, with so many parameter groups."""
     best = best_step(validations, steps)
     goal = config.target_accuracy
-    if goal is not None and best is not None and best["accuracy"] >= goal:
+    if goal is not None and best is not None and value_of(best) >= goal:
         return "target_accuracy"
-    if forwards + 2 * samples_at(config, steps) > config.max_forwards:
+    if forwards + forwards_at(config, steps, parts) > config.max_forwards:
         return "max_forwards"
     if config.max_minutes is not None and seconds >= 60.0 * config.max_minutes:
         return "max_minutes"

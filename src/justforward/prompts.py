@@ -9,6 +9,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,29 @@ Batch = dict[str, Tensor]
 ENCODE_AT_ONCE = 512
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row as tokens.
+
+    Attributes:
+        prompt: what comes before the answer (a masked model's has the mask in it).
+        choices: tokens of each possible answer; rows that share label words share the object.
+        right: index of the right one.
+    """
+
+    prompt: list[int]
+    choices: Sequence[list[int]]
+    right: int
+
+    def only_right(self) -> Row:
+        """The row with its right answer alone."""
+        return Row(self.prompt, [self.choices[self.right]], 0)
+
+    def without_answers(self) -> Row:
+        """The row's prompt alone."""
+        return Row(self.prompt, [[]], 0)
+
+
 class Prompts(ABC):
     """Turns rows into tokens, tokens into batches, and batches into one score a choice.
 
@@ -35,6 +59,8 @@ class Prompts(ABC):
         task: template and label words.
         max_length: longest sequence in tokens; a longer row has the text of its longest field
             shortened. None truncates nothing: a row beyond the model's context is an error.
+        demonstrations: rows that are shown with their answers before each row; those in front are left
+            out where all do not fit.
 
     Raises:
         UserError: label words that cannot be told apart or asked for; a max_length that is beyond
@@ -50,8 +76,11 @@ class Prompts(ABC):
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
         max_length: int | None = None,
+        demonstrations: Sequence[Example] = (),
     ) -> None:
         self.model = model
+        self.demonstrations = demonstrations
+        self.demonstrations_shown: list[int] = []  # of each row that was tokenised
         self.tokenizer = tokenizer
         self.task = task
         self.max_length = max_length
@@ -65,12 +94,16 @@ class Prompts(ABC):
     # ------------------------------------------------------------------------- what a kind has its own
 
     @abstractmethod
-    def batch(self, prompts: Sequence[list[int]]) -> Batch:
+    def batch(self, rows: Sequence[Row]) -> Batch:
         """The rows as tensors, each with the rows as its first dimension."""
 
     @abstractmethod
     def scores(self, batch: Batch) -> Tensor:
         """[B, C] float32: log-likelihood of each choice. One forward pass."""
+
+    def summed(self, batch: Batch) -> Tensor:
+        """[B, C] float32: `scores` where a choice's is the sum over its tokens, whatever the task says."""
+        return self.scores(batch)
 
     @abstractmethod
     def _bodies(self, rows: Sequence[dict[str, str]]) -> list[list[int]]:
@@ -82,19 +115,48 @@ class Prompts(ABC):
 
     # ------------------------------------------------------------------------------- tokenisation
 
-    def tokens(self, examples: Sequence[Example]) -> list[list[int]]:
+    def rows(self, examples: Sequence[Example]) -> list[Row]:
         """Each row's tokens, shortened if max_length asks for it.
 
         Raises:
             UserError: a row longer than the context, or than max_length with its text left out;
                 naming its file and line.
         """
-        fitted: list[list[int]] = []
+        found: list[Row] = []
         for start in range(0, len(examples), ENCODE_AT_ONCE):
             part = examples[start : start + ENCODE_AT_ONCE]
             all_tokens = self._tokens([example.fields for example in part])
-            fitted += (self._fitted(e, tokens) for e, tokens in zip(part, all_tokens, strict=True))
-        return fitted
+            for example, tokens in zip(part, all_tokens, strict=True):
+                choices, right = self._answers_of(example)
+                room = self._room(choices)
+                if self.demonstrations:
+                    tokens = self._demonstrated(example, tokens, room)
+                found.append(Row(self._fitted(example, tokens, room), choices, right))
+        return found
+
+    def null_row(self, example: Example, row: Row) -> Row:
+        """The row asked without its content, for calibration: `Task.null_prompt`."""
+        raise UserError("calibration is for causal models: leave --calibrate out")
+
+    def _answers_of(self, example: Example) -> tuple[Sequence[list[int]], int]:
+        """Tokens of what may answer the row, and which is right."""
+        labels = list(self.task.labels)
+        if example.label not in labels:
+            raise UserError(
+                f"{example.where}: label {example.label!r} has no word: the task has {', '.join(labels)}"
+            )
+        return self.words, labels.index(example.label)
+
+    def _room(self, choices: Sequence[list[int]]) -> int:
+        """Tokens that the longest answer takes behind the prompt."""
+        return self.after
+
+    def _demonstrated(self, example: Example, tokens: list[int], room: int) -> list[int]:
+        """The row's tokens with as many demonstrations before them as fit."""
+        raise UserError(
+            "demonstrations are put before the text, which a masked model is not trained for: "
+            "use a causal model"
+        )
 
     def _tokens(self, rows: Sequence[dict[str, str]]) -> list[list[int]]:
         return [self._dressed(ids) for ids in self._bodies(rows)]
@@ -195,9 +257,13 @@ class Prompts(ABC):
                 "give more or shorten the template"
             )
 
-    def _fitted(self, example: Example, tokens: list[int]) -> list[int]:
-        """The prompt's tokens, its fields shortened if max_length asks for it."""
-        length = len(tokens) + self.after
+    def _fitted(self, example: Example, tokens: list[int], room: int) -> list[int]:
+        """The prompt's tokens, its fields shortened if max_length asks for it.
+
+        Args:
+            room: tokens to leave free for the answer.
+        """
+        length = len(tokens) + room
         if tokens and max(tokens) >= self.vocabulary:
             raise UserError(
                 f"{example.where}: token {max(tokens)} where the model knows {self.vocabulary}: "
@@ -212,14 +278,14 @@ class Prompts(ABC):
             if self.context is not None and length > self.context:
                 raise UserError(
                     f"{example.where}: the text makes {length} tokens"
-                    f"{' with the answer' if self.after else ''}, the model's "
+                    f"{' with the answer' if room else ''}, the model's "
                     f"context is {self.context}: shorten it, or pass max_length (at most "
                     f"{self.context}) to have texts truncated"
                 )
             return tokens
-        return tokens if length <= self.max_length else self._truncated(example, length)
+        return tokens if length <= self.max_length else self._truncated(example, length, room)
 
-    def _truncated(self, example: Example, length: int) -> list[int]:
+    def _truncated(self, example: Example, length: int, room: int) -> list[int]:
         """Drops tokens from whichever field is longest at the time, until the whole fits.
 
         A field is cut where one of its tokens ends, then all is tokenised again, since a cut can
@@ -246,7 +312,7 @@ class Prompts(ABC):
                 if name in cuts
             }
             tokens = self._tokens([fields])[0]
-            length = len(tokens) + self.after
+            length = len(tokens) + room
             if not tokens:
                 raise UserError(
                     f"{example.where}: max_length {self.max_length} leaves nothing of the text: "

@@ -6,7 +6,6 @@ seed); the split seed chooses which rows are trained on and which choose the ste
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from justforward.catalog import SPLITS, Declaration, Field, spelled
+from justforward.answers import MISSING, read_answers, read_options
+from justforward.catalog import spelled
 from justforward.data import (
     Example,
     Splits,
@@ -28,7 +28,9 @@ from justforward.data import (
     text_key,
     text_of,
 )
+from justforward.declaration import SPLITS, Declaration, Field
 from justforward.errors import UserError
+from justforward.metrics import joined
 from justforward.tasks import Task
 
 TEST_SIZE = 1000  # the paper's
@@ -93,7 +95,10 @@ def _reading(declared: Declaration) -> tuple[Any, ...]:
     """What changes the rows that are read, or which of them are dealt to which split."""
     reading = (declared.rows, declared.fields, declared.label, declared.splits)
     dealing = (declared.train_from_test, declared.whole_small_classes, declared.group)
-    return (*reading, *dealing, tuple(declared.labels))
+    # kept apart, so that the digests of tasks without them stay what they were
+    inner = (declared.kind, declared.options, declared.answers, declared.apart)
+    usual = ("classification", None, None, ())
+    return (*reading, *dealing, tuple(declared.labels), *(inner if inner != usual else ()))
 
 
 def _file_of(declared: Declaration, split: str, folder: Path) -> Path | None:
@@ -116,26 +121,46 @@ def _examples(declared: Declaration, path: Path, task: Task) -> Iterator[Example
     fields = {name: declared.fields.get(name, Field((name,))) for name in task.fields}
     for line, outer in read_rows(path):
         for row in _inner_rows(outer, declared.rows, line, path):
-            label = _label(declared, row, line, path)
+            classes = declared.kind == "classification"
+            label = _label(declared, row, line, path) if classes else ""
             if label is None:
                 yield None
                 continue
             texts: dict[str, str] = {}
             for name, wanted in fields.items():
                 value = row.first(wanted.places)
-                if value is _MISSING:
+                if value is MISSING:
                     raise UserError(
                         f"{path}:{line}: task {declared.name!r} reads {name!r} from "
                         f"{' or '.join(wanted.places)}, which is not there: there are {row.names}"
                     )
-                texts[name] = wanted.changed(text_of(value, name, line, path))
-            yield Example(texts, label, str(path), line)
+                texts[name] = _text(wanted, value, name, line, path)
+            if classes:
+                yield Example(texts, label, str(path), line)
+                continue
+            options: tuple[str, ...] = ()
+            if declared.options is not None:
+                options = read_options(declared.options, row.first, line, path)
+            answers = read_answers(declared, options, row.first, line, path)
+            label = joined(answers[0])
+            yield Example(texts, label, str(path), line, options, answers)
+
+
+def _text(wanted: Field, value: Any, name: str, line: int, path: Path) -> str:
+    text = text_of(value, name, line, path)
+    if wanted.values:
+        if spelled(text) not in wanted.values:
+            raise UserError(
+                f"{path}:{line}: {name!r} is {short(text)}: known are {', '.join(wanted.values)}"
+            )
+        text = wanted.values[spelled(text)]
+    return wanted.changed(text)
 
 
 def _label(declared: Declaration, row: _Row, line: int, path: Path) -> str | None:
     for column in declared.label:
         value = row.first((column.place,))
-        if value is _MISSING:
+        if value is MISSING:
             continue
         text_of(value, column.place, line, path)  # refuses what is no plain value
         label = spelled(value)
@@ -156,9 +181,6 @@ def _label(declared: Declaration, row: _Row, line: int, path: Path) -> str | Non
     )
 
 
-_MISSING = object()
-
-
 class _Row:
     """An object of a file, with the items that this row of it is in: path -> item."""
 
@@ -172,9 +194,9 @@ class _Row:
                 if prefix == "" or place == prefix or place.startswith(prefix + "."):
                     value = _walk(self.items[prefix], place[len(prefix) :].lstrip("."))
                     break
-            if value is not _MISSING:
+            if value is not MISSING:
                 return value
-        return _MISSING
+        return MISSING
 
     @property
     def names(self) -> str:
@@ -189,7 +211,7 @@ def _walk(value: Any, path: str) -> Any:
         return value[path]
     for name in path.split("."):
         if not isinstance(value, dict) or name not in value:
-            return _MISSING
+            return MISSING
         value = value[name]
     return value
 
@@ -247,13 +269,15 @@ def deal(
     counts: Counter[str] = Counter()
     notes: list[str] = []
     test, chosen, train = _apart(published, test_size, counts, notes)
+    if declared.apart and not chosen:
+        chosen, train = _parted(train, declared.apart, max(1, len(train) // 5), seed)
     pools = _pools(train, seed)
     if shots is not None:
         train, validation = _few(
             declared, pools, _pools(chosen, seed), shots, validation_size, seed
         )
     else:
-        least = 2 * len(declared.labels)
+        least = 2 * len(declared.labels) or 2
         source = _pools(chosen, seed) if chosen else pools
         size = validation_size
         if size is None:
@@ -265,8 +289,8 @@ def deal(
         count = rest if train_size is None else size_of("train_size", train_size, rest)
         train = take(pools, proportional(pools, count, "train", where), seed)
     for name, rows in (("test", test), ("validation", validation), ("train", train)):
-        present = {row.label for row in rows}
-        if len(present) < 2:
+        present = {row.stratum for row in rows}
+        if not present or (len(present) < 2 and declared.labels):
             only = f"has only label {next(iter(present))!r}" if present else "is empty"
             raise UserError(f"{where}: the {name} split {only}: give more rows or other sizes")
         notes += [f"{name} has no row of label {x!r}" for x in declared.labels if x not in present]
@@ -291,22 +315,48 @@ def _apart(
     chosen, train = (
         _fresh(published.rows[split], taken, counts) for split in ("validation", "train")
     )
-    if len({example.label for example in train}) < 2 and declared.train_from_test is not None:
+    usable = len({example.stratum for example in train}) >= (2 if declared.labels else 1)
+    if not usable and declared.train_from_test is not None:
         test = _fresh(test, {}, counts)
-        pools = _pools(test, TEST_SEED)
-        count = round(declared.train_from_test * len(test))
+        total, count = len(test), round(declared.train_from_test * len(test))
+        if declared.apart:
+            train, test = _parted(test, declared.apart, count, TEST_SEED)
+        else:
+            pools = _pools(test, TEST_SEED)
+            train = take(pools, proportional(pools, count, "train", where), TEST_SEED)
+            test = [example for pool in pools.values() for example in pool]
+        why = "the training rows are not of two labels" if declared.labels else "no training rows"
         notes.append(
-            f"the training rows are not of two labels: {count} of the {len(test)} different test "
-            "rows are trained on instead"
+            f"{why}: {len(train)} of the {total} different test rows are trained on instead"
         )
-        train = take(pools, proportional(pools, count, "train", where), TEST_SEED)
-        test = [example for pool in pools.values() for example in pool]
     count = min(len(test), size_of("test_size", test_size, len(test)))
     if declared.group:
         return _whole_groups(test, declared.group, count), chosen, train
     pools = _pools(test, TEST_SEED)
     test = take(pools, proportional(pools, count, "test", where), TEST_SEED)
     return test, chosen, train
+
+
+def _parted(
+    rows: list[Example], names: tuple[str, ...], count: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """About `count` rows and the others, none of which share their fields `names` across."""
+    groups = _groups(rows, names, seed)
+    taken: list[Example] = []
+    left: list[Example] = []
+    for group in groups:
+        nearer = abs(len(taken) + len(group) - count) <= abs(len(taken) - count)
+        (taken if (nearer or not taken) and group is not groups[-1] else left).extend(group)
+    return taken, left
+
+
+def _groups(rows: list[Example], names: tuple[str, ...], seed: int) -> list[list[Example]]:
+    """Rows that share the fields, group by group in the order of the seed."""
+    groups: dict[bytes, list[Example]] = {}
+    for row in rows:
+        shared = Example({name: row.fields.get(name, "") for name in names}, "", row.file, row.line)
+        groups.setdefault(rank(shared, seed), []).append(row)
+    return [groups[key] for key in sorted(groups)]
 
 
 def _fresh(
@@ -331,21 +381,17 @@ def _pools(rows: list[Example], seed: int) -> Pools:
     """The rows of each label, in the order of the seed."""
     pools: Pools = {}
     for example in sorted(rows, key=lambda example: rank(example, seed)):
-        pools.setdefault(example.label, []).append(example)
+        pools.setdefault(example.stratum, []).append(example)
     return dict(sorted(pools.items()))
 
 
 def _whole_groups(rows: list[Example], group: tuple[str, ...], count: int) -> list[Example]:
     """At most `count` rows (one group at least), no group of which is left out in part."""
-    groups: dict[bytes, list[Example]] = {}
-    for row in rows:
-        shared = Example({name: row.fields.get(name, "") for name in group}, "", row.file, row.line)
-        groups.setdefault(rank(shared, TEST_SEED), []).append(row)
     taken: list[Example] = []
-    for key in sorted(groups):
-        if taken and len(taken) + len(groups[key]) > count:
+    for rows_of_one in _groups(rows, group, TEST_SEED):
+        if taken and len(taken) + len(rows_of_one) > count:
             break
-        taken += groups[key]
+        taken += rows_of_one
     return taken
 
 
@@ -361,18 +407,18 @@ def _few(
 
     Those come from the training rows where each label has enough; else from the validation rows.
     """
-    sizes = {label: len(pools.get(label, ())) for label in declared.labels}
+    sizes = {label: len(pools.get(label, ())) for label in declared.labels or ("",)}
     short_of = {label: size for label, size in sizes.items() if size < shots}
     if short_of and not declared.whole_small_classes:
         label, size = min(short_of.items(), key=lambda item: item[1])
         raise UserError(
-            f"--shots is {shots}: label {label!r} has {size} training rows: give at most {size}"
+            f"--shots is {shots}: {_spelled(label)} {size} training rows: give at most {size}"
             if size
-            else f"--shots is {shots}: label {label!r} has no training row: give rows of it"
+            else f"--shots is {shots}: {_spelled(label)} no training row: give rows of it"
         )
     train = take(pools, {label: min(shots, len(pool)) for label, pool in pools.items()}, seed)
     enough = all(len(pool) >= shots for pool in pools.values())
-    source = pools if enough or not chosen else chosen
+    source = chosen if chosen and (declared.apart or not enough) else pools
     if validation_size is not None:
         total = sum(map(len, source.values()))
         count = size_of("validation_size", validation_size, total)
@@ -380,49 +426,11 @@ def _few(
     if source is pools and not enough and not declared.whole_small_classes:
         label, size = min(sizes.items(), key=lambda item: item[1])
         raise UserError(
-            f"--shots is {shots}: label {label!r} has {size} training rows, and as many are needed "
+            f"--shots is {shots}: {_spelled(label)} {size} training rows, and as many are needed "
             f"for validation: give at most {size // 2}, or --validation-size"
         )
     return train, take(source, {label: min(shots, len(p)) for label, p in source.items()}, seed)
 
 
-# ------------------------------------------------------------------------------------------- figures
-
-
-def figures(
-    declared: Declaration | None, examples: Sequence[Example], predictions: Sequence[str]
-) -> dict[str, float]:
-    """What the task reports beside the accuracy."""
-    if declared is None:
-        return {}
-    pairs = Counter(zip((e.label for e in examples), predictions, strict=True))
-    found: dict[str, float] = {}
-    for metric in declared.metrics:
-        if metric == "f1":
-            assert declared.positive is not None
-            found["f1"] = _f1(pairs, declared.positive)
-        elif metric == "f1_macro":  # over the labels that there are, as scikit-learn has it
-            labels = {label for pair in pairs for label in pair}
-            found["f1_macro"] = math.fsum(_f1(pairs, label) for label in labels) / len(labels)
-        elif metric == "matthews":
-            found["matthews"] = _matthews(pairs, *declared.labels)
-        elif metric == "exact_match":
-            right: dict[tuple[str, ...], bool] = {}
-            for example, predicted in zip(examples, predictions, strict=True):
-                key = tuple(example.fields.get(name, "") for name in declared.group)
-                right[key] = right.get(key, True) and predicted == example.label
-            found["exact_match"] = sum(right.values()) / len(right)
-    return found
-
-
-def _f1(pairs: Counter[tuple[str, str]], label: str) -> float:
-    hits = pairs[label, label]
-    told = sum(count for (_, predicted), count in pairs.items() if predicted == label)
-    real = sum(count for (truth, _), count in pairs.items() if truth == label)
-    return 2 * hits / (told + real) if told + real else 0.0
-
-
-def _matthews(pairs: Counter[tuple[str, str]], a: str, b: str) -> float:
-    aa, ab, ba, bb = pairs[a, a], pairs[a, b], pairs[b, a], pairs[b, b]
-    scale = math.sqrt((aa + ab) * (aa + ba) * (bb + ab) * (bb + ba))
-    return (aa * bb - ab * ba) / scale if scale else 0.0
+def _spelled(label: str) -> str:
+    return f"label {label!r} has" if label else "there are"

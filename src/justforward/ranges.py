@@ -34,6 +34,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "lr": (_positive, "positive and finite"),
     "eps": (lambda value: 0 < value <= 100, "positive and at most 100"),
     "weight_decay": (_not_negative, "finite and at least 0"),
+    "temperature": (_not_negative, "finite and at least 0"),
     "lora_alpha": (_positive, "positive and finite"),
     "max_minutes": (_positive, "positive and finite"),
     "target_accuracy": (_share, "above 0 and at most 1"),
@@ -42,11 +43,18 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "test_size": (_size, "a number of rows from 1, or a fraction between 0 and 1"),
     "validation_size": (_size, "a number of rows from 1, or a fraction between 0 and 1"),
     **{
+        name: (lambda value: value >= 2, "at least 2")
+        for name in ("probes", "iterations", "directions")
+    },
+    **{
         name: (lambda value: value >= 1, "at least 1")
         for name in (
             "num_samples",
             "batch_size",
             "max_forwards",
+            "max_steps",
+            "demonstrations",
+            "draws",
             "eval_every",
             "eval_batch_size",
             "train_size",
@@ -56,6 +64,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
             "prefix_length",
             "threads",
             "last",
+            "rows",
+            "step_rows",
         )
     },
 }

@@ -6,15 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from justforward.catalog import kind_of, load
-from justforward.config import (
-    EvalConfig,
-    ReplayConfig,
-    TrainConfig,
-    labels_of,
-    resolved,
-    task_of,
-)
+from justforward.config import EvalConfig, ReplayConfig, TrainConfig
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
@@ -24,9 +16,10 @@ from justforward.playback import fingerprint
 from justforward.playback import replay as replay_log
 from justforward.prepare import read_data, split_rows, use_threads
 from justforward.progress import Progress
-from justforward.published import Published, figures, scored_rows
+from justforward.published import Published, scored_rows
 from justforward.ranges import check_ranges
 from justforward.schedules import forwards_until
+from justforward.settings import make_task, task_of
 from justforward.tasks import Task
 from justforward.trajectory import read_log
 from justforward.tuners import attach, merged
@@ -59,7 +52,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
     if config.run is not None:
         folder = RunFolder(config.run)
         folder.check_run()
-        run = resolved(folder.read_config())
+        run = folder.read_config()
     source, data, task, name = _inputs(config, run)
     use_threads(config.threads)
     examples, digest = read_data(name, data, task)
@@ -80,14 +73,15 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
     if dropped:
         note(f"{dropped} rows left out: the run was trained or validated on them")
     found = scorer.evaluate(rows, config.batch_size)
-    declared = examples.declaration if isinstance(examples, Published) else None
     return {
         "accuracy": found.accuracy,
         "loss": found.loss,
         "forwards": found.forwards,
         "seconds": round(time.monotonic() - started, 3),
         "fingerprint": fingerprint(model),
-        **figures(declared, rows, found.predictions),
+        "metric": found.metric,
+        "value": found.value,
+        **{name: value for name, value in found.metrics.items() if name != "accuracy"},
         "model": source,
         "run": config.run,
         "step": step,
@@ -115,28 +109,30 @@ def _inputs(config: EvalConfig, run: TrainConfig | None) -> tuple[str, str, Task
         return getattr(run, name) if value is None and run is not None else value
 
     name, template, labels = choose("task"), config.template, config.labels
-    if name is not None and config.task is not None:  # what is given counts for more than a run's
-        declared = load(name).task_for(kind_of(choose("model")))
-        template = declared.template if template is None else template
-        labels = declared.labels if labels is None else labels
-    template = choose("template") if template is None else template
-    labels = choose("labels") if labels is None else labels
-    for option, value in (
-        ("model", choose("model")),
-        ("data", choose("data")),
-        ("template", template),
-        ("labels", labels),
-    ):
+    if config.task is None:  # what is given counts for more than a run's
+        if name is not None and config.data is not None and not Path(config.data).is_dir():
+            if not (labels or choose("labels")):
+                raise UserError(
+                    f"--data is {config.data!r}: rows of task {name!r} are read from the folder of its files: "
+                    "give that folder"
+                )
+            name = None  # a file of rows, for the model of a run on a task
+        template = choose("template") if template is None else template
+        labels = choose("labels") if labels is None else labels
+    needed = {"model": choose("model"), "data": choose("data")}
+    if name is None:
+        needed |= {"template": template, "labels": labels}
+    for option, value in needed.items():
         if value is None:
             raise UserError(f"eval needs --{option}, or --run with a run folder to take it from")
-    if config.task is None and config.data is not None and not Path(config.data).is_dir():
-        name = None  # a file of rows, for the model of a run on a task
-    task = Task(
-        template=template,
-        labels=labels_of(labels),
+    task = make_task(
+        name,
+        choose("model"),
+        template,
+        labels,
         label_field=choose("label_field") or "label",
         truncation=choose("truncation") or "right",
-        loss=choose("loss") or "choices",
+        loss=choose("loss"),
     )
     return choose("model"), choose("data"), task, name
 
@@ -197,7 +193,7 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
     check_ranges(config)
     folder = RunFolder(config.run)
     folder.check_run()
-    run = resolved(folder.read_config())
+    run = folder.read_config()
     check_new(Path(config.out), "choose another --out")
     steps = _steps(config.steps, folder, run)
     if config.merge and run.tuner != "lora":
@@ -217,7 +213,7 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
     return {
         "accuracy": result["accuracy"] if scored else None,
         "loss": result["loss"] if scored else None,
-        "forwards": forwards_until(run, steps),
+        "forwards": forwards_until(run, steps, len(read_log(folder.log).header["groups"])),
         "seconds": round(time.monotonic() - started, 3),
         "fingerprint": tuned,
         "steps": steps,

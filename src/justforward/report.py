@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from justforward.catalog import METRICS
 from justforward.config import InspectConfig
-from justforward.folder import Metric, RunFolder, best_step, writing
+from justforward.folder import Metric, RunFolder, best_step, value_of, writing
 from justforward.progress import spell_seconds
 from justforward.ranges import check_ranges
 from justforward.schedules import forwards_until
+from justforward.tasks import METRICS
 from justforward.trajectory import read_log
 
 Result = dict[str, Any]
@@ -59,28 +59,29 @@ def plot(run: str | RunFolder) -> None:
     if checks:
         x = [m["forwards"] for m in checks]
         above.plot(x, [m["loss"] for m in checks], "o-", color="#d94801", label="validation")
-        below.plot(x, [m["accuracy"] for m in checks], "o-", color="#d94801", label="validation")
-    for key, name, style in (
-        ("before_accuracy", "test before", ":"),
-        ("accuracy", "test after", "--"),
+        below.plot(x, [value_of(m) for m in checks], "o-", color="#d94801", label="validation")
+    for found, name, style in zip(
+        _before_after(result), ("test before", "test after"), (":", "--"), strict=True
     ):
-        if result.get(key) is not None:
-            label = f"{name}: {result[key]:.1%}"
-            below.axhline(result[key], color="#555555", linestyle=style, linewidth=1.0, label=label)
+        if found is not None:
+            label = f"{name}: {found:.1%}"
+            below.axhline(found, color="#555555", linestyle=style, linewidth=1.0, label=label)
     if result.get("kept_step") is not None:
         kept = next((m for m in checks if m["step"] == result["kept_step"]), None)
         if kept is not None:
             spot = {"s": 130, "facecolors": "none", "edgecolors": "#d94801"}
-            below.scatter([kept["forwards"]], [kept["accuracy"]], label="kept", **spot)
-    above.set_ylabel("loss (nats)")
-    below.set_ylabel("accuracy")
+            below.scatter([kept["forwards"]], [value_of(kept)], label="kept", **spot)
+    config = folder.read_config()
+    above.set_ylabel(
+        "loss (nats)" if config.objective == "loss" else "loss (nats), or minus the objective"
+    )
+    below.set_ylabel(result.get("metric") or "accuracy")
     below.set_xlabel("forward passes over a batch")
     below.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in (above, below):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
-    config = folder.read_config()
     figure.suptitle(
         f"{config.estimator} space, {config.rule}, lr {config.lr:g}, batch {config.batch_size}",
         fontsize="medium",
@@ -93,6 +94,12 @@ def plot(run: str | RunFolder) -> None:
             temporary.replace(folder.plot)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _before_after(result: Result) -> tuple[float | None, float | None]:
+    """What the test rows were judged by; runs of older versions have the accuracy alone."""
+    name = "value" if "value" in result else "accuracy"
+    return result.get(f"before_{name}"), result.get(name)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -143,11 +150,17 @@ def inspect_run(config: InspectConfig) -> Result:
     shown = [
         "model",
         "data",
+        "task",
         "template",
         "labels",
+        "objective",
         "estimator",
         "rule",
         "family",
+        "looks",
+        "modified",
+        "blocks",
+        "block_order",
         "lr",
         "eps",
         "lr_schedule",
@@ -163,7 +176,7 @@ def inspect_run(config: InspectConfig) -> Result:
         "stopped_by": result["stopped_by"] if result else None,
         "result": result,
         "steps": steps,
-        "forwards": forwards_until(run, steps),
+        "forwards": forwards_until(run, steps, len(log.header["groups"])),
         "max_forwards": run.max_forwards,
         "seconds": max((m["seconds"] for m in metrics), default=0.0),
         "log": {
@@ -182,7 +195,8 @@ def inspect_run(config: InspectConfig) -> Result:
 
 def spell_inspect(found: Result) -> str:
     """`inspect_run` as text."""
-    labels = ", ".join(f"{label}={word}" for label, word in found["labels"].items())
+    words = ", ".join(f"{label}={word}" for label, word in found["labels"].items())
+    labels = words or f"answers in the rows ({found['task']})"
     log, result = found["log"], found["result"] or {}
     state = "sealed" if log["sealed"] else "not sealed (the run was cut short or is going on)"
     if log["torn_bytes"]:
@@ -194,7 +208,11 @@ def spell_inspect(found: Result) -> str:
         + (f" ({found['tune']})" if found["tune"] else ""),
         f"task      {found['template']!r}, {labels}",
         f"data      {found['data']}",
-        f"method    {found['estimator']} space, {found['rule']}, lr {found['lr']:g} "
+        f"method    {found['estimator']} space, {found['looks']}, {found['rule']}, "
+        + (f"modified by {found['modified']}, " if found["modified"] else "")
+        + (f"blocks {found['blocks']} ({found['block_order']}), " if found["blocks"] else "")
+        + (f"objective {found['objective']}, " if found["objective"] != "loss" else "")
+        + f"lr {found['lr']:g} "
         f"({found['lr_schedule']}), eps {found['eps']:g}, samples {found['num_samples']}, "
         f"batch {found['batch_size']}, seed {found['seed']}",
         f"run       {found['status']}"
@@ -204,19 +222,20 @@ def spell_inspect(found: Result) -> str:
         f"log       {log['bytes']:,} bytes{each}, {state}",
     ]
     if result.get("accuracy") is not None:
+        before, after = _before_after(result)
         lines.append(
-            f"test      {result['before_accuracy']:.1%} before, {result['accuracy']:.1%} after "
+            f"test      {result.get('metric', 'accuracy')} {before:.1%} before, {after:.1%} after "
             f"(step {result['kept_step']}, {result['rows']['test']} rows)"
         )
     if found["losses"]:
         low, high = min(found["losses"]), max(found["losses"])
         lines.append(f"loss      {sparkline(found['losses'])}  {low:.3f} to {high:.3f}")
     if found["curve"]:
-        lines += ["", "   step  forwards  accuracy    loss"]
+        lines += ["", f"   step  forwards  {result.get('metric', 'accuracy'):>8}    loss"]
         for m in found["curve"]:
             mark = "  best" if m["step"] == found["best_step"] else ""
             lines.append(
-                f"{m['step']:7d}  {m['forwards']:8d}  {m['accuracy']:8.1%}  {m['loss']:6.4f}{mark}"
+                f"{m['step']:7d}  {m['forwards']:8d}  {value_of(m):8.1%}  {m['loss']:6.4f}{mark}"
             )
     if found["last"]:
         lines += ["", "   step    loss         lr  directions  rms coefficient  first coefficients"]
@@ -242,16 +261,19 @@ def spell_train(result: Result) -> str:
         f"{result['forwards']} forwards, {spell_seconds(result['seconds'])}"
     )
     if result["accuracy"] is None:
-        best = result["validation_accuracy"]
-        return head + (f"\nbest validation accuracy so far {best:.1%}" if best is not None else "")
+        best = result["validation_value"]
+        return head + (
+            f"\nbest validation {result['metric']} so far {best:.1%}" if best is not None else ""
+        )
+    name, (before, after) = result["metric"], _before_after(result)
     return "\n".join(
         [
             head,
-            f"test accuracy {result['before_accuracy']:.1%} before, {result['accuracy']:.1%} after; "
+            f"test {name} {before:.1%} before, {after:.1%} after; "
             f"loss {result['before_loss']:.4f} before, {result['loss']:.4f} after{_more(result)} "
             f"({result['rows']['test']} rows, drawn first and never used to choose)",
             f"kept step {result['kept_step']} of {result['steps']} "
-            f"(validation accuracy {result['validation_accuracy']:.1%})",
+            f"(validation {name} {result['validation_value']:.1%})",
             f"fingerprint {result['fingerprint']}",
             f"{out}: base + a log of {result['log_bytes']:,} bytes = the tuned model; "
             f"as a folder: justforward replay {out} --out NEW",
@@ -261,7 +283,11 @@ def spell_train(result: Result) -> str:
 
 def _more(result: Result) -> str:
     """What a declared task reports beside the accuracy."""
-    more = [name for name in METRICS if name in result and name != "accuracy"]
+    more = [
+        name
+        for name in dict.fromkeys(name for names in METRICS.values() for name in names)
+        if name in result and name not in ("accuracy", result.get("metric"))
+    ]
     return "".join(f"; {name} {result[name]:.4f}" for name in more)
 
 
@@ -269,10 +295,36 @@ def spell_eval(result: Result) -> str:
     """The outcome of `eval` as text."""
     what = result["model"] if result["run"] is None else f"{result['run']}, step {result['step']}"
     return (
-        f"{what}: accuracy {result['accuracy']:.1%}, loss {result['loss']:.4f}{_more(result)} "
+        f"{what}: {result['metric']} {result['value']:.1%}, loss {result['loss']:.4f}{_more(result)} "
         f"on {result['rows']} rows\n"
         f"fingerprint {result['fingerprint']}"
     )
+
+
+def spell_baseline(result: Result) -> str:
+    """The outcome of `baseline` as text."""
+    rows = result["rows"]
+    lines = [
+        f"{result['method']}: {result['metric']} {result['value']:.1%}, loss {result['loss']:.4f}{_more(result)} "
+        f"on {rows['test']} test rows, {result['metric']} {result['validation_value']:.4f} "
+        f"on {rows['validation']} validation rows, {spell_seconds(result['seconds'])}"
+    ]
+    if result["method"] == "icl":
+        spread = "" if result["sd"] is None else f", standard deviation {result['sd']:.4f}"
+        lines.append(
+            f"mean of {len(result['draws'])} draws of {result['demonstrations']} demonstrations{spread}; "
+            f"{result['demonstrations_used']:.1f} fit a row on average"
+        )
+    if result["method"] == "probe":
+        lines.append(f"C = {result['c']:g} by validation, fitted in {result['fit_seconds']:.2f} s")
+    if result["method"] == "first-order":
+        lines.append(
+            f"{result['tuner']}, lr {result['lr']:g}: step {result['best_step']} of {result['steps']} is the best in "
+            f"validation ({result['stopped_by']})"
+        )
+    if result["out"] is not None:
+        lines.append(f"saved in {result['out']}")
+    return "\n".join(lines)
 
 
 def spell_replay(result: Result) -> str:

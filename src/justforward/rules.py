@@ -3,6 +3,10 @@
 A rule is a chain of transformations of the K projected gradients of a step, written `"rms+clip(3)+momentum"`.
 The optimizer turns the result s into coefficients c_k = -lr s_k / K. Transformations that normalise multiply by
 sqrt(K), so that lr is the rms distance a coordinate moves in a step, whatever the number of directions.
+
+At the end of a chain stands at most one rule that looks back along past directions: `momentum`, or one of those
+with moments (`adam`, `rmsprop`), which take the gradient estimate (1 / K) sum_k s_k z_k element by element. These
+are carried out where the weights are (`moments`).
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -104,12 +108,61 @@ class Momentum(Rule):
     window: int = 20
 
 
+@dataclass(frozen=True)
+class Adam(Rule):
+    """MeZO-Adam (arXiv 2305.17333, appendix B.2), its moments made again from the log instead of kept.
+
+    With gradient estimates g_i = (1 / K) sum_k s_ik z_ik, element by element over the last n = min(t + 1, window)
+    steps:
+
+        m = sum_i beta1^(t-i) g_i   / sum_i beta1^(t-i)
+        v = sum_i beta2^(t-i) g_i^2 / sum_i beta2^(t-i)
+        theta <- theta - lr m / (sqrt(v) + eps)
+
+    Dividing by the sum of the weights in use is Adam's own bias correction, 1 / (1 - beta^(t+1)), for as long as
+    t < window: until then this is Adam exactly. From then on v is over `window` steps however large beta2 is:
+    with the defaults 0.99^20 = 0.82, nearly their plain mean. A step's update makes `window` times as much noise and
+    takes no memory; a replay makes it once. `window=0` keeps both sums instead, a float32 each for every
+    weight: Adam without truncation, in three times the memory.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    window: int = 20
+
+
+@dataclass(frozen=True)
+class RmsProp(Rule):
+    """`Adam` with beta1 = 0: this step's gradient estimate over the root of v."""
+
+    beta2: float = 0.99
+    eps: float = 1e-8
+    window: int = 20
+
+
 KINDS: dict[str, type[Rule]] = {
     "sgd": Sgd,
     "rms": Rms,
     "sign": Sign,
     "clip": Clip,
     "momentum": Momentum,
+    "adam": Adam,
+    "rmsprop": RmsProp,
+}
+
+# What a parameter may be: "name.parameter" where a rule has bounds of its own. Betas stay below 1 in float32 too.
+_ALLOWED: dict[str, tuple[Callable[[float], bool], str]] = {
+    "beta": (lambda x: 0.0 <= x < 1.0, "in [0, 1)"),
+    "beta1": (lambda x: 0.0 <= x <= 0.999999, "in [0, 0.999999]"),
+    "beta2": (lambda x: 0.0 <= x <= 0.999999, "in [0, 0.999999]"),
+    "eps": (lambda x: 1e-30 <= x <= 1e30, "in [1e-30, 1e30]"),
+    "limit": (lambda x: 0.0 < x < math.inf, "positive and finite"),
+    "window": (lambda x: x.is_integer() and 0 <= x <= 1000, "a whole number, 0 to 1000"),
+    "momentum.window": (
+        lambda x: x.is_integer() and 1 <= x <= 1000,
+        "a whole number, 1 to 1000",
+    ),
 }
 
 
@@ -121,11 +174,13 @@ class Chain:
         spec: the text it was made from, with all parameters spelled out.
         rules: the transformations in order.
         momentum: the window, if the chain has one.
+        moments: what is done with moments, if the chain ends so (rmsprop as the `Adam` that it is).
     """
 
     spec: str
     rules: tuple[Rule, ...]
-    momentum: Momentum | None
+    momentum: Momentum | None = None
+    moments: Adam | None = None
 
     @property
     def state_size(self) -> int:
@@ -150,10 +205,10 @@ def parse(spec: str) -> Chain:
     """Read `"rms"`, `"rms(beta=0.95)+clip(3)+momentum(0.9, window=10)"` and the like.
 
     Raises:
-        UserError: an unknown rule or parameter, a value out of range, or two momentum windows.
+        UserError: an unknown rule or parameter, a value out of range, or two rules that look back.
     """
     rules: list[Rule] = []
-    momentum: Momentum | None = None
+    last: Rule | None = None
     for part in str(spec).split("+"):
         match = re.fullmatch(r"\s*([A-Za-z0-9_]+)\s*(?:\((.*)\))?\s*", part)
         if match is None or match[1] not in KINDS:
@@ -162,14 +217,25 @@ def parse(spec: str) -> Chain:
                 "joined by '+', with parameters as in 'rms(beta=0.9)'"
             )
         rule = _build(spec, match[1], match[2] or "")
-        if isinstance(rule, Momentum):
-            if momentum is not None:
-                raise UserError(f"rule {spec!r}: momentum is there twice; keep one")
-            momentum = rule
-        else:
+        if not isinstance(rule, (Momentum, Adam, RmsProp)):
             rules.append(rule)
-    chain = (*rules, momentum) if momentum else tuple(rules)
-    return Chain("+".join(_spell(rule) for rule in chain), tuple(rules), momentum)
+        elif last is None:
+            last = rule
+        else:
+            both = f"{_name(last)} and {match[1]} are both there"
+            if type(last) is type(rule):
+                both = f"{match[1]} is there twice"
+            raise UserError(f"rule {spec!r}: {both}; keep one")
+    return Chain(
+        "+".join(_spell(rule) for rule in (*rules, *([last] if last else []))),
+        tuple(rules),
+        momentum=last if isinstance(last, Momentum) else None,
+        moments=Adam(0.0, last.beta2, last.eps, last.window)
+        if isinstance(last, RmsProp)
+        else last
+        if isinstance(last, Adam)
+        else None,
+    )
 
 
 def _build(spec: str, name: str, arguments: str) -> Rule:
@@ -188,25 +254,20 @@ def _build(spec: str, name: str, arguments: str) -> Rule:
             value = float(text)
         except ValueError:
             value = math.nan
-        good = {
-            "beta": 0.0 <= value < 1.0,
-            "limit": 0.0 < value < math.inf,
-            "window": value.is_integer() and 1 <= value <= 1000,
-        }[key]
-        if not good:
-            allowed = {
-                "beta": "in [0, 1)",
-                "limit": "positive and finite",
-                "window": "a whole number, 1 to 1000",
-            }
+        good, allowed = _ALLOWED.get(f"{name}.{key}") or _ALLOWED[key]
+        if not good(value):
             raise UserError(
-                f"rule {spec!r}: {name}'s {key} is {text.strip()!r}: it must be {allowed[key]}"
+                f"rule {spec!r}: {name}'s {key} is {text.strip()!r}: it must be {allowed}"
             )
         values[key] = int(value) if key == "window" else value
     return kind(**values)
 
 
+def _name(rule: Rule) -> str:
+    return next(key for key, kind in KINDS.items() if kind is type(rule))
+
+
 def _spell(rule: Rule) -> str:
-    name = next(key for key, kind in KINDS.items() if kind is type(rule))
+    name = _name(rule)
     parameters = ", ".join(f"{field.name}={getattr(rule, field.name)!r}" for field in fields(rule))
     return f"{name}({parameters})" if parameters else name

@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from justforward.config import TrainConfig, check_same, resolved, task_of
-from justforward.directions import FAMILIES, compile_kernels
+from justforward.config import TrainConfig
+from justforward.directions import FAMILIES
 from justforward.errors import UserError
 from justforward.folder import Metric, RunFolder, check_new
+from justforward.moments import compile_kernels
 from justforward.optim import family_of
 from justforward.prepare import (
     check_names,
@@ -25,9 +26,9 @@ from justforward.prepare import (
     use_threads,
 )
 from justforward.progress import Progress
-from justforward.published import Published
 from justforward.schedules import forwards_until
 from justforward.session import Interrupted, Result, Session
+from justforward.settings import check_same, resolved, task_of
 from justforward.tasks import Task
 from justforward.trajectory import Log, read_log
 
@@ -91,17 +92,14 @@ def _load(
 ) -> Session | Result:
     examples, digest = read_data(config.task, config.data, task)
     config, splits = split_rows(config, examples)
-    declared = examples.declaration if isinstance(examples, Published) else None
     log: Log | None = None
     metrics: list[Metric] = []
     if config.resume:
         log, metrics, done = _reopen(config, folder, digest, progress)
         if done is not None:
             return done
-    compile_kernels(FAMILIES[family_of(config.family, config.estimator)])
-    session = Session(
-        config, task, splits, folder, progress, metrics, started, digest, log, declared
-    )
+    compile_kernels(FAMILIES[family_of(config.family, config.estimator)], config.rule)
+    session = Session(config, task, splits, folder, progress, metrics, started, digest, log)
     session.load()
     return session
 
@@ -139,8 +137,9 @@ def _reopen(
         )
     result = folder.read_result()
     if result is not None and result["status"] == "finished":
-        steps, seconds = len(log.steps), float(result["seconds"])
-        if stop_reason(config, steps, forwards_until(config, steps), seconds, kept) is not None:
+        steps, seconds, parts = len(log.steps), float(result["seconds"]), len(log.header["groups"])
+        forwards = forwards_until(config, steps, parts)
+        if stop_reason(config, steps, forwards, seconds, kept, parts) is not None:
             progress.note(
                 f"{folder.path}: the run is finished ({result['stopped_by']}): nothing to do"
             )

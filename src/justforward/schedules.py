@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from justforward.config import TrainConfig
+from justforward.variants import Modified, forwards_of
 
 
 def learning_rate(config: TrainConfig, forwards: int) -> float:
@@ -22,15 +23,30 @@ def samples_at(config: TrainConfig, step: int) -> int:
     last = config.num_samples
     if config.sample_schedule == "constant" or last == 1:
         return last
-    steps = max(1, config.max_forwards // (1 + last))  # 2 (1 + last) / 2 forwards a step on average
+    # as many as there are if a step takes what the first and the last take on average
+    ends = forwards_of(config.looks, 1) + forwards_of(config.looks, last)
+    steps = max(1, 2 * config.max_forwards // ends)
     return round(1 + (last - 1) * min(step / steps, 1.0))
 
 
-def forwards_until(config: TrainConfig, steps: int) -> int:
+def forwards_at(config: TrainConfig, step: int, parts: int = 1) -> int:
+    """Forwards that step `step` takes, with so many parameter groups: what is measured is measured for each."""
+    measured = _modified(config).forwards(step, parts) if config.modified else 0
+    return forwards_of(config.looks, samples_at(config, step)) + measured
+
+
+def forwards_until(config: TrainConfig, steps: int, parts: int = 1) -> int:
     """Forwards that the first `steps` steps take."""
+    measured = _modified(config).forwards_until(steps, parts) if config.modified else 0
     if config.sample_schedule == "constant":
-        return 2 * config.num_samples * steps
-    return 2 * sum(samples_at(config, step) for step in range(steps))
+        return forwards_of(config.looks, config.num_samples) * steps + measured
+    looks = (forwards_of(config.looks, samples_at(config, step)) for step in range(steps))
+    return sum(looks) + measured
+
+
+def _modified(config: TrainConfig) -> Modified:
+    assert config.modified is not None
+    return Modified.parse(config.modified)
 
 
 def validation_due(config: TrainConfig, before: int, after: int) -> bool:

@@ -7,29 +7,40 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from justforward.catalog import Declaration
 from justforward.config import TrainConfig
 from justforward.data import Example, Splits, batches
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.evaluate import Evaluation, Scorer
-from justforward.folder import Metric, RunFolder, best_step
+from justforward.folder import Metric, RunFolder, best_step, value_of
+from justforward.generate import Sampling
 from justforward.interrupts import Shield
 from justforward.models import load_model
+from justforward.objectives import Objective
 from justforward.optim import MeZO
 from justforward.playback import fingerprint, replay
 from justforward.prepare import Stop, choose_tuned, environment_now, stop_reason
 from justforward.progress import Progress
-from justforward.published import figures
-from justforward.schedules import forwards_until, learning_rate, samples_at, validation_due
+from justforward.prompts import Batch
+from justforward.schedules import (
+    forwards_at,
+    forwards_until,
+    learning_rate,
+    samples_at,
+    validation_due,
+)
+from justforward.settings import variants_of
 from justforward.tasks import Task
 from justforward.trajectory import Log, read_log
 from justforward.tuners import attach, keep_start
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Result = dict[str, Any]
@@ -60,7 +71,6 @@ class Session:
     started: float
     data_sha256: str
     log: Log | None
-    declared: Declaration | None = None
 
     def __post_init__(self) -> None:
         self.seconds_before = max((float(m["seconds"]) for m in self.metrics), default=0.0)
@@ -68,7 +78,17 @@ class Session:
         self.model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.scorer: Scorer | None = None
+        self.objective: Objective | None = None
+        if self.config.objective != "loss":
+            sampling = Sampling(self.config.temperature, self.config.seed)
+            self.objective = Objective(self.config.objective, self.task, sampling)
+            if self.config.estimator == "activation" and self.objective.by_row() is False:
+                raise UserError(
+                    f"--objective is {self.config.objective!r}, one number for a whole batch, and --estimator is "
+                    "'activation', which needs one a row: choose --estimator weight"
+                )
         self.opt: MeZO | None = None
+        self.parts = 1 if self.log is None else len(self.log.header["groups"])  # parameter groups
         self.steps_taken = 0  # once the optimizer is gone
         self.forwards = 0
 
@@ -100,7 +120,7 @@ class Session:
         except BaseException:
             self._unmake()
             raise
-        self.forwards = forwards_until(self.config, self.steps)
+        self.forwards = forwards_until(self.config, self.steps, self.parts)
 
     def _load_base(self, rows: bool = True) -> None:
         self.model = self.scorer = None  # before a second one is loaded
@@ -118,7 +138,7 @@ class Session:
             if kind not in have:
                 self.progress.note(f"scoring {len(rows)} {_WHAT[kind]}")
                 found = self._evaluate(rows)
-                self._remember(self._metric(kind, 0, 0, accuracy=found.accuracy, loss=found.loss))
+                self._remember(self._metric(kind, 0, 0, **_worth(found)))
 
     def _repair(self, log: Log) -> None:
         """Score again what the last session did not live to write down."""
@@ -128,7 +148,7 @@ class Session:
         have = {metric["step"] for metric in self.validations}
         after = 0
         for step in range(1, len(log.steps) + 1):
-            before, after = after, after + 2 * samples_at(self.config, step - 1)
+            before, after = after, after + forwards_at(self.config, step - 1, self.parts)
             if step not in have and validation_due(self.config, before, after):
                 assert self.model is not None
                 replay(self.model, log.path, step)
@@ -152,6 +172,7 @@ class Session:
         if self.log is None:
             folder.write_config(config)
             keep_start(self.model, folder.start)
+        modified, blocks = variants_of(config)
         self.opt = MeZO(
             self.model,
             lr=config.lr,
@@ -159,12 +180,22 @@ class Session:
             estimator=config.estimator,
             rule=config.rule,
             family=config.family,
+            looks=config.looks,
             num_samples=lambda step: samples_at(config, step),
+            modified=modified,
+            blocks=blocks,
             weight_decay=config.weight_decay,
             seed=config.seed,
             log=folder.log,
             resume=self.log is not None,
         )
+        self.parts = len(self.opt.param_groups)
+        first = forwards_at(config, 0, self.parts)
+        if first > config.max_forwards:
+            raise UserError(
+                f"--max-forwards is {config.max_forwards}: the first step takes {first} forwards, with what it measures "
+                f"of {self.parts} parts: give at least that"
+            )
         if self.log is None:
             folder.lock()
             base = read_log(folder.log).header["base"]
@@ -208,6 +239,12 @@ class Session:
         config, opt, scorer, train = self.config, self.opt, self.scorer, self.splits.train
         assert opt is not None
         assert scorer is not None
+        by_gradient = opt.modified is not None and opt.modified.by == "gradient"
+        closure: Callable[[Batch], Tensor] = scorer.loss_of if by_gradient else scorer.losses
+        encode: Callable[[list[Example]], Batch] = scorer.encode_training
+        if self.objective is not None:
+            closure = self.objective.closure(scorer)
+            encode = partial(self.objective.batch, scorer)
         left = None if config.max_minutes is None else 60.0 * config.max_minutes - self.seconds
         self.progress.start(self.forwards, config.max_forwards, left)
         while self._reason() is None:
@@ -216,11 +253,11 @@ class Session:
             for group in opt.param_groups:
                 group["lr"] = lr
             rows = batches(len(train), config.batch_size, config.seed, opt.steps)
-            batch = scorer.encode([train[row] for row in rows])
+            batch = encode([train[row] for row in rows])
             before, clock = self.forwards, time.monotonic()
             with Shield() as shield:  # a step and its line: both or neither
-                loss = opt.step(partial(shield.call, scorer.losses), batch)
-                self.forwards += 2 * samples_at(config, opt.steps - 1)
+                loss = opt.step(partial(shield.call, closure), batch)
+                self.forwards += forwards_at(config, opt.steps - 1, self.parts)
                 took = round(time.monotonic() - clock, 4)
                 values = {"loss": loss, "lr": lr, "step_seconds": took}
                 self._append(self._metric("step", self.steps, self.forwards, **values))
@@ -236,8 +273,8 @@ class Session:
             found = self._evaluate(self.splits.validation)
         except UserError as error:
             raise UserError(f"step {step}: {error}, or start again with a lower --lr") from error
-        self.progress.validation(forwards, found.accuracy, found.loss)
-        return self._metric("validation", step, forwards, accuracy=found.accuracy, loss=found.loss)
+        self.progress.validation(forwards, found.value, found.loss)
+        return self._metric("validation", step, forwards, **_worth(found))
 
     def _finish(self) -> Result:
         """Close the log, go back to the best step if that is not the last, score the test rows."""
@@ -263,10 +300,12 @@ class Session:
             "accuracy": test.accuracy,
             "loss": test.loss,
             "fingerprint": fingerprint(self.model),
-            **figures(self.declared, self.splits.test, test.predictions),
+            **{name: value for name, value in test.metrics.items() if name != "accuracy"},
+            "value": test.value,
             **self._so_far("finished", reason, steps),
             "validation_accuracy": at["accuracy"],
             "validation_loss": at["loss"],
+            "validation_value": value_of(at),
             "kept_step": kept,
         }
         self.folder.write_result(result)
@@ -286,17 +325,21 @@ class Session:
 
     def _so_far(self, status: str, by: str, steps: int) -> Result:
         before = next((m for m in self.metrics if m["kind"] == "before"), None)
+        objective = self.config.objective
         best = best_step(self.validations, steps)
         return {
             "status": status,
             "stopped_by": by,
+            "metric": self.task.metric if objective == "loss" else objective,
             "before_accuracy": before["accuracy"] if before else None,
             "before_loss": before["loss"] if before else None,
+            "before_value": value_of(before) if before else None,
             "validation_accuracy": best["accuracy"] if best else None,
             "validation_loss": best["loss"] if best else None,
+            "validation_value": value_of(best) if best else None,
             "best_step": best["step"] if best else None,
             "steps": steps,
-            "forwards": forwards_until(self.config, steps),
+            "forwards": forwards_until(self.config, steps, self.parts),
             "seconds": round(self.seconds, 3),
             "train_seconds": round(sum(m.get("step_seconds", 0.0) for m in self.metrics), 3),
             "rows": {
@@ -324,7 +367,11 @@ class Session:
 
     def _evaluate(self, rows: list[Example]) -> Evaluation:
         assert self.scorer is not None
-        return self.scorer.evaluate(rows, self.config.eval_batch_size)
+        found = self.scorer.evaluate(rows, self.config.eval_batch_size)
+        if self.objective is None:
+            return found
+        value = self.objective.score(rows, found.predictions)
+        return replace(found, metric=self.objective.name, value=value)
 
     def _metric(self, kind: str, step: int, forwards: int, **values: float) -> Metric:
         seconds = round(self.seconds, 3)
@@ -340,10 +387,19 @@ class Session:
         self._remember(metric)
 
     def _reason(self) -> str | None:
-        return stop_reason(self.config, self.steps, self.forwards, self.seconds, self.validations)
+        return stop_reason(
+            self.config, self.steps, self.forwards, self.seconds, self.validations, self.parts
+        )
 
 
 # ------------------------------------------------------------------------------------------ helpers
+
+
+def _worth(found: Evaluation) -> dict[str, float]:
+    """What a line of metrics.jsonl says of an evaluation."""
+    worth = {"accuracy": found.accuracy, "loss": found.loss}
+    return worth if found.metric == "accuracy" else {**worth, "value": found.value}
+
 
 _WHAT = {"before": "test rows, for the figure before", "validation": "validation rows"}
 

@@ -4,15 +4,16 @@
 
 turns the row ``text="A dull film."`` into ``"A dull film. It was"`` and asks the model which of
 " terrible" and " great" is the likelier next. With ``{mask}`` in the template, as in
-``"{text} It was {mask}."``, a masked model is asked which of them stands there. No torch in here:
-it must import in no time.
+``"{text} It was {mask}."``, a masked model is asked which of them stands there. A task of kind "choice" has other options in every
+row, one of kind "generation" has answers in the model's own words; rows bring both (`data.Example`).
+No torch in here: it must import in no time.
 """
 
 from __future__ import annotations
 
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -20,6 +21,15 @@ from justforward.errors import UserError
 
 Truncation = Literal["left", "right"]
 Loss = Literal["choices", "vocabulary"]
+Kind = Literal["classification", "choice", "generation"]
+Score = Literal["sum", "mean"]
+
+# What each kind reports, the first of which chooses the best step unless a task says otherwise.
+METRICS: dict[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "f1", "f1_macro", "matthews", "exact_match"),
+    "choice": ("accuracy", "f1", "exact_match"),
+    "generation": ("f1", "exact_match", "drop_f1", "drop_exact_match"),
+}
 
 # The field of a template that is no column of the data: where a masked model puts the answer.
 MASK = "mask"
@@ -36,25 +46,53 @@ class Task:
         template: text with ``{field}`` for each column of the data to show; a literal brace is
             doubled, as in str.format. The answer follows it after one space, or stands where
             ``{mask}`` is.
-        labels: label value in the data -> the word(s) that answer for it, in order.
+        labels: label value in the data -> the word(s) that answer for it, in order; none for the
+            kinds whose answers are in the rows.
         label_field: column that holds the label.
         truncation: which end of a field's text is dropped when a row is longer than max_length.
         loss: "choices" is cross-entropy over the scores of the choices; "vocabulary" is the
             negative log-likelihood of the right answer's tokens over the full vocabulary.
+        kind: "classification": one of the labels' words; "choice": one of the row's options;
+            "generation": text that the model writes.
+        score: a choice's score is the "sum" of its tokens' log-probabilities, or their "mean".
+        null: template without the row's content, whose scores are taken off with calibration; None:
+            the template with every field empty.
+        stop: what ends an answer of kind "generation"; an answer is trained on with the first.
+        max_new_tokens: longest answer of kind "generation".
+        separator: what stands between demonstrations.
+        metrics: what is reported; the first chooses the best step.
+        positive: the label that metric f1 counts, in classification.
+        group: fields that the rows of one question share, for exact_match in classification.
 
     Raises:
         UserError: the template or the labels cannot be used.
     """
 
     template: str
-    labels: dict[str, str]
+    labels: dict[str, str] = field(default_factory=dict)
     label_field: str = "label"
     truncation: Truncation = "right"
     loss: Loss = "choices"
+    kind: Kind = "classification"
+    score: Score = "sum"
+    null: str | None = None
+    stop: tuple[str, ...] = ("\n",)
+    max_new_tokens: int = 50
+    separator: str = "\n\n"
+    metrics: tuple[str, ...] = ()
+    positive: str | None = None
+    group: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         pieces = parse_template(self.template)
         fields = [name for _, name in pieces if name is not None]
+        if self.null is not None:
+            odd = {name for _, name in _split(self.null) if name is not None} - set(fields)
+            if odd:
+                raise UserError(
+                    f"null {self.null!r}: field {sorted(odd)[0]!r} is not in the template {self.template!r}: "
+                    "leave it out"
+                )
         if not self.label_field:
             raise UserError("label_field is empty: name the column that holds the label")
         if fields.count(MASK) > 1:
@@ -72,6 +110,51 @@ class Task:
                 f"template {self.template!r}: field {self.label_field!r} is the label, which "
                 "would show the model the answer: leave it out"
             )
+        self._check_labels()
+        if self.truncation not in get_args(Truncation):
+            raise UserError(f"truncation {self.truncation!r} is unknown: choose left or right")
+        if self.loss not in get_args(Loss):
+            raise UserError(f"loss {self.loss!r} is unknown: choose choices or vocabulary")
+        if self.score not in get_args(Score):
+            raise UserError(f"score {self.score!r} is unknown: choose sum or mean")
+        if self.kind == "generation" and self.loss != "vocabulary":
+            raise UserError(
+                "loss 'choices' is over options, and a task of kind 'generation' has none: "
+                "choose vocabulary"
+            )
+        if self.max_new_tokens < 1 or not all(self.stop):
+            raise UserError(
+                f"max_new_tokens {self.max_new_tokens} and stop {list(self.stop)}: an answer needs one "
+                "token at least, and what ends it cannot be empty"
+            )
+        for metric in self.metrics:
+            if metric not in METRICS[self.kind]:
+                raise UserError(
+                    f"metric {metric!r} is unknown for kind {self.kind!r}: known are "
+                    f"{', '.join(METRICS[self.kind])}"
+                )
+        if self.positive is not None and self.positive not in self.labels:
+            raise UserError(
+                f"positive is {self.positive!r}: it must be one of the labels "
+                f"({', '.join(self.labels) or 'there are none'})"
+            )
+
+    def _check_labels(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise UserError(
+                f"kind {self.kind!r} is unknown: choose one of {', '.join(get_args(Kind))}"
+            )
+        if self.kind != "classification":
+            if self.labels:
+                raise UserError(
+                    f"labels are for kind 'classification', and the kind is {self.kind!r}: leave them out"
+                )
+            if self.masked:
+                raise UserError(
+                    f"template {self.template!r} has {{mask}}, which holds one word: a task of kind "
+                    f"{self.kind!r} needs a causal model: end the template where the answer follows"
+                )
+            return
         if len(self.labels) < 2:
             raise UserError(
                 f"labels: {len(self.labels)} given, at least 2 needed: "
@@ -92,10 +175,6 @@ class Task:
                     "give each label its own"
                 )
             seen[word] = label
-        if self.truncation not in get_args(Truncation):
-            raise UserError(f"truncation {self.truncation!r} is unknown: choose left or right")
-        if self.loss not in get_args(Loss):
-            raise UserError(f"loss {self.loss!r} is unknown: choose choices or vocabulary")
 
     @cached_property
     def pieces(self) -> Pieces:
@@ -114,6 +193,11 @@ class Task:
         return any(name == MASK for _, name in self.pieces)
 
     @property
+    def metric(self) -> str:
+        """The metric that chooses the best step."""
+        return self.metrics[0] if self.metrics else METRICS[self.kind][0]
+
+    @property
     def tail(self) -> str:
         """The template's literal text after its last field."""
         literal, name = self.pieces[-1]
@@ -126,19 +210,28 @@ class Task:
             fields: text of each column.
             mask: what to write for ``{mask}``.
         """
-        out: list[str] = []
-        for literal, name in self.pieces:
-            out.append(literal)
-            if name == MASK:
-                out.append(mask)
-            elif name is not None:
-                if name not in fields:
-                    raise UserError(
-                        f"template {self.template!r}: unknown field {name!r}: the row has "
-                        f"{_names(fields)}"
-                    )
-                out.append(fields[name])
-        return "".join(out)
+        return _filled(self.template, self.pieces, fields, mask)
+
+    def null_prompt(self, fields: Mapping[str, str], mask: str = "{mask}") -> str:
+        """The prompt without the row's content: `null`, or the template with every field empty."""
+        if self.null is None:
+            return self.prompt(dict.fromkeys(self.fields, ""), mask)
+        return _filled(self.null, _split(self.null), fields, mask)
+
+
+def _filled(template: str, pieces: Pieces, fields: Mapping[str, str], mask: str) -> str:
+    out: list[str] = []
+    for literal, name in pieces:
+        out.append(literal)
+        if name == MASK:
+            out.append(mask)
+        elif name is not None:
+            if name not in fields:
+                raise UserError(
+                    f"template {template!r}: unknown field {name!r}: the row has {_names(fields)}"
+                )
+            out.append(fields[name])
+    return "".join(out)
 
 
 def parse_template(template: str) -> Pieces:
@@ -149,6 +242,15 @@ def parse_template(template: str) -> Pieces:
     """
     if not template.strip():
         raise UserError("template is empty: write one such as '{text} It was'")
+    pieces = _split(template)
+    if all(name in (None, MASK) for _, name in pieces):
+        raise UserError(
+            f"template {template!r} shows no field of the data: put one in, as in '{{text}} It was'"
+        )
+    return pieces
+
+
+def _split(template: str) -> Pieces:
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -165,10 +267,6 @@ def parse_template(template: str) -> Pieces:
                 "write {name} with the name of a column"
             )
         pieces.append((literal, name))
-    if all(name in (None, MASK) for _, name in pieces):
-        raise UserError(
-            f"template {template!r} shows no field of the data: put one in, as in '{{text}} It was'"
-        )
     return tuple(pieces)
 
 

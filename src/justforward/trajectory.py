@@ -7,8 +7,8 @@ Layout (all little-endian):
 
 A data word is a float32 rounded to its upper 26 bits (18 significant bits), which is the number that training
 itself uses: 4 bytes a plain step. Words whose exponent bits are all ones are marks: the number of coefficients,
-the scales and decays of the parameter groups (written only when they change), and the seal. The check of a word
-is six bits of a CRC-32 chained from the header through every word before it: one flipped bit always shows, in
+the scales, decays, norms and rates of the parameter groups (written only when they change), and the seal. The check
+of a word is six bits of a CRC-32 chained from the header through every word before it: one flipped bit always shows, in
 its own word; other damage with odds of 63 in 64 there and in each word that follows. The seal, written on a
 clean end, holds the whole of that CRC. A step is written by one system call: what a kill leaves behind is whole
 steps and at most one torn one.
@@ -22,6 +22,8 @@ import os
 import struct
 import zlib
 from collections import deque
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,14 @@ from typing import Any
 import numpy as np
 
 from justforward import noise
-from justforward.directions import Move
+from justforward.directions import Move, Weights
 from justforward.errors import UserError
+from justforward.rules import parse
 
 MAGIC = b"JFLOG 1\n"
-_COUNT, _SCALES, _DECAYS, _SEAL = range(4)
+_COUNT, _SCALES, _DECAYS, _SEAL, _NORMS, _RATES = range(6)
+# Marks of numbers that parameter groups have, and what they are in a `Step`.
+_GROUPS = {_SCALES: "scales", _DECAYS: "decays", _NORMS: "norms", _RATES: "rates"}
 _MAX_COUNT = (1 << 13) - 1
 # Where in the CRC the six bits of check stand: chosen so that each of a word's 26 bits changes at least one of them.
 _CHECK = 14
@@ -43,6 +48,7 @@ _HEADER = {
     "seed": int,
     "family": str,
     "groups": list,
+    "rule": str,
     "rule_state": int,
     "momentum": list,
     "tensors": list,
@@ -67,13 +73,17 @@ class Step:
     Attributes:
         index: number of the step, from 0.
         coefficients: of this step's directions: theta <- theta + sum_k coefficients[k] z_k (times the group's
-            scale). With momentum, later steps follow these directions again.
+            scale). With momentum, later steps follow these directions again. Of a rule with moments (`rates`): this
+            step's gradient estimate instead, sum_k coefficients[k] z_k.
         scales: per parameter group, what the coefficients are multiplied by.
         decays: per parameter group, the part of each weight taken away.
         rule_state: the rule's scalars after the step.
         loss: mean loss over all looks (not in the log: NaN when read from one).
         projected_grads: (L+ - L-) / (2 eps) of each direction (not in the log).
         forwards: passes over the batch it took to estimate (not in the log).
+        norms: per parameter group, what a modified estimate divided its look by; () for the others. Replay does
+            not need them, resuming does.
+        rates: per parameter group, the learning rate of a rule with moments; () for the others.
     """
 
     index: int
@@ -84,6 +94,8 @@ class Step:
     loss: float = math.nan
     projected_grads: tuple[float, ...] = ()
     forwards: int = 0
+    norms: tuple[float, ...] = ()
+    rates: tuple[float, ...] = ()
 
 
 @dataclass
@@ -116,24 +128,55 @@ class Course:
             decays=np.array(step.decays, np.float32),
         )
 
+    def check(self, step: Step) -> None:
+        """Raise UserError if the step is one of a rule with moments, whose coefficients are no moves."""
+        if step.rates:
+            raise UserError(
+                f"step {step.index} has rates: it was estimated by a rule with moments, which this one has not"
+            )
+
+    def apply(
+        self,
+        weights: Weights,
+        steps: Sequence[Step],
+        back: Sequence[float] | None = None,
+        draws: Sequence[tuple[Any, ...]] | None = None,
+    ) -> None:
+        """Move the weights by steps, in order; `back` and `draws` as for `Weights.update`."""
+        # What was drawn are one step's own directions: momentum brings older ones.
+        weights.update(
+            [self.move(step) for step in steps], back, draws if self.window == 1 else None
+        )
+
+    def state(self) -> list[Any]:
+        """All it remembers, for `restore`."""
+        return list(self.past)
+
+    def restore(self, state: Sequence[Any]) -> None:
+        """Remember what another one's `state` gave."""
+        self.past.clear()
+        self.past.extend((list(seeds), tuple(coefficients)) for seeds, coefficients in state)
+
 
 class _Words:
     """The chain of checked words, for writer and reader alike."""
 
-    def __init__(self, state: int, groups: int, rule_state: int) -> None:
+    def __init__(self, state: int, header: dict[str, Any]) -> None:
         self.state = state
         self.count = 1
-        self.groups: tuple[tuple[float, ...], tuple[float, ...]] = (
-            (1.0,) * groups,
-            (0.0,) * groups,
-        )
-        self.sizes = (groups, rule_state)
+        count = len(header["groups"])
+        self.sizes = (count, header["rule_state"])
+        rates = (0.0,) * count if parse(header["rule"]).moments else ()
+        self.groups: dict[int, tuple[float, ...]] = {
+            _SCALES: (1.0,) * count,
+            _DECAYS: (0.0,) * count,
+            _NORMS: (),
+            _RATES: rates,
+        }
 
     def copy(self) -> _Words:
         """The chain at this point."""
-        words = _Words(self.state, *self.sizes)
-        words.count, words.groups = self.count, self.groups
-        return words
+        return copy(self)
 
     def next(self, data: int) -> int:
         """The word for 26 bits of data (which stand in the upper bits)."""
@@ -149,16 +192,27 @@ class _Words:
 
 def _check_fits(step: Step, words: _Words) -> None:
     groups, rule_state = words.sizes
+    norms = groups if step.norms or words.groups[_NORMS] else 0
+    rates = len(words.groups[_RATES])
     for what, have, least, most in (
         ("directions", len(step.coefficients), 1, _MAX_COUNT),
         ("scales", len(step.scales), groups, groups),
         ("decays", len(step.decays), groups, groups),
+        ("norms", len(step.norms), norms, norms),
+        ("rates", len(step.rates), rates, rates),
         ("scalars of rule state", len(step.rule_state), rule_state, rule_state),
     ):
         if not least <= have <= most:
             allowed = f"{least}" if least == most else f"{least} to {most}"
             raise UserError(f"step {step.index} has {have} {what}: this log takes {allowed}")
-    for value in (*step.coefficients, *step.scales, *step.decays, *step.rule_state):
+    for value in (
+        *step.coefficients,
+        *step.scales,
+        *step.decays,
+        *step.norms,
+        *step.rates,
+        *step.rule_state,
+    ):
         if rounded(value) != value:
             raise UserError(
                 f"step {step.index} has the number {value}, which the log would keep as {rounded(value)}: "
@@ -172,14 +226,12 @@ def _encode(words: _Words, step: Step) -> bytes:
     if len(step.coefficients) != words.count:
         words.count = len(step.coefficients)
         out.append(words.mark(_COUNT, words.count))
-    for kind, values, before in (
-        (_SCALES, step.scales, words.groups[0]),
-        (_DECAYS, step.decays, words.groups[1]),
-    ):
-        if values != before:
+    groups = {kind: getattr(step, name) for kind, name in _GROUPS.items()}
+    for kind, values in groups.items():
+        if values != words.groups[kind]:
             out.append(words.mark(kind))
             out.extend(words.number(v) for v in values)
-    words.groups = (step.scales, step.decays)
+    words.groups = groups
     out.extend(words.number(v) for v in (*step.coefficients, *step.rule_state))
     return struct.pack(f"<{len(out)}I", *out)
 
@@ -204,11 +256,6 @@ class Log:
     truncated: int
     sealed: bool
     _words: _Words
-
-    def course(self) -> Course:
-        """A fresh course for this run."""
-        beta, window = self.header["momentum"]
-        return Course(self.header["seed"], beta, window)
 
 
 def read_log(path: str | os.PathLike[str]) -> Log:
@@ -235,7 +282,7 @@ def read_log(path: str | os.PathLike[str]) -> Log:
             f"{file}: log format {version!r}, this version reads format '1': use the version that wrote it"
         )
     header, at = _read_header(file, raw)
-    words = _Words(zlib.crc32(raw[: at - 4]), len(header["groups"]), header["rule_state"])
+    words = _Words(zlib.crc32(raw[: at - 4]), header)
     steps, good, sealed = _read_steps(file, raw, at, words)
     return Log(file, header, steps, good, len(raw) - good, sealed, words)
 
@@ -260,6 +307,10 @@ def _read_header(file: Path, raw: bytes) -> tuple[dict[str, Any], int]:
         or header["rule_state"] < 0
     ):
         raise UserError(f"{file}: the header is not one of a log: use the version that wrote it")
+    try:
+        parse(header["rule"])
+    except UserError as error:
+        raise UserError(f"{file}: {error}: use the version that wrote it") from None
     return header, end + 4
 
 
@@ -272,7 +323,6 @@ def _read_steps(file: Path, raw: bytes, at: int, words: _Words) -> tuple[list[St
     floats: list[float] = (values & np.uint32(0xFFFFFFC0)).view(np.float32).tolist()
     data = (values & np.uint32(0xFFFFFFC0)).tolist()
     checks = (values & np.uint32(63)).tolist()
-    scales, decays = words.groups
     place = 0
     total = len(data)
 
@@ -299,14 +349,11 @@ def _read_steps(file: Path, raw: bytes, at: int, words: _Words) -> tuple[list[St
                 break
             if kind == _COUNT and argument:
                 words.count = argument
-            elif kind in (_SCALES, _DECAYS):
+            elif kind in _GROUPS:
                 taken = take(groups)
                 if taken is None:
                     break
-                if kind == _SCALES:
-                    scales = tuple(taken)
-                else:
-                    decays = tuple(taken)
+                words.groups = {**words.groups, kind: tuple(taken)}
             elif kind == _SEAL:
                 first = place
                 if take(2) is None:
@@ -316,7 +363,7 @@ def _read_steps(file: Path, raw: bytes, at: int, words: _Words) -> tuple[list[St
                         f"{file}: damaged before byte {at + 4 * first}: the seal differs: the log cannot be used"
                     )
                 good, sealed = at + 4 * place, place == total and (len(raw) - at) % 4 == 0
-                kept = (words.state, words.count, (scales, decays))
+                kept = (words.state, words.count, words.groups)
             else:
                 raise UserError(
                     f"{file}: unknown mark {kind} at byte {at + 4 * place - 4}: written by a newer version?"
@@ -325,12 +372,10 @@ def _read_steps(file: Path, raw: bytes, at: int, words: _Words) -> tuple[list[St
         taken = take(words.count + state_size)
         if taken is None:
             break
-        steps.append(
-            Step(
-                len(steps), tuple(taken[: words.count]), scales, decays, tuple(taken[words.count :])
-            )
-        )
-        good, kept = at + 4 * place, (words.state, words.count, (scales, decays))
+        scales, decays, norms, rates = words.groups.values()
+        own, state = tuple(taken[: words.count]), tuple(taken[words.count :])
+        steps.append(Step(len(steps), own, scales, decays, state, norms=norms, rates=rates))
+        good, kept = at + 4 * place, (words.state, words.count, words.groups)
     words.state, words.count, words.groups = kept
     return steps, good, sealed
 
@@ -375,8 +420,7 @@ class Writer:
             if created:
                 file.unlink(missing_ok=True)
             raise UserError(f"{file}: the log cannot be written: {error.strerror}") from None
-        words = _Words(state, len(header["groups"]), header["rule_state"])
-        return cls(file, words, len(raw))
+        return cls(file, _Words(state, header), len(raw))
 
     @classmethod
     def resume(cls, log: Log) -> Writer:

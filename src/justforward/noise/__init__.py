@@ -3,6 +3,7 @@
 spec.py       the definition: domains, layouts, coefficients, the version
 reference.py  plain torch, slow and readable: the twin
 cpu.py        Numba kernels: z, and z added to weights without ever being stored
+moments.py    the same for rules with moments
 llvm.py       what those take from LLVM by name
 plain.py      the same kernels in plain torch, for tensors that are not on the CPU
 """

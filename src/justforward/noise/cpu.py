@@ -43,19 +43,19 @@ _POW_M32, _POW_M24 = f32(2.0**-32), f32(2.0**-24)
 _LIMIT = f32(spec.GRID_LIMIT)
 
 
-def _inline(function: Any) -> Any:
+def inline(function: Any) -> Any:
     return njit(inline="always")(function)
 
 
-def _kernel(function: Any) -> Any:
+def kernel(function: Any) -> Any:
     try:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:  # no folder to keep the cache in: compiled anew in each process
         return njit(nogil=True)(function)
 
 
-@_inline
-def _fetch_tile(theta, tile, last):
+@inline
+def fetch_tile(theta, tile, last):
     """Bring a tile into the cache while something else is computed: prefetchers stop at the end of a page."""
     if tile < last:
         start, end = tile * TILE, min((tile + 1) * TILE, theta.size)
@@ -63,7 +63,7 @@ def _fetch_tile(theta, tile, last):
             prefetch(theta, i)
 
 
-@_inline
+@inline
 def _philox(c0, c1, c2, c3, k0, k1):
     for _ in range(_ROUNDS):
         p0 = u64((c0 & _MASK) * _M0)
@@ -77,7 +77,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@_inline
+@inline
 def _words(first, blocks, seed, stream, domain, w0, w1, w2, w3):
     """The four words of blocks first .. first + blocks, one array for each.
 
@@ -94,7 +94,7 @@ def _words(first, blocks, seed, stream, domain, w0, w1, w2, w3):
         w3[b] = u32(a3)
 
 
-@_inline
+@inline
 def _box_muller(x, y):
     v = f32(f32(i32(u32(x >> u32(1)))) + _HALF)
     i = as_int(v)
@@ -120,8 +120,8 @@ def _box_muller(x, y):
     return f32(radius * first), f32(radius * second)
 
 
-@_inline
-def _tile(tile, seed, stream, domain, signs, z, w0, w1, w2, w3):
+@inline
+def draw_tile(tile, seed, stream, domain, signs, z, w0, w1, w2, w3):
     """z of one tile: float32 [1024]. w0 .. w3: room for 256 words each."""
     if signs:
         _words(u64(tile) * u64(8), 8, seed, stream, domain, w0[0:8], w0[8:16], w0[16:24], w0[24:32])
@@ -140,8 +140,8 @@ def _tile(tile, seed, stream, domain, signs, z, w0, w1, w2, w3):
             z2[b], z3[b] = _box_muller(w2[b], w3[b])
 
 
-@_inline
-def _one_word(index, seed, stream, domain):
+@inline
+def one_word(index, seed, stream, domain):
     block = u64(index) >> u64(2)
     k0, k1 = u32(seed & _MASK), u32(seed >> _32)
     a0, a1, a2, a3 = _philox(block & _MASK, block >> _32, stream, domain, k0, k1)
@@ -155,7 +155,7 @@ def _one_word(index, seed, stream, domain):
     return u32(a3)
 
 
-@_kernel
+@kernel
 def fill(out, seed, stream, start, domain, signs):
     """out[i] = z(seed, stream, start + i) of a domain; `signs` for rademacher. out: float32 [count]."""
     z = np.empty(TILE, np.float32)
@@ -168,20 +168,20 @@ def fill(out, seed, stream, start, domain, signs):
         tile = at // TILE
         lane = at - tile * TILE
         size = min(TILE - lane, out.size - done)
-        _tile(tile, seed, stream, domain, signs, z, w0, w1, w2, w3)
+        draw_tile(tile, seed, stream, domain, signs, z, w0, w1, w2, w3)
         for i in range(size):
             out[done + i] = z[lane + i]
         done += size
 
 
-@_kernel
+@kernel
 def fill_rows(out, seeds, stream, domain, signs):
     """out[r, i] = z(seeds[r], stream, i): factors or dense values of several directions. out: [R, count]."""
     for r in range(seeds.size):
         fill(out[r], seeds[r], stream, 0, domain, signs)
 
 
-@_kernel
+@kernel
 def lay_grid(theta, exponents, floor):
     """Choose q = 2^k for each tile and round the weights to multiples of it.
 
@@ -200,38 +200,38 @@ def lay_grid(theta, exponents, floor):
                 return tile * TILE + i
             largest = max(largest, abs(part[i]))
         k = floor
-        while k < 100 and largest > f32(_LIMIT * _power(k)):
+        while k < 100 and largest > f32(_LIMIT * power(k)):
             k += 1
         exponents[tile] = k
-        q, inverse = _power(k), _power(-k)
+        q, inverse = power(k), power(-k)
         for i in range(part.size):
             part[i] = f32(f32(rint(f32(part[i] * inverse)) * q) + _ZERO)
     return -1
 
 
-@_inline
-def _power(k):
+@inline
+def power(k):
     """2^k as float32, -126 <= k <= 127."""
     return as_float(i32(i32(k + 127) << i32(23)))
 
 
-@_kernel
+@kernel
 def look(theta, exponents, first, last, seed, stream, c, times):
     """theta += times * q * rint(c z / q), z gaussian, tiles first .. last. Exact: -1 undoes +1."""
     z = np.empty(TILE, np.float32)
     w0, w1 = np.empty(256, np.uint32), np.empty(256, np.uint32)
     w2, w3 = np.empty(256, np.uint32), np.empty(256, np.uint32)
     for tile in range(first, last):
-        _fetch_tile(theta, tile, last)
-        _tile(tile, seed, stream, _GAUSSIAN, False, z, w0, w1, w2, w3)
+        fetch_tile(theta, tile, last)
+        draw_tile(tile, seed, stream, _GAUSSIAN, False, z, w0, w1, w2, w3)
         part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
-        scale = f32(c * _power(-i32(exponents[tile])))
-        q = f32(times * _power(i32(exponents[tile])))
+        scale = f32(c * power(-i32(exponents[tile])))
+        q = f32(times * power(i32(exponents[tile])))
         for i in range(part.size):
             part[i] = f32(part[i] + f32(rint(f32(z[i] * scale)) * q))
 
 
-@_kernel
+@kernel
 def look_signs(theta, exponents, first, last, seed, stream, c, times):
     """`look` with z rademacher: one multiple of q a tile, added with the sign of a bit."""
     w0, w1 = np.empty(256, np.uint32), np.empty(256, np.uint32)
@@ -248,8 +248,8 @@ def look_signs(theta, exponents, first, last, seed, stream, c, times):
             w[8 + i] = w1[b + i]
             w[16 + i] = w2[b + i]
             w[24 + i] = w3[b + i]
-        q = _power(i32(exponents[tile]))
-        move = u32(as_int(f32(f32(times * q) * rint(f32(c * _power(-i32(exponents[tile])))))))
+        q = power(i32(exponents[tile]))
+        move = u32(as_int(f32(f32(times * q) * rint(f32(c * power(-i32(exponents[tile])))))))
         part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
         if part.size == TILE:
             for j in range(32):
@@ -264,18 +264,18 @@ def look_signs(theta, exponents, first, last, seed, stream, c, times):
                 part[i] = f32(part[i] + as_float(i32(move ^ sign)))
 
 
-@_inline
-def _decay(part, acc, decay):
+@inline
+def take_decay(part, acc, decay):
     if decay != f32(0.0):
         for i in range(part.size):
             acc[i] = f32(acc[i] - f32(decay * part[i]))
 
 
-@_inline
-def _settle(part, exponents, tile, values, scale, lanes, word):
+@inline
+def settle(part, exponents, tile, values, scale, lanes, word):
     """part += q floor(scale values / q + dither), and a coarser grid when the headroom is used up."""
     k = i32(exponents[tile])
-    q, inverse = _power(k), f32(scale * _power(-k))
+    q, inverse = power(k), f32(scale * power(-k))
     largest = i32(0)
     for i in range(part.size):
         h = u32(lanes[i] + word)
@@ -286,16 +286,16 @@ def _settle(part, exponents, tile, values, scale, lanes, word):
         size = i32(as_int(moved) & i32(0x7FFFFFFF))
         largest = select(size > largest, size, largest)
     if as_float(largest) > f32(_LIMIT * q):
-        while k < 100 and as_float(largest) > f32(_LIMIT * _power(k)):
+        while k < 100 and as_float(largest) > f32(_LIMIT * power(k)):
             k += 1
         exponents[tile] = k
-        q, inverse = _power(k), _power(-k)
+        q, inverse = power(k), power(-k)
         for i in range(part.size):
             part[i] = f32(f32(rint(f32(part[i] * inverse)) * q) + _ZERO)
 
 
-@_inline
-def _lanes(seeds, stream):
+@inline
+def lane_words(seeds, stream):
     """The dither's lane words of each step: uint32 [S, 1024]."""
     lanes = np.empty((seeds.size, TILE), np.uint32)
     w0, w1 = np.empty(256, np.uint32), np.empty(256, np.uint32)
@@ -329,9 +329,9 @@ def _make_update(SIGNS: bool, DOMAIN: Any) -> Any:
         z, acc = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
         w0, w1 = np.empty(256, np.uint32), np.empty(256, np.uint32)
         w2, w3 = np.empty(256, np.uint32), np.empty(256, np.uint32)
-        lanes = _lanes(steps, stream)
+        lanes = lane_words(steps, stream)
         for tile in range(first, last):
-            _fetch_tile(theta, tile, last)
+            fetch_tile(theta, tile, last)
             part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
             d = 0
             for s in range(steps.size):
@@ -342,7 +342,7 @@ def _make_update(SIGNS: bool, DOMAIN: Any) -> Any:
                 if not plain:
                     acc[:] = f32(0.0)
                 while d < ends[s]:
-                    _tile(tile, seeds[d], stream, DOMAIN, SIGNS, z, w0, w1, w2, w3)
+                    draw_tile(tile, seeds[d], stream, DOMAIN, SIGNS, z, w0, w1, w2, w3)
                     if not plain:
                         c = cs[d]
                         for i in range(TILE):
@@ -350,22 +350,22 @@ def _make_update(SIGNS: bool, DOMAIN: Any) -> Any:
                     d += 1
                 if back != f32(0.0) and s == 0:
                     k = i32(exponents[tile])
-                    home, q = f32(back * _power(-k)), _power(k)
+                    home, q = f32(back * power(-k)), power(k)
                     for i in range(part.size):
                         part[i] = f32(part[i] + f32(rint(f32(z[i] * home)) * q))
-                word = _one_word(tile, steps[s], stream, _DITHER_TILE)
-                _decay(part, acc, decays[s])
-                _settle(part, exponents, tile, values, scale, lanes[s], word)
+                word = one_word(tile, steps[s], stream, _DITHER_TILE)
+                take_decay(part, acc, decays[s])
+                settle(part, exponents, tile, values, scale, lanes[s], word)
 
-    return _kernel(_update)
+    return kernel(_update)
 
 
 update = _make_update(False, _GAUSSIAN)
 update_signs = _make_update(True, _RADEMACHER)
 
 
-@_inline
-def _outer(acc, start, size, columns, a, b, d0, d1):
+@inline
+def outer_tile(acc, start, size, columns, a, b, d0, d1):
     """acc[i] = sum over d of a[d, row] * b[d, column] for elements start .. start + size."""
     done = 0
     while done < size:
@@ -395,36 +395,36 @@ def _outer(acc, start, size, columns, a, b, d0, d1):
         done += length
 
 
-@_kernel
+@kernel
 def look_outer(theta, exponents, first, last, columns, a, b, times):
     """`look` along a rank-one direction: theta += times * q * rint(a b^T / q); a: [1, rows], b: [1, columns]."""
     acc = np.empty(TILE, np.float32)
     for tile in range(first, last):
         part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
-        _outer(acc, tile * TILE, part.size, columns, a, b, 0, 1)
-        inverse = _power(-i32(exponents[tile]))
-        q = f32(times * _power(i32(exponents[tile])))
+        outer_tile(acc, tile * TILE, part.size, columns, a, b, 0, 1)
+        inverse = power(-i32(exponents[tile]))
+        q = f32(times * power(i32(exponents[tile])))
         for i in range(part.size):
             part[i] = f32(part[i] + f32(rint(f32(acc[i] * inverse)) * q))
 
 
-@_kernel
+@kernel
 def update_outer(theta, exponents, first, last, columns, stream, steps, ends, a, b, decays):
     """`update` along rank-one directions; a: float32 [D, rows] times the coefficients, b: float32 [D, columns]."""
     acc = np.empty(TILE, np.float32)
-    lanes = _lanes(steps, stream)
+    lanes = lane_words(steps, stream)
     for tile in range(first, last):
         part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
         start = 0
         for s in range(steps.size):
-            _outer(acc, tile * TILE, part.size, columns, a, b, start, ends[s])
+            outer_tile(acc, tile * TILE, part.size, columns, a, b, start, ends[s])
             start = ends[s]
-            word = _one_word(tile, steps[s], stream, _DITHER_TILE)
-            _decay(part, acc, decays[s])
-            _settle(part, exponents, tile, acc, _ONE, lanes[s], word)
+            word = one_word(tile, steps[s], stream, _DITHER_TILE)
+            take_decay(part, acc, decays[s])
+            settle(part, exponents, tile, acc, _ONE, lanes[s], word)
 
 
-@_kernel
+@kernel
 def philox_words(c0, c1, c2, c3, k0, k1):
     """The four words of one counter, for the known-answer test."""
     a0, a1, a2, a3 = _philox(c0, c1, c2, c3, k0, k1)

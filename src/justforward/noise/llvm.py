@@ -36,6 +36,16 @@ sqrt, rint, floor = _llvm("sqrt"), _llvm("rint"), _llvm("floor")
 
 
 @intrinsic
+def divide(typingctx: Any, x: Any, y: Any) -> Any:
+    """x / y of float32, without Python's branch for y = 0, which would keep LLVM from vectorising."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fdiv(*args)
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+@intrinsic
 def as_float(typingctx: Any, x: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())

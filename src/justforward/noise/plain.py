@@ -5,6 +5,8 @@ Tests hold `cpu` to these, and tensors that are not on the CPU use them. Slow: n
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,9 +73,9 @@ def _look(theta: Tensor, exponents: Tensor, moves: Tensor, times: float) -> None
     theta.add_(steps * (_power(exponents, size) * float(times)))
 
 
-def _chunks(theta: Tensor, exponents: Tensor, first: int, last: int) -> Any:
-    for tile in range(first, last, _CHUNK):
-        end = min(tile + _CHUNK, last)
+def _chunks(theta: Tensor, exponents: Tensor, first: int, last: int, most: int = _CHUNK) -> Any:
+    for tile in range(first, last, most):
+        end = min(tile + most, last)
         yield tile * TILE, theta[tile * TILE : end * TILE], exponents[tile:end]
 
 
@@ -212,3 +214,120 @@ def update_outer(
             total = _outer(start, len(part), columns, a[d : int(ends[s])], b[d : int(ends[s])])
             d = int(ends[s])
             _settle(part, grid, total, start, int(step), stream, float(decays[s]))
+
+
+def _adapt(
+    theta: Tensor,
+    exponents: Tensor,
+    first: int,
+    last: int,
+    sums: tuple[Tensor, Tensor],
+    steps: Any,
+    ends: Any,
+    rates: Any,
+    decays: Any,
+    shares: Any,
+    constants: tuple[Any, Any, Any, int],
+    stream: Any,
+    back: float,
+    draw: Callable[[int, int, int, int], tuple[Tensor, Tensor | None]],
+) -> None:
+    """`draw(start, size, d0, d1)`: sum of the directions d0 .. d1 times their coefficients, and the last z."""
+    beta1, beta2, eps, window = (*map(float, constants[:3]), constants[3])
+    before = len(ends) - len(steps)
+    # A chunk holds the estimates of its window.
+    most = max(_CHUNK // max(window, 1), 1)
+    for start, part, grid in _chunks(theta, exponents, first, last, most):
+        mine = slice(start, start + len(part))
+        ring: deque[Tensor] = deque(maxlen=max(window, 1))
+        d = 0
+        for j, end in enumerate(ends):
+            estimate, z = draw(start, len(part), d, int(end))
+            ring.append(estimate)
+            d = int(end)
+            if j < before:
+                continue
+            s = j - before
+            if s == 0 and back != 0.0 and z is not None:
+                _look(part, grid, z * back, 1.0)
+            if window == 0:
+                m, v = reference.follow(sums[0][mine], sums[1][mine], estimate, beta1, beta2)
+                sums[0][mine], sums[1][mine] = m, v
+            else:
+                m = v = torch.zeros_like(part)
+                for g in ring:
+                    m, v = reference.follow(m, v, g, beta1, beta2)
+            share = (float(shares[s][0]), float(shares[s][1]))
+            total = reference.adapted(m, v, share, float(rates[s]), eps)
+            _settle(part, grid, total, start, int(steps[s]), stream, float(decays[s]))
+
+
+def adapt(
+    theta: Tensor,
+    exponents: Tensor,
+    first: int,
+    last: int,
+    sum1: Tensor,
+    sum2: Tensor,
+    steps: Any,
+    ends: Any,
+    rates: Any,
+    decays: Any,
+    shares: Any,
+    beta1: Any,
+    beta2: Any,
+    eps: Any,
+    window: int,
+    stream: Any,
+    seeds: Any,
+    cs: Any,
+    back: Any,
+    *,
+    signs: bool = False,
+) -> None:
+    """See `moments.adapt`."""
+
+    def draw(start: int, size: int, d0: int, d1: int) -> tuple[Tensor, Tensor | None]:
+        total, z = torch.zeros(size, device=theta.device), None
+        for d in range(d0, d1):
+            z = _z(seeds[d], stream, start, size, signs, theta.device)
+            total = total + z * float(cs[d])
+        return total, z
+
+    _adapt(theta, exponents, first, last, (sum1, sum2), steps, ends, rates, decays, shares,
+           (beta1, beta2, eps, window), stream, float(back), draw)  # fmt: skip
+
+
+def adapt_signs(*arguments: Any) -> None:
+    """See `moments.adapt_signs`."""
+    adapt(*arguments, signs=True)
+
+
+def adapt_outer(
+    theta: Tensor,
+    exponents: Tensor,
+    first: int,
+    last: int,
+    sum1: Tensor,
+    sum2: Tensor,
+    steps: Any,
+    ends: Any,
+    rates: Any,
+    decays: Any,
+    shares: Any,
+    beta1: Any,
+    beta2: Any,
+    eps: Any,
+    window: int,
+    stream: Any,
+    columns: int,
+    a: Tensor,
+    b: Tensor,
+) -> None:
+    """See `moments.adapt_outer`."""
+
+    def draw(start: int, size: int, d0: int, d1: int) -> tuple[Tensor, Tensor | None]:
+        return _outer(start, size, columns, a[d0:d1], b[d0:d1]), None
+
+    _adapt(theta, exponents, first, last, (sum1, sum2), steps, ends, rates, decays, shares,
+           (beta1, beta2, eps, window), stream, 0.0, draw)  # fmt: skip

@@ -138,6 +138,25 @@ def dither(
     return _float(h >> 8) * 2.0**-24
 
 
+def follow(
+    first: Tensor, second: Tensor, estimate: Tensor, beta1: float, beta2: float
+) -> tuple[Tensor, Tensor]:
+    """The sums of a rule with moments one gradient estimate later: beta1 m + g, beta2 v + g^2; float32."""
+    return first * beta1 + estimate, second * beta2 + estimate * estimate
+
+
+def adapted(
+    first: Tensor, second: Tensor, shares: tuple[float, float], rate: float, eps: float
+) -> Tensor:
+    """-rate m / (sqrt(v) + eps) with the sums times `shares` as m and v; float32.
+
+    Square root and quotient go through float64, which leaves them correctly rounded: 53 bits are more than twice
+    24 and 2.
+    """
+    size = (second * shares[1]).double().sqrt().float() + eps
+    return ((first * shares[0]).double() / size.double()).float() * -rate
+
+
 def derive(seed: int, index: int, lane: int, domain: int) -> int:
     """A 64-bit seed that is a pure function of another seed and two counters (index < 2^64, lane < 2^32)."""
     w = philox((index & _MASK, (index >> 32) & _MASK, lane, domain), _key(seed))

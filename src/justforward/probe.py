@@ -1,0 +1,214 @@
+"""Linear probing: logistic regression on what the output head sees where the answer is read.
+
+The model stays as it is. Of a causal model the features are the last hidden state of the prompt, of a masked one
+the state at the mask; each as the head's matrix gets it. A linear map from there to the labels is what tuning that
+matrix reaches for, found by convex optimization instead of steps (arXiv 2305.17333, table 1, "LP").
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from justforward.data import Example
+from justforward.errors import UserError
+from justforward.evaluate import Scorer
+from justforward.models import inner_model
+from justforward.prompts import Batch, Row, eval_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Inverse strengths of the penalty, of which validation chooses; on standardised features.
+GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
+MOST_ITERATIONS = 5000
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted probe: scores = features weight^T + bias.
+
+    Attributes:
+        weight: [labels, hidden] float64.
+        bias: [labels] float64.
+        c: inverse strength of the penalty.
+        converged: whether the fit ended before its limit of iterations.
+        seconds: of the fit; of `fit_probe` all those that were tried.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    c: float
+    converged: bool
+    seconds: float
+
+    def scores(self, features: Tensor) -> Tensor:
+        """[N, labels] float64: log-probability of each label, of features [N, hidden]."""
+        return (features.double() @ self.weight.T + self.bias).log_softmax(dim=-1)
+
+    def predictions(self, features: Tensor) -> list[int]:
+        """The likeliest label of each row of features [N, hidden]."""
+        return [int(label) for label in self.scores(features).argmax(dim=1)]
+
+    def judged(self, features: Tensor, answers: Tensor) -> tuple[float, float]:
+        """Accuracy, and mean loss in nats, on features [N, hidden] with labels answers [N]."""
+        scores = self.scores(features)
+        losses = -scores.gather(1, answers[:, None])[:, 0]
+        right = int((scores.argmax(dim=1) == answers).sum())
+        return right / len(answers), math.fsum(losses.tolist()) / len(answers)
+
+
+# ------------------------------------------------------------------------------------------ fitting
+
+
+def probe_weights(features: Tensor, answers: Tensor, labels: int, c: float = 1.0) -> Probe:
+    """The multinomial logistic regression on some rows, for features as they come.
+
+    Least sum of the rows' losses and |weight|^2 / 2c (of two labels |weight[1] - weight[0]|^2 / 2c), the bias free,
+    where features are standardised; which is then folded into weight and bias, so that the rows of an output
+    head that belong to the label words may start from them.
+
+    Args:
+        features: [N, hidden].
+        answers: [N], each from 0 to labels - 1.
+        labels: how many there are, at least 2.
+        c: inverse strength of the penalty, positive.
+
+    Raises:
+        UserError: a label has no row, or a feature is not finite.
+    """
+    from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+
+    x, y = features.double().cpu(), answers.cpu()
+    counts = torch.bincount(y, minlength=labels)
+    if int(counts.min()) == 0:
+        raise UserError(f"label {int(counts.argmin())} of {labels} has no row to fit a probe on")
+    if not x.isfinite().all():
+        raise UserError(
+            "a hidden state is not finite: the model's weights are broken: load another model"
+        )
+    mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
+    scale = torch.where(scale > 0, scale, 1.0)  # a feature that is constant
+    regression = LogisticRegression(C=c, max_iter=MOST_ITERATIONS)
+    clock = time.monotonic()
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always", ConvergenceWarning)
+        regression.fit(((x - mean) / scale).numpy(), y.numpy())
+    took = time.monotonic() - clock
+    converged = not any(issubclass(w.category, ConvergenceWarning) for w in raised)
+    weight, bias = torch.from_numpy(regression.coef_), torch.from_numpy(regression.intercept_)
+    if labels == 2:  # given as one row, the log-odds of the second
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    weight = weight / scale
+    return Probe(weight, bias - weight @ mean, c, converged, took)
+
+
+def fit_probe(
+    train: tuple[Tensor, Tensor],
+    validation: tuple[Tensor, Tensor],
+    labels: int,
+    grid: Sequence[float] = GRID,
+    value: Callable[[list[int]], float] | None = None,
+) -> Probe:
+    """The best probe of a grid, by the rule that keeps a step: value in validation, loss, the stronger penalty.
+
+    Args:
+        train: features [N, hidden] and answers [N] to fit on.
+        validation: features and answers to choose by.
+        labels: how many there are.
+        grid: inverse strengths of the penalty.
+        value: of the labels predicted for the validation rows, the higher the better (default accuracy).
+
+    Raises:
+        UserError: as `probe_weights`.
+    """
+    probes = [probe_weights(*train, labels, c) for c in sorted(grid)]
+
+    def rating(probe: Probe) -> tuple[float, float, float]:
+        accuracy, loss = probe.judged(*validation)
+        worth = accuracy if value is None else value(probe.predictions(validation[0]))
+        return -worth, loss, probe.c
+
+    best = min(probes, key=rating)
+    return replace(best, seconds=math.fsum(probe.seconds for probe in probes))
+
+
+# ----------------------------------------------------------------------------------------- features
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of some rows, in order: features [N, hidden] float32 on the CPU, answers [N], and the forward passes of it."""
+
+    features: Tensor
+    answers: Tensor
+    forwards: int
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.features, self.answers
+
+
+@torch.no_grad()
+def hidden_states(scorer: Scorer, examples: Sequence[Example], batch_size: int) -> Features:
+    """What the output head's matrix sees at the position that predicts the answer's first token.
+
+    Raises:
+        UserError: no rows, a model without an output head; or as `Scorer.prepare`.
+    """
+    if not examples:
+        raise UserError("there are no rows to probe: give at least one")
+    prompts = scorer.prompts
+    # the first token of an answer is predicted by the prompt alone: one short sequence a row
+    asked = [Row(row.prompt, [row.choices[row.right][:1]], 0) for row in prompts.rows(examples)]
+    # longest first, rows of like length together, as `Scorer.evaluate` has them
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt), reverse=True)
+    found: list[Tensor] = [torch.empty(0)] * len(asked)
+    forwards = 0
+    with eval_mode(scorer.model), _seen_by_head(scorer.model) as seen:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = prompts.batch([asked[i] for i in rows])
+            prompts.scores(batch)
+            forwards += 1
+            states = _where_answered(seen.pop(), batch).float().cpu()
+            for i, state in zip(rows, states, strict=True):
+                found[i] = state
+    answers = torch.tensor([scorer.labels.index(example.label) for example in examples])
+    return Features(torch.stack(found), answers, forwards)
+
+
+def _where_answered(states: Tensor, batch: Batch) -> Tensor:
+    """[B, hidden]: of states [B, L, hidden] the last of a prompt, or the one at the mask."""
+    at = batch.get("mask_position")
+    if (
+        at is None or states.shape[1] == 1
+    ):  # prompts end together; a head may be given the masks alone
+        return states[:, -1]
+    return states[torch.arange(len(at), device=at.device), at]
+
+
+@contextmanager
+def _seen_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """While inside, the inputs [B, L, hidden] of the matrix that gives the logits are put into the list."""
+    head = inner_model(model).get_output_embeddings()
+    if head is None:
+        raise UserError(
+            f"--method is 'probe': a {model.config.model_type} model has no output head, whose input is "
+            "what is probed: choose another method"
+        )
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()

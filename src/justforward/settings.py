@@ -1,0 +1,180 @@
+"""What follows from the options of a command: the task, the values left open, what may change on resume. No torch in here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from justforward import catalog, rules
+from justforward.config import FREE, NOT_KEPT, RankConfig, TrainConfig
+from justforward.errors import UserError
+from justforward.ranges import check_ranges
+from justforward.tasks import Loss, Task, Truncation, parse_labels
+from justforward.variants import Blocks, Modified, check_variants, forwards_of
+
+
+def labels_of(labels: str | dict[str, str]) -> dict[str, str]:
+    """The mapping that `--labels` or a YAML file spells.
+
+    Raises:
+        UserError: it is not label=word,label=word, or YAML read a bare yes or no as a truth value.
+    """
+    if isinstance(labels, str):
+        return parse_labels(labels)
+    out: dict[str, str] = {}
+    for label, word in labels.items():
+        for value in (label, word):
+            if isinstance(value, bool) or value is None:
+                raise UserError(
+                    f"labels: YAML reads {label!r}: {word!r} here: put quotes around yes, no, true, null"
+                )
+        out[str(label)] = str(word)
+    return out
+
+
+def task_of(config: TrainConfig | RankConfig) -> Task:
+    """The task that a configuration describes: what it does not give is the declared task's.
+
+    Raises:
+        UserError: as `Task` and `catalog.load`; or neither a task nor its parts are given.
+    """
+    return make_task(
+        config.task,
+        config.model,
+        config.template,
+        config.labels,
+        label_field=config.label_field,
+        truncation=config.truncation,
+        loss=config.loss,
+    )
+
+
+def make_task(
+    name: str | None,
+    model: str,
+    template: str | None,
+    labels: str | dict[str, str] | None,
+    *,
+    label_field: str = "label",
+    truncation: Truncation = "right",
+    loss: Loss | None = None,
+) -> Task:
+    """A declared task with template and labels of one's own where they are given, or one made of these alone.
+
+    Raises:
+        UserError: as `Task` and `catalog.load`; or there is neither a name nor both of template and labels.
+    """
+    words = labels_of(labels) if labels else None
+    if name is not None:
+        return catalog.load(name).task_for(
+            catalog.kind_of(model),
+            truncation=truncation,
+            loss=loss,
+            template=template,
+            labels=words,
+        )
+    if template is None or words is None:
+        missing = "template" if template is None else "labels"
+        raise UserError(
+            f"--{missing} is missing: give --template and --labels, or --task with the name of a "
+            "task ('justforward tasks' lists them)"
+        )
+    return Task(
+        template=template,
+        labels=words,
+        label_field=label_field,
+        truncation=truncation,
+        loss=loss or "choices",
+    )
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """`config` checked, with what depends on other values filled in.
+
+    Raises:
+        UserError: a value is out of range or unknown.
+    """
+    check_ranges(config)
+    for option, pattern in (("tune", config.tune), ("lora-targets", config.lora_targets)):
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise UserError(
+                f"--{option} is {pattern!r}: not a regular expression: {error}"
+            ) from None
+    for field in fields(config):
+        owner = field.name.partition("_")[0]
+        value = getattr(config, field.name)
+        if owner in ("lora", "prefix") and owner != config.tuner and value != field.default:
+            raise UserError(
+                f"--{field.name.replace('_', '-')} is {value!r}: it belongs to --tuner {owner}, "
+                f"and --tuner is {config.tuner!r}: leave it out"
+            )
+    modified, blocks = variants_of(config)
+    check_variants(config.looks, config.estimator, rules.parse(config.rule), modified, blocks)
+    if modified is not None and modified.by == "gradient" and config.objective != "loss":
+        raise UserError(
+            f"--modified is {config.modified!r}: {config.objective} has no gradient: measure by looks"
+        )
+    if config.block_order != "cyclic" and blocks is None:
+        raise UserError(
+            f"--block-order is {config.block_order!r}: it is for --blocks: leave it out"
+        )
+    samples = config.num_samples if config.sample_schedule == "constant" else 1
+    first = forwards_of(config.looks, samples)
+    if config.max_forwards < first:
+        raise UserError(
+            f"--max-forwards is {config.max_forwards}: one step takes {first} forwards: give at least that"
+        )
+    if config.task is None and config.shots is not None:
+        raise UserError(
+            f"--shots is {config.shots}: it is for the rows of a --task: give --train-size"
+        )
+    task = task_of(config)
+    return replace(
+        config,
+        template=task.template,
+        labels=task.labels,
+        loss=task.loss,
+        rule=rules.parse(config.rule).spec,
+        eval_every=config.eval_every or max(2, config.max_forwards // 8),
+        split_seed=config.seed if config.split_seed is None else config.split_seed,
+    )
+
+
+def variants_of(config: TrainConfig) -> tuple[Modified | None, Blocks | None]:
+    """What `--modified` and `--blocks` spell.
+
+    Raises:
+        UserError: as `Modified.parse` and `Blocks.parse`.
+    """
+    modified = None if config.modified is None else Modified.parse(config.modified)
+    blocks = None if config.blocks is None else Blocks.parse(config.blocks, config.block_order)
+    return modified, blocks
+
+
+def kept_values(config: TrainConfig) -> dict[str, Any]:
+    """What config.yaml holds."""
+    return {key: value for key, value in asdict(config).items() if key not in NOT_KEPT}
+
+
+def check_same(old: TrainConfig, new: TrainConfig, where: str) -> None:
+    """Refuse to resume a run with settings that would have changed what was already done.
+
+    Raises:
+        UserError: naming the option and both values.
+    """
+    free = set(FREE)
+    if new.lr_schedule == "constant" and new.sample_schedule == "constant":
+        free.add("max_forwards")  # else the schedules depend on it
+    for field in fields(TrainConfig):
+        a, b = getattr(old, field.name), getattr(new, field.name)
+        same = list(a.items()) == list(b.items()) if isinstance(a, dict) else a == b
+        if field.name not in free and not same:
+            option = field.name.replace("_", "-")
+            why = ", which sets the schedules" if field.name == "max_forwards" else ""
+            raise UserError(
+                f"{where}: --{option} is {a!r} in the run and {b!r} now{why}: "
+                "resume with the run's value, or choose another --out"
+            )
