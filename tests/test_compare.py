@@ -22,11 +22,12 @@ import yaml
 from justforward import cli, records
 from justforward import compare as compare_module
 from justforward.board import Board
-from justforward.cells import launcher
 from justforward.compare import compare, spell_compare
-from justforward.config import CompareConfig
+from justforward.config import CompareConfig, TrainConfig
 from justforward.errors import UserError
 from justforward.folder import RunFolder
+from justforward.progress import Progress
+from justforward.run import train
 
 # Stands in for `python -m justforward`. Its validation figure is best at lr 0.01, its test figure at the ends.
 FAKE = """
@@ -399,20 +400,21 @@ def test_another_machine_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
 DRIVER = """
 import json, sys
 from justforward.compare import compare
-from justforward.config import CompareConfig
+from justforward.config import CompareConfig, TrainConfig
 given = json.loads(sys.argv[1])
 given["seeds"] = tuple(given["seeds"])
 try:
-    compare(CompareConfig(**given), start=[sys.executable, "-S", "fake.py"], machine=lambda: {"threads": 1})
+    start = [sys.executable, "-S", "fake.py"] if sys.argv[2:] else None
+    compare(CompareConfig(**given), start=start, machine=lambda: {"threads": 1})
 except KeyboardInterrupt:
     sys.exit(130)
 assert "torch" not in sys.modules, "its cells would be charged with torch's memory"
 """
 
 
-def drive(**other: Any) -> subprocess.Popen[str]:
-    """The same in a process of its own."""
-    command = [sys.executable, "-c", DRIVER, json.dumps(asked(**other))]
+def drive(fake: bool = True, **other: Any) -> subprocess.Popen[str]:
+    """The same in a process of its own; with the script for cells or with our command line."""
+    command = [sys.executable, "-c", DRIVER, json.dumps(asked(**other)), *["fake"] * fake]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -578,46 +580,47 @@ def test_a_cell_dies_with_its_compare() -> None:
     wait_for(gone, 10.0)
 
 
-def test_cells_of_our_own_command_line_killed_and_not(
+def test_cells_of_our_own_command_line_one_of_them_killed(
     model_folder: Path, sentiment_csv: Path, here: Path
 ) -> None:
-    """The real thing: two grids of a tiny model, one of them killed in the middle of a run."""
+    """The real thing: killed in the middle of a run, the figures are those of a run that was left alone."""
     films = {
         "data": str(sentiment_csv),
         "template": "{text} It was",
         "labels": "neg=great,pos=terrible",
     }
-    mezo = {"max_forwards": 400, "eval_every": 100, "lr": 1e-3, "estimator": "weight"}
-    shared = {"model": str(model_folder), "tasks": {"films": films}, "threads": 1}
-    start = [*launcher()]
-    calm = CompareConfig(out="calm", methods={"zero-shot": None, "mezo": mezo}, **shared)  # type: ignore[arg-type]
-    result = compare(calm, None, Board(io.StringIO()), start)
-    assert (result["ok"], result["failed"]) == (2, [])
-    zero_shot, tuned = lines("calm")
-    assert zero_shot["rows"] == tuned["rows"]
-    assert (
-        zero_shot["value"]
-        == RunFolder("calm/cells/films/mezo/0/run").read_result()["before_accuracy"]
-    )  # type: ignore[index]
-    assert [point[0] for point in tuned["curve"]] == [0, 100, 200, 300, 400]
-    assert "torch" in json.loads(Path("calm/environment.json").read_text())["versions"]
-
-    Path("compare.yaml").write_text(
-        yaml.safe_dump({**shared, "methods": {"mezo": mezo}}, sort_keys=False)
-    )
-    command = [sys.executable, "-m", "justforward", "compare", "--config=compare.yaml", "--out=out"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    mezo = {"max_forwards": 240, "eval_every": 60, "lr": 1e-3, "estimator": "weight"}
+    given: dict[str, Any] = {
+        "model": str(model_folder),
+        "tasks": {"films": films},
+        "methods": {"zero-shot": {}, "mezo": mezo},
+        "seeds": [0],
+        "threads": 1,
+    }
+    process = drive(fake=False, **given)
     metrics = here / "out/cells/films/mezo/0/run/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 30)
     process.kill()
-    process.wait()
-    assert not Path("out/results.jsonl").exists()
+    process.communicate()
+    assert [r["method"] for r in lines()] == ["zero-shot"]
+
+    Path("compare.yaml").write_text(yaml.safe_dump(given))
+    command = [sys.executable, "-m", "justforward", "compare", "--config=compare.yaml", "--out=out"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ok"] == 1
-    (resumed,) = lines()
-    assert resumed["resumed"] is True
-    assert lasting([resumed]) == lasting([tuned])
-    assert resumed["peak_bytes"] > 100 * 2**20
-    logs = (Path(folder) / "cells/films/mezo/0/run/trajectory.jfl" for folder in ("out", "calm"))
+    assert json.loads(done.stdout)["ok"] == 2
+    zero_shot, tuned = lines()
+    assert tuned["resumed"] is True
+    assert tuned["peak_bytes"] > 100 * 2**20
+
+    alone = train(
+        TrainConfig(model=str(model_folder), out="alone", threads=1, **films, **mezo),  # type: ignore[arg-type]
+        Progress(io.StringIO()),
+    )
+    assert (tuned["value"], tuned["loss"]) == (alone["accuracy"], alone["loss"])
+    assert tuned["validation_value"] == alone["validation_accuracy"]
+    assert [point[0] for point in tuned["curve"]] == [0, 60, 120, 180, 240]
+    logs = [Path(run, "trajectory.jfl") for run in ("alone", "out/cells/films/mezo/0/run")]
     assert len({path.read_bytes() for path in logs}) == 1
+    assert zero_shot["value"] == alone["before_accuracy"]
+    assert zero_shot["rows"] == tuned["rows"]

@@ -101,6 +101,7 @@ def test_a_page_that_needs_nothing_else() -> None:
         "2 methods on 1 task", "4 of 4 cells have a result", "A CPU", "torch 2.13.0",
         "32 train, 32 validation, 872 test", "justforward compare --config compare.yaml --out NEW",
         "justforward train '--template={text} It was'", "80.0 (0.0)",
+        "1.00 GiB", "3.0 s",
     ):  # fmt: skip
         assert part in text, part
 
@@ -145,6 +146,12 @@ def test_failed_cells_and_caveats() -> None:
     assert "Some cells have no memory figure" in text
     assert "Not all methods were tested on as many rows of sst2" in text
     assert "No options were searched" in text
+
+
+def test_long_times_are_spelled_as_clocks_do() -> None:
+    config, grid = made()
+    html = render(config, grid, [record(cell, 0.8, seconds=4000.0) for cell in grid.cells])
+    assert ">1:06:40</text>" in html
 
 
 def test_an_empty_grid_has_a_page_too() -> None:

@@ -23,21 +23,12 @@ from justforward import noise
 from justforward.cli import main
 from justforward.config import RankConfig
 from justforward.data import Example, read_examples
+from justforward.descent import Descent, Trial, gamma, mean_change, observe
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.evaluate import Scorer
 from justforward.hessian import Estimate, Objective, dot, lanczos
 from justforward.progress import Progress
-from justforward.rank import (
-    MULTIPLES,
-    Descent,
-    Trial,
-    bare,
-    gamma,
-    mean_change,
-    measure,
-    observe,
-    rank,
-)
+from justforward.rank import MULTIPLES, bare, measure, rank
 from justforward.tasks import Task
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -404,6 +395,9 @@ def test_a_language_model_descends_as_predicted(sentiment_csv: Path, step_rows: 
     small, middle, _, best, _ = found["observed"]
     assert best["lr"] == found["best_lr"]
     assert best["predicted"] == found["best_change"] < 0.0
+    for seen in found["observed"]:
+        off = seen["plain_change"] - seen["predicted_here"]
+        assert off == pytest.approx(seen["change"] - seen["predicted"], abs=1e-9)
     for seen in (small, middle):  # where the loss is near its second order
         error = math.hypot(seen["error"], seen["predicted_error"])
         assert abs(seen["change"] - seen["predicted"]) < 4.0 * error
@@ -490,24 +484,17 @@ def test_bad_input(
     assert not (tmp_path / "rank").exists()
 
 
-def test_a_frozen_model_is_refused(sentiment_csv: Path) -> None:
-    model = make_model("gpt2")
-    rows = read_examples(sentiment_csv, TASK)[:4]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    config = RankConfig(model="", data="", out="")
-    with pytest.raises(UserError, match="nothing to tune"):
-        measure(model, make_tokenizer(), TASK, rows, config, Progress(bar=False))
-
-
-def test_a_gradient_of_zero_is_refused(sentiment_csv: Path) -> None:
-    """Where every label has the same score whatever the last norm's scale is: there is nothing to descend."""
+@pytest.mark.parametrize(
+    ("tuned", "said"), [("ln_f", "the gradient of the loss is zero: .*--tune"), (None, "to tune")]
+)
+def test_nothing_to_descend(sentiment_csv: Path, tuned: str | None, said: str) -> None:
+    """Every label has the same score whatever the last norm is, or all is frozen."""
     model = make_model("gpt2")
     with torch.no_grad():
         model.lm_head.weight.zero_()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("ln_f" in name)
+        parameter.requires_grad_(tuned is not None and tuned in name)
     rows = read_examples(sentiment_csv, TASK)[:4]
     config = RankConfig(model="", data="", out="")
-    with pytest.raises(UserError, match=r"the gradient of the loss is zero: .*--tune"):
+    with pytest.raises(UserError, match=said):
         measure(model, make_tokenizer(), TASK, rows, config, Progress(bar=False))

@@ -285,7 +285,8 @@ def test_activation_space_is_each_row_moved_by_hand(
 
     with torch.no_grad():
         site = Site(weights, 0, seed_of, [eps], Shield())
-        pairs, _ = RowLooks(False, True).look(site, scorer.losses, batch, samples)
+        seen, _ = RowLooks(False, True).look(site, scorer.losses, batch, samples)
+        pairs = list(zip(*(seen.losses[where] for where in ("at +eps", "at -eps")), strict=True))
         wanted = []
         for lane in range(samples * len(ROWS)):
             row = lane % len(ROWS)

@@ -209,13 +209,13 @@ def test_one_sided_looks_of_rows_are_those_by_hand(
 
 @pytest.mark.parametrize("looks", LOOKS)
 def test_a_look_of_any_kind_is_unbiased(looks: str) -> None:
-    """The mean of 6,000 estimates of a linear loss lies within four standard errors of its gradient."""
+    """The mean of 2,500 estimates of a linear loss lies within four standard errors of its gradient."""
     weight = nn.Parameter(torch.zeros(4))
     slope = torch.tensor([1.0, -2.0, 0.5, 0.0])
     optimizer = MeZO([weight], lr=1e-3, eps=1e-2, looks=looks)
     optimizer.param_groups[0]["lr"] = 0.0  # the weights stay
     estimates = []
-    for index in range(6000):
+    for index in range(2500):
         step = optimizer.estimate(lambda: float(slope @ weight.detach()))
         z = materialise(optimizer.weights, 0, noise.direction_seed(0, index, 0))
         estimates.append(step.projected_grads[0] * z)
@@ -223,7 +223,7 @@ def test_a_look_of_any_kind_is_unbiased(looks: str) -> None:
     every = torch.stack(estimates[1:])
     error = every.std(0) / math.sqrt(len(every))
     assert ((every.mean(0) - slope).abs() < 4 * error).all()
-    assert (error < 0.1).all()
+    assert (error < 0.12).all()
 
 
 def test_the_first_one_point_step_does_not_move() -> None:
@@ -319,7 +319,7 @@ def test_modified_steps_are_those_by_hand(looks: str, form: str, by: str, per: s
 
 
 def test_the_variance_form_is_unbiased_and_the_expectation_form_normalises() -> None:
-    """A linear loss: the means of 6,000 estimates are the gradient, and the gradient over its norms by tensor."""
+    """A linear loss: the means of 1,000 estimates are the gradient, and the gradient over its norms by tensor."""
     slopes = [torch.tensor([3.0, 0.0, -4.0]), torch.tensor([0.5, -0.5])]
     for form in ("variance", "expectation"):
         model = nn.ParameterList([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))])
@@ -330,23 +330,19 @@ def test_the_variance_form_is_unbiased_and_the_expectation_form_normalises() -> 
             return sum((s * p).sum() for s, p in zip(slopes, model, strict=True))  # type: ignore[return-value]
 
         sums: list[list[Tensor]] = [[], []]
-        for index in range(6000):
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-3
+        for index in range(1000):
             step = optimizer.estimate(loss)
             assert step.norms == pytest.approx([5.0 / math.sqrt(0.5), 1.0], rel=1e-5)
             for i in range(2):
                 z = materialise(optimizer.weights, i, noise.direction_seed(0, index, 0))
                 sums[i].append(step.projected_grads[0] * step.scales[i] * z)
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
-            optimizer.step(loss)
+            optimizer.apply(replace(step, coefficients=(0.0,)))  # the weights stay
         for i, slope in enumerate(slopes):
             every = torch.stack(sums[i])
             wanted = slope if form == "variance" else slope / step.norms[i]
             error = every.std(0) / math.sqrt(len(every))
             assert ((every.mean(0) - wanted).abs() < 4 * error).all()
-            assert (error < 0.2).all()
+            assert (error < 0.3).all()
 
 
 @given(st.lists(st.one_of(st.just(0.0), st.floats(1e-20, 1e20)), min_size=1, max_size=8))
@@ -429,6 +425,18 @@ def test_a_group_keeps_its_own_lr_and_eps_when_it_is_split() -> None:
 
 
 # --------------------------------------------------------------------------------------------- blocks
+
+
+def test_norms_by_looks_do_not_depend_on_how_far_a_group_looks() -> None:
+    found = []
+    for eps in (1e-3, 4e-3):
+        model = net()
+        groups = [{"params": model.layers.parameters(), "eps": eps},
+                  {"params": [model.embed.weight, model.lm_head.weight]}]  # fmt: skip
+        optimizer = MeZO(groups, eps=1e-3, model=model, modified=Modified(by="looks", samples=2))
+        found.append(optimizer.estimate(closure_of(model)).norms)
+    assert found[0] == pytest.approx(found[1], rel=2e-2)
+    assert max(found[0]) > 1.5
 
 
 @pytest.mark.parametrize("order", ["cyclic", "random"])

@@ -1,6 +1,6 @@
 """Options and answers that stand in the rows themselves: of kinds "choice" and "generation".
 
-Read as a declaration says (`catalog.Options`, `catalog.Answers`), in the shapes in which data sets are published.
+Read as a declaration says (`declaration.Options`, `declaration.Answers`), in the shapes in which data sets are published.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ First = Callable[[tuple[str, ...]], Any]
 
 
 def read_options(options: Options, first: First, line: int, path: Path) -> tuple[str, ...]:
-    """What a row offers to choose from: each text once, in the order of the file.
+    """What a row offers to choose from, in the order of the file; a list may name a text twice.
 
     Raises:
         UserError: a column is missing, or there are fewer than two different options.
@@ -37,15 +37,14 @@ def read_options(options: Options, first: First, line: int, path: Path) -> tuple
         if not isinstance(listed, list):
             raise UserError(f"{path}:{line}: the options at {where} are not a list")
         found = [_cut_out(item, options, first, line, path) for item in listed]
-    texts = [options.changed(text_of(value, "an option", line, path)) for value in found]
-    if options.into:
-        texts = [_put_in(text, options, first, line, path) for text in texts]
-    unique = tuple(dict.fromkeys(texts))
-    if options.columns and len(unique) < len(texts):
-        raise UserError(f"{path}:{line}: two options are the same text: {short(texts[0])}")
-    if len(unique) < 2:
-        raise UserError(f"{path}:{line}: {len(unique)} different options: at least two are needed")
-    return unique
+    texts = tuple(options.changed(text_of(value, "an option", line, path)) for value in found)
+    twice = [text for text in texts if texts.count(text) > 1]
+    if options.columns and twice:
+        raise UserError(f"{path}:{line}: two options are the same text: {short(twice[0])}")
+    unique = len(set(texts))
+    if unique < 2:
+        raise UserError(f"{path}:{line}: {unique} different options: at least two are needed")
+    return texts
 
 
 def _cut_out(item: Any, options: Options, first: First, line: int, path: Path) -> Any:
@@ -67,22 +66,32 @@ def _cut_out(item: Any, options: Options, first: First, line: int, path: Path) -
     )
 
 
-def _put_in(text: str, options: Options, first: First, line: int, path: Path) -> str:
-    """The sentence that the option completes."""
-    assert options.into
+def read_shown(
+    options: Options, texts: tuple[str, ...], first: First, line: int, path: Path
+) -> tuple[str, ...]:
+    """The sentence that each option completes; none where options stand for themselves.
+
+    Raises:
+        UserError: there is no sentence, or no place for an option in it.
+    """
+    if not options.into:
+        return ()
     sentence = first(options.into)
     if not isinstance(sentence, str) or options.at not in sentence:
         raise UserError(
             f"{path}:{line}: {' or '.join(options.into)} has no {options.at!r} to put the options at: "
             f"it is {'missing' if sentence is MISSING else short(str(sentence))}"
         )
-    return sentence.replace(options.at, text)
+    return tuple(sentence.replace(options.at, text) for text in texts)
 
 
 def read_answers(
     declared: Declaration, options: tuple[str, ...], first: First, line: int, path: Path
 ) -> tuple[Bag, ...]:
     """The right answers of a row, each once; the first is the one that is trained on.
+
+    Args:
+        options: as `read_options` has them; none for kind "generation".
 
     Raises:
         UserError: there is none, one is no option, one is not in the text that must hold it, or there are
@@ -98,8 +107,9 @@ def read_answers(
         )
     more = first((answers.also,)) if answers.also is not None else MISSING
     bags = _bags(value, line, path) + ([] if more is MISSING else _bags(more, line, path))
+    bags = [bag for bag in bags if any(span.strip() for span in bag)]
     if declared.kind == "choice":
-        bags = [_option_of(bag, declared, options, first, line, path) for bag in bags]
+        bags = [_option_of(bag, declared, options, line, path) for bag in bags]
     unique = tuple(dict.fromkeys(bags))
     if not unique:
         raise UserError(f"{path}:{line}: no right answer in the row: fill it in or drop the row")
@@ -132,7 +142,6 @@ def _option_of(
     bag: Bag,
     declared: Declaration,
     options: tuple[str, ...],
-    first: First,
     line: int,
     path: Path,
 ) -> Bag:
@@ -140,12 +149,16 @@ def _option_of(
     assert declared.options is not None
     (name,) = bag if len(bag) == 1 else ("",)
     text = declared.options.changed(name)
-    if declared.options.into:
-        text = _put_in(text, declared.options, first, line, path)
+    place = int(name) if name.isdecimal() else len(options)
     if text in options:
+        if place < len(options) and options[place] != text:
+            raise UserError(
+                f"{path}:{line}: the right answer {short(name)} is one option by its text, and by its place "
+                f"{short(options[place])}: write the options in words"
+            )
         return (text,)
-    if name.isdecimal() and int(name) < len(options):
-        return (options[int(name)],)
+    if place < len(options):
+        return (options[place],)
     raise UserError(
         f"{path}:{line}: the right answer {short(', '.join(bag))} is none of the {len(options)} options, "
         f"such as {short(options[0])}"

@@ -64,7 +64,7 @@ class Board:
         from rich.live import Live
 
         # refreshed by `tick`, so that there is no second thread beside the processes we start
-        console = Console(file=self._stream)
+        console = Console(file=self._stream, force_terminal=True)
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._live.start()
 

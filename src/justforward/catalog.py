@@ -242,7 +242,7 @@ class _Check:
 KEYS = (
     *("name", "title", "kind", "hub", "splits", "train_from_test", "whole_small_classes", "rows"),
     *("fields", "label", "template", "labels", "masked_template", "masked_labels", "metrics"),
-    *("positive", "group", "apart", "options", "answers", "loss", "score", "null", "masked_null"),
+    *("positive", "group", "apart", "options", "answers", "loss", "score", "null"),
     *("stop", "max_new_tokens", "separator", "notes"),
 )
 
@@ -282,7 +282,6 @@ def _declaration(path: Path, values: dict[Any, Any]) -> Declaration:
         loss=check.choice("loss", Loss),
         score=check.choice("score", Score),
         null=check.words_or_none("null"),
-        masked_null=check.words_or_none("masked_null"),
         stop=check.endings("stop") or ("\n",),
         max_new_tokens=check.count("max_new_tokens", 50),
         separator=check.words_or_none("separator") or "\n\n",

@@ -262,7 +262,7 @@ class CausalPrompts(Prompts):
             return super()._answers_of(example)
         if self.task.kind == "generation":
             return [self._word_tokens(example.label + self.task.stop[0])], 0
-        tokens = [self._word_tokens(option) for option in example.options]
+        tokens = [self._word_tokens(text) for text in example.shown or example.options]
         seen: dict[tuple[int, ...], str] = {}
         for option, found in zip(example.options, tokens, strict=True):
             other = seen.setdefault(tuple(found), option)
@@ -290,6 +290,8 @@ class CausalPrompts(Prompts):
     def _shown_row(self, example: Example) -> str:
         """A row with its answer."""
         word = self.task.labels.get(example.label, example.label)
+        if example.shown:
+            word = example.shown[example.options.index(example.label)]
         return self._text(example.fields) + self._join + word
 
     def _demonstrated(self, example: Example, tokens: list[int], room: int) -> list[int]:

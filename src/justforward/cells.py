@@ -195,8 +195,8 @@ def _peak(maxrss: int, own: int) -> int | None:
 def _own_peak() -> int:
     """Of the memory that this process has now, in bytes; getrusage's would have our own parent's in it."""
     with contextlib.suppress(OSError, StopIteration):
-        with Path("/proc/self/status").open(encoding="utf-8") as status:
-            return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
 
 

@@ -212,7 +212,9 @@ def _check_once(path: str, tree: yaml.MappingNode) -> None:
 def _compare(config: CompareConfig, source: str | None) -> int:
     """Apart from the others: it stays without torch, whose memory its cells would be charged with."""
     if os.name != "posix":
-        raise UserError("compare measures processes as Linux and macOS count: run it on one of them")
+        raise UserError(
+            "compare measures processes as Linux and macOS count: run it on one of them"
+        )
     from justforward.compare import compare, spell_compare
 
     try:

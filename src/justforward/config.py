@@ -357,7 +357,7 @@ class CompareConfig:
     Args:
         model: as for train.
         out: the folder to make, or to go on in.
-        tasks: for each task the options that all its cells have: {sst2: {data: FOLDER, shots: 16}}.
+        tasks: for each task the options that all its cells have: {sst2: {data: FOLDER, shots: 16}}; in it, methods: {mezo: {lr: 1e-4}, probe: null} gives one options of its own there, or leaves it out.
         methods: for each method its own: {zero-shot: {}, mezo: {lr: 1e-3}, mezo-lora: {tuner: lora}}.
         seeds: one cell each: [0, 1, 2].
         search: values to choose among by validation, with the first seed: {mezo: {lr: [3e-4, 1e-3]}}.

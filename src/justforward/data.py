@@ -32,6 +32,7 @@ class Example:
     Attributes:
         label: the label's name; where the answers are in the row, the one that is trained on.
         options: what a task of kind "choice" chooses from.
+        shown: the sentence that each option completes, where the model is asked for that.
         answers: every right answer of a "choice" or "generation", each a bag of spans (nearly always one).
     """
 
@@ -41,6 +42,7 @@ class Example:
     line: int
     options: tuple[str, ...] = ()
     answers: tuple[tuple[str, ...], ...] = ()
+    shown: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -367,7 +369,7 @@ def drop_duplicates(examples: list[Example]) -> tuple[list[Example], int, int]:
 
 def text_key(example: Example) -> tuple[str, ...]:
     """What makes two rows the same to a reader: case and white space do not count."""
-    texts = (*example.fields.values(), *example.options)
+    texts = (*example.fields.values(), *(example.shown or example.options))
     return tuple(" ".join(text.split()).casefold() for text in texts)
 
 

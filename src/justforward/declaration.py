@@ -57,7 +57,7 @@ class Options(Field):
     Attributes:
         columns: one option each; or else `places`: a list of texts, or of {start, end} in `text`.
         text: the text that options are cut out of.
-        into: places of a sentence that each option completes, standing in for `at`.
+        into: places of a sentence that each option completes, standing in for `at`: the model is asked for that.
     """
 
     columns: tuple[str, ...] = ()
@@ -133,7 +133,6 @@ class Declaration:
     loss: Loss | None = None
     score: Score | None = None
     null: str | None = None
-    masked_null: str | None = None
     stop: tuple[str, ...] = ("\n",)
     max_new_tokens: int = 50
     separator: str = "\n\n"
@@ -163,7 +162,6 @@ class Declaration:
                 "add one, or give --template"
             )
         words = self.labels if kind == "causal" else self.masked_labels or self.labels
-        null = self.null if kind == "causal" else self.masked_null
         usual: Loss = "vocabulary" if self.kind == "generation" else "choices"
         return Task(
             template=template,
@@ -172,7 +170,8 @@ class Declaration:
             loss=loss or self.loss or usual,
             kind=self.kind,
             score=self.score or ("sum" if self.kind == "classification" else "mean"),
-            null=null if template == own else None,  # it belongs to that template
+            # it belongs to that template
+            null=self.null if kind == "causal" and template == own else None,
             stop=self.stop,
             max_new_tokens=self.max_new_tokens,
             separator=self.separator,

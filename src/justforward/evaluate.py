@@ -19,7 +19,7 @@ from justforward.data import Example
 from justforward.errors import UserError
 from justforward.generate import GREEDY, Sampling, generate
 from justforward.masked import MaskedPrompts
-from justforward.metrics import exact_match, figures
+from justforward.metrics import accuracy, exact_match, figures
 from justforward.models import is_masked
 from justforward.prompts import Batch, Prompts, Row, eval_mode
 from justforward.tasks import Task
@@ -217,13 +217,7 @@ class Scorer:
                     predictions[i], losses[i] = name, loss
         found = figures(self.task, examples, predictions)
         count = len(examples)
-        right = (
-            sum(p == e.label for p, e in zip(predictions, examples, strict=True))
-            if self.task.kind == "classification"
-            else math.fsum(
-                exact_match(p, e.answers) for p, e in zip(predictions, examples, strict=True)
-            )
-        )
+        right = sum(self._right(p, e) for p, e in zip(predictions, examples, strict=True))
         # fsum: the mean does not depend on the order of the batches
         return Evaluation(
             accuracy=right / count,
@@ -237,6 +231,12 @@ class Scorer:
         )
 
     # ----------------------------------------------------------------------------------- private
+
+    def _right(self, predicted: str, example: Example) -> float:
+        if self.task.kind == "classification":
+            return float(predicted == example.label)
+        of_row = exact_match if self.task.kind == "generation" else accuracy
+        return of_row(predicted, example.answers)
 
     def _predict(self, batch: Batch, sampling: Sampling) -> tuple[list[str], int]:
         rows = self.examples(batch)

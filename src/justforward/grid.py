@@ -199,7 +199,12 @@ def _plan(config: CompareConfig) -> Grid:
     searches = _searches(config.search or {}, methods)
     cells: list[Cell] = []
     for task, (key, shared) in tasks.items():
+        special = _special(key, config.tasks[key], methods)
         for method, (kind, own, count) in methods.items():
+            if method in special:
+                if special[method] is None:
+                    continue
+                own = {**own, **special[method]}
             given = {"method": kind} if METHODS[kind] == "baseline" else {}
             options = {**given, "model": config.model, **shared, **own}
             cell = Cell(task, method, kind, seeds[0], options, searches.get(method, {}))
@@ -274,8 +279,36 @@ def _known(command: str) -> set[str]:
     return {field.name for field in fields(KINDS[command])} - set(_ELSEWHERE)
 
 
+def _special(
+    key: str, given: Any, methods: Mapping[str, tuple[str, Options, int | None]]
+) -> dict[str, Any]:
+    """What methods do otherwise on a task: options of their own, or None for one that is left out."""
+    special = given.get("methods") if isinstance(given, dict) else None
+    keys = ("tasks", key, "methods")
+    if special is None:
+        return {}
+    if not isinstance(special, dict):
+        raise _Refused(
+            keys, f"{special!r} is no mapping: write it as {{method: {{option: value}}}}"
+        )
+    out: dict[str, Any] = {}
+    for method, options in special.items():
+        place = (*keys, str(method))
+        if method not in methods:
+            raise _Refused(place, f"none of the methods {_list(methods)}")
+        command = METHODS[methods[method][0]]
+        known = _known(command) - set(_ROWS)
+        left_out = options is None
+        out[method] = (
+            None if left_out else _options(place, options, known, f"justforward {command}")
+        )
+    return out
+
+
 def _task(key: str, given: Any) -> Options:
     keys = ("tasks", key)
+    if isinstance(given, dict):
+        given = {name: value for name, value in given.items() if name != "methods"}
     options = _options(keys, given, _known("train"), "justforward train")
     if "task" not in options and (_is_file(key) or key in catalog.names()):
         options = {"task": key, **options}

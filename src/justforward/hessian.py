@@ -31,7 +31,7 @@ _EXHAUSTED = 1e-6
 
 def dot(a: Tensor, b: Tensor) -> float:
     """<a, b> of two flat float32 vectors, summed in float64."""
-    pieces = zip(a.split(_PIECE), b.split(_PIECE), strict=True)
+    pieces = zip(torch.split(a, _PIECE), torch.split(b, _PIECE), strict=True)
     return math.fsum(float(torch.dot(x.double(), y.double())) for x, y in pieces)
 
 
@@ -182,7 +182,7 @@ class Objective:
             return self._grads(loss, create_graph=True)
 
     def _times(self, grads: tuple[Tensor, ...], v: Tensor) -> Tensor:
-        pieces = v.split([t.numel() for t in self.tensors])
+        pieces = torch.split(v, [t.numel() for t in self.tensors])
         # where the loss is linear in a parameter and nothing else, its gradient is a constant
         pairs = [(g, p.view_as(g)) for g, p in zip(grads, pieces, strict=True) if g.requires_grad]
         if not pairs:

@@ -107,14 +107,15 @@ def f1(predicted: str, answers: Answers) -> float:
 def drop_exact_match(predicted: str, answers: Answers) -> float:
     """DROP's (arXiv 1903.00161): all spans, numbers by value; see `_readings`."""
     return max(
-        float(sorted(map(_drop_key, told)) == sorted(map(_drop_key, answer)))
-        for told in _readings(predicted)
-        for answer in answers
+        float(_same_bags(told, answer)) for told in _readings(predicted) for answer in answers
     )
 
 
 def drop_f1(predicted: str, answers: Answers) -> float:
-    """DROP's (arXiv 1903.00161): mean over spans, matched one to one; a wrong number counts nothing."""
+    """DROP's (arXiv 1903.00161): mean over spans, matched one to one; a wrong number counts nothing.
+
+    A row's is not rounded to two places, as the published evaluator rounds it.
+    """
     return max(_bags_f1(told, answer) for told in _readings(predicted) for answer in answers)
 
 
@@ -154,30 +155,35 @@ def _readings(predicted: str) -> list[tuple[str, ...]]:
 
 def _number(word: str) -> float | None:
     try:
-        value = float(word.replace(",", ""))
+        return float(word)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
 
 
 def _drop_words(text: str) -> list[str]:
-    """DROP's tokens: split at spaces and hyphens, numbers by value, other words as SQuAD's."""
-    words = []
-    for word in re.split(r"[ \-]+", text.strip()):
-        number = _number(word.strip(string.punctuation.replace("-", "").replace(".", "")))
-        words.append(normalised(word) if number is None else repr(number))
-    return [word for word in words if word]
+    """DROP's tokens: split at spaces and hyphens, numbers by value, other words as SQuAD's.
+
+    A word is a number as it is ("2.50") or without its punctuation ("1,000").
+    """
+    words: list[str] = []
+    for word in re.split(r"[ \-]", text.lower()):
+        number = _number(word)
+        if number is None:
+            number = _number(word.translate(_PUNCTUATION))
+        words += normalised(word).split() if number is None else [str(number)]
+    return words
 
 
-def _drop_key(text: str) -> str:
-    return " ".join(_drop_words(text))
+def _same_bags(told: Sequence[str], real: Sequence[str]) -> bool:
+    a, b = ([" ".join(_drop_words(span)) for span in bag] for bag in (told, real))
+    return set(a) == set(b) and len(a) == len(b)
 
 
 def _span_f1(told: list[str], real: list[str]) -> float:
-    numbers = {word for word in real if _number(word) is not None}
-    if numbers and not numbers & set(told):
-        return 0.0
     a, b = set(told), set(real)  # DROP compares bags of different words
+    numbers = {word for word in b if _number(word) is not None}
+    if numbers and not numbers & a:
+        return 0.0
     common = len(a & b)
     return 2 * common / (len(a) + len(b)) if common else float(not a and not b)
 

@@ -126,12 +126,13 @@ class Objective:
                 f"--objective {self.name} returned {shape} for {len(examples)} rows: it must return one number a "
                 "row, or one for all"
             )
-        for example, value in zip(examples, found, strict=True):
+        values = [value.item() if hasattr(value, "item") else value for value in found]
+        for example, value in zip(examples, values, strict=True):
             if not isinstance(value, bool | int | float) or not math.isfinite(value):
                 raise UserError(
                     f"--objective {self.name} returned {value!r} for {example.where}: it must be a finite number"
                 )
-        return [float(value) for value in found]
+        return [float(value) for value in values]
 
     def _culprit(
         self, examples: Sequence[Example], predictions: list[str], references: References

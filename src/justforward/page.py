@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from justforward.config import CompareConfig
 from justforward.grid import METHODS, Grid
+from justforward.progress import spell_seconds
 from justforward.svg import SERIES, Line, Row, bars, curves, dots, series_class
 from justforward.tables import COSTS_ARE, GIB, VALUES_ARE, Record, Summary, costs, percent, values
 
@@ -129,19 +130,25 @@ def _mean(parts: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, f
 
 
 def _bars(summary: Summary) -> list[tuple[str, str]]:
+    spelled = {
+        "Peak memory": {
+            m: (c.peak, f"{(c.peak or 0) / GIB:.2f} GiB") for m, c in summary.costs.items()
+        },
+        "Time of a cell": {m: (c.seconds, _time(c.seconds or 0)) for m, c in summary.costs.items()},
+    }
     plots = []
-    for title, name, unit, places in (
-        ("Peak memory", "peak", GIB, "{:.2f} GiB"),
-        ("Time of a cell", "seconds", 1, "{:.3g} s"),
-    ):
-        rows = []
-        for i, method in enumerate(summary.methods):
-            value = getattr(summary.costs[method], name)
-            said = "not known" if value is None else places.format(value / unit)
-            rows.append(Row(method, i, () if value is None else (value,), said))
+    for title, costs_of in spelled.items():
+        rows = [
+            Row(method, i, (), "not known") if value is None else Row(method, i, (value,), said)
+            for i, (method, (value, said)) in enumerate(costs_of.items())
+        ]
         if any(row.values for row in rows):
             plots.append((title, bars(title, rows)))
     return plots
+
+
+def _time(seconds: float) -> str:
+    return spell_seconds(seconds) if seconds >= 60 else f"{seconds:.1f} s"
 
 
 # ------------------------------------------------------------------------------------------ tables

@@ -85,8 +85,8 @@ def probe_weights(features: Tensor, answers: Tensor, labels: int, c: float = 1.0
     Raises:
         UserError: a label has no row, or a feature is not finite.
     """
-    from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
-    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
 
     x, y = features.double().cpu(), answers.cpu()
     counts = torch.bincount(y, minlength=labels)

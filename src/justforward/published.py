@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from justforward.answers import MISSING, read_answers, read_options
+from justforward.answers import MISSING, read_answers, read_options, read_shown
 from justforward.catalog import spelled
 from justforward.data import (
     Example,
@@ -118,7 +118,9 @@ def _file_of(declared: Declaration, split: str, folder: Path) -> Path | None:
 
 def _examples(declared: Declaration, path: Path, task: Task) -> Iterator[Example | None]:
     """The rows of a file in order; None for one without a label."""
-    fields = {name: declared.fields.get(name, Field((name,))) for name in task.fields}
+    # what rows are grouped by is read also where a template of one's own does not show it
+    names = dict.fromkeys((*task.fields, *declared.group, *declared.apart))
+    fields = {name: declared.fields.get(name, Field((name,))) for name in names}
     for line, outer in read_rows(path):
         for row in _inner_rows(outer, declared.rows, line, path):
             classes = declared.kind == "classification"
@@ -139,11 +141,15 @@ def _examples(declared: Declaration, path: Path, task: Task) -> Iterator[Example
                 yield Example(texts, label, str(path), line)
                 continue
             options: tuple[str, ...] = ()
+            shown: tuple[str, ...] = ()
             if declared.options is not None:
                 options = read_options(declared.options, row.first, line, path)
             answers = read_answers(declared, options, row.first, line, path)
+            options = tuple(dict.fromkeys(options))
+            if declared.options is not None:
+                shown = read_shown(declared.options, options, row.first, line, path)
             label = joined(answers[0])
-            yield Example(texts, label, str(path), line, options, answers)
+            yield Example(texts, label, str(path), line, options, answers, shown)
 
 
 def _text(wanted: Field, value: Any, name: str, line: int, path: Path) -> str:
@@ -271,6 +277,11 @@ def deal(
     test, chosen, train = _apart(published, test_size, counts, notes)
     if declared.apart and not chosen:
         chosen, train = _parted(train, declared.apart, max(1, len(train) // 5), seed)
+        if train and not chosen:
+            raise UserError(
+                f"{where}: all training rows share {' and '.join(declared.apart)}, by which the splits are apart: "
+                "none are left to choose the step by: give more rows"
+            )
     pools = _pools(train, seed)
     if shots is not None:
         train, validation = _few(
@@ -315,6 +326,9 @@ def _apart(
     chosen, train = (
         _fresh(published.rows[split], taken, counts) for split in ("validation", "train")
     )
+    if declared.apart:
+        chosen = _others(chosen, test, declared.apart, "validation", notes)
+        train = _others(train, test + chosen, declared.apart, "training", notes)
     usable = len({example.stratum for example in train}) >= (2 if declared.labels else 1)
     if not usable and declared.train_from_test is not None:
         test = _fresh(test, {}, counts)
@@ -348,6 +362,24 @@ def _parted(
         nearer = abs(len(taken) + len(group) - count) <= abs(len(taken) - count)
         (taken if (nearer or not taken) and group is not groups[-1] else left).extend(group)
     return taken, left
+
+
+def _others(
+    rows: list[Example], taken: list[Example], names: tuple[str, ...], split: str, notes: list[str]
+) -> list[Example]:
+    """The rows that share no fields `names` with a row that is taken."""
+    known = {_shared(row, names) for row in taken}
+    left = [row for row in rows if _shared(row, names) not in known]
+    if len(left) < len(rows):
+        notes.append(
+            f"{len(rows) - len(left)} {split} rows left out that share {' and '.join(names)} with rows of another "
+            "split"
+        )
+    return left
+
+
+def _shared(row: Example, names: tuple[str, ...]) -> tuple[str, ...]:
+    return text_key(Example({name: row.fields[name] for name in names}, "", row.file, row.line))
 
 
 def _groups(rows: list[Example], names: tuple[str, ...], seed: int) -> list[list[Example]]:

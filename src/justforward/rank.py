@@ -1,15 +1,7 @@
 """`rank`: why the rate does not depend on the dimension, measured (`docs/theory.md`).
 
-The local effective rank r = tr(H) / |H| of the Hessian where the model stands (arXiv 2305.17333, section 4,
-Assumption 1), the loss that a step of MeZO is expected to cost or gain from it, and what such steps do.
-
-A step is theta - lr z (z.g_B), for a Gaussian z and the gradient g_B of its rows (eps -> 0). To second order
-
-    E[L(after) - L(before)] = -lr E[g.z z.g_B] + lr^2/2 E[(z.g_B)^2 z^T H z]
-                            = -lr |g|^2 + lr^2/2 (2 E[g_B^T H g_B] + E|g_B|^2 tr H)
-
-by the fourth moment of z: E[(z.a)^2 z^T H z] = 2 a^T H a + |a|^2 tr H. With g_B^T H g_B <= |H| |g_B|^2 and
-tr H = r |H| this is the descent lemma of Theorem 1 with its factor (d r + d - 2) / (d + 2) + 1 ~ r + 2.
+The local effective rank r = tr(H) / |H| of the Hessian where the model stands (arXiv 2305.17333, section 4.1,
+Assumption 1), what a step of MeZO is then expected to do to the loss, and what such steps do (`descent`).
 """
 
 from __future__ import annotations
@@ -19,7 +11,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -30,8 +22,9 @@ from torch import Tensor
 
 from justforward import noise
 from justforward.config import RankConfig
-from justforward.data import Example, batches
+from justforward.data import Example
 from justforward.data import rank as order
+from justforward.descent import Descent, Trial, gamma, mean_change, observe
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.evaluate import Scorer
 from justforward.folder import check_new, write_whole, writing
@@ -45,7 +38,6 @@ from justforward.published import Published, scored_rows
 from justforward.ranges import check_ranges
 from justforward.settings import task_of
 from justforward.tasks import Task
-from justforward.trajectory import rounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,194 +47,13 @@ MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the best learning rate, where ste
 SHOWN = 10  # eigenvalues, by magnitude
 
 
-# ------------------------------------------------------------------------------------------ prediction
-
-
-@dataclass(frozen=True)
-class Descent:
-    """The expected change of the loss by one step, to second order: -lr slope + lr^2 / 2 curvature.
-
-    Attributes:
-        slope: |g|^2, the gradient being that of the loss whose change is meant.
-        curvature: E[(z.g_B)^2 z^T H z].
-        error: standard error of the curvature.
-    """
-
-    slope: float
-    curvature: float
-    error: float = 0.0
-
-    @classmethod
-    def predicted(
-        cls, slope: float, square: float, trace: Estimate, along: float, across: Estimate
-    ) -> Descent:
-        """From what is measured.
-
-        Args:
-            slope: |g|^2.
-            square: E|g_B|^2 over the rows of a step.
-            trace: tr H.
-            along: g^T H g.
-            across: tr(H Sigma_B), Sigma_B the covariance of g_B: E[g_B^T H g_B] = along + across.
-        """
-        curvature = 2.0 * (along + across.mean) + square * trace.mean
-        return cls(slope, curvature, math.hypot(2.0 * across.error, square * trace.error))
-
-    def at(self, lr: float) -> float:
-        """The expected change at this learning rate."""
-        return -lr * self.slope + 0.5 * lr * lr * self.curvature
-
-    @property
-    def unit(self) -> float:
-        """slope / |curvature|: the best learning rate where the curvature is positive."""
-        return self.slope / abs(self.curvature)
-
-
-def gamma(dimension: int, effective_rank: float, samples: int = 1) -> float:
-    """How many times smaller a step than SGD's Theorem 1 asks for (arXiv 2305.17333, section 4.1)."""
-    d, r, n = dimension, effective_rank, samples
-    return (d * r + d - 2) / (n * (d + 2)) + 1
+# ----------------------------------------------------------------------------------------- measurement
 
 
 def bare(task: Task) -> Task:
     """The task without a prompt: its template with nothing but the fields (and the mask), a space between."""
     names = dict.fromkeys(name for _, name in task.pieces if name is not None)
     return replace(task, template=" ".join("{" + name + "}" for name in names))
-
-
-# ----------------------------------------------------------------------------------------- observation
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One direction z: what it was in theory, what the look saw, and the loss after a step at each rate.
-
-    Attributes:
-        full: z.g, g the gradient of the loss of all rows.
-        part: z.g_B, g_B that of the step's rows.
-        inner: g.g_B, the mean of z.g z.g_B over z.
-        square: |g_B|^2, the mean of (z.g_B)^2.
-        seen: the projected gradient that the look found for z.g_B.
-        bent: what the look found for z^T H_B z: (l+ + l- - 2 l) / eps^2.
-        changes: L(after) - L(before) over all rows, for each learning rate.
-    """
-
-    full: float
-    part: float
-    inner: float
-    square: float
-    seen: float
-    bent: float
-    changes: tuple[float, ...]
-
-
-def observe(
-    optimizer: MeZO,
-    objective: Objective,
-    gradient: Tensor,
-    rates: Sequence[float],
-    *,
-    directions: int,
-    step_rows: int,
-) -> list[Trial]:
-    """Take the optimizer's steps 0, 1, ... from the same weights, each at several rates, and undo them.
-
-    Args:
-        optimizer: weight space, rule sgd, no log, at step 0; one group. Left as it was, weights too.
-        objective: the loss of all rows, of the optimizer's weights in their order.
-        gradient: [d], g.
-        rates: learning rates.
-        directions: how many steps.
-        step_rows: rows that a step sees; divides the number of rows.
-
-    Returns:
-        A trial for each direction.
-
-    Raises:
-        NonFiniteLoss: a look or a step came to no number.
-    """
-    weights = optimizer.weights
-    kept = [t.detach().clone() for t in [*weights.tensors, *weights.exponents]]
-
-    def go_home() -> None:
-        with torch.no_grad():
-            for tensor, before in zip([*weights.tensors, *weights.exponents], kept, strict=True):
-                tensor.copy_(before)
-
-    eps = float(optimizer.param_groups[0]["eps"])
-    before = objective.value()
-    trials = []
-    try:
-        for index in range(directions):
-            rows = range(objective.rows)
-            chosen = batches(objective.rows, step_rows, optimizer.seed, index)
-            optimizer.steps = index
-            step = optimizer.estimate(lambda chosen=chosen: objective.value(chosen))
-            seen = step.projected_grads[0]
-            home = before if step_rows == objective.rows else objective.value(chosen)
-            bent = 2.0 * (step.loss - home) / eps**2  # step.loss is (l+ + l-) / 2
-            of_step = gradient
-            if step_rows < objective.rows:
-                share = [(row in chosen) / step_rows for row in rows]
-                of_step = objective.gradient(share)
-            full, part = _along(optimizer, index, gradient, of_step)
-            changes = []
-            for lr in rates:
-                # what `estimate` gives at this learning rate: the rule is linear in it
-                optimizer.apply(replace(step, coefficients=(rounded(-lr * seen),)))
-                after = objective.value()
-                if not math.isfinite(after):
-                    raise NonFiniteLoss(index, after, f"after a step with lr {lr:g}")
-                changes.append(after - before)
-                go_home()
-                optimizer.steps = index
-            inner, square = dot(gradient, of_step), dot(of_step, of_step)
-            trials.append(Trial(full, part, inner, square, seen, bent, tuple(changes)))
-    finally:
-        go_home()
-        optimizer.steps = 0
-    return trials
-
-
-def _along(optimizer: MeZO, index: int, *vectors: Tensor) -> list[float]:
-    """z.v of flat vectors, for the direction z of step `index`."""
-    seed = noise.direction_seed(optimizer.seed, index, 0)
-    sums = [0.0] * len(vectors)
-    start = 0
-    for stream, tensor in enumerate(optimizer.weights.tensors):
-        z = noise.normal(seed, stream, 0, tensor.numel()).to(tensor.device)
-        for k, v in enumerate(vectors):
-            sums[k] += dot(z, v[start : start + z.numel()])
-        start += z.numel()
-    return sums
-
-
-def mean_change(
-    trials: Sequence[Trial], place: int, lr: float, trace: float, along: float
-) -> Estimate:
-    """The mean change at rate number `place`, with most of what it owes to the choice of z taken out.
-
-    Given b = z.g_B a step is expected to change the loss by -lr z.g b + lr^2/2 b^2 (t - k + k b^2 / |g_B|^2), for
-    t = tr H and k = g_B^T H g_B / |g_B|^2. The mean of that over z is known, so its deviation is subtracted (a
-    control variate). It is zero on average for any t and k, so the mean is unbiased even where they are wrong.
-
-    Args:
-        trials: of `observe`.
-        place: of the learning rate.
-        lr: it.
-        trace: t.
-        along: k.
-    """
-
-    def chance(t: Trial) -> float:
-        b = t.part**2
-        curved = (trace - along) * (b - t.square) + along * (b * b / t.square - 3.0 * t.square)
-        return -lr * (t.full * t.part - t.inner) + 0.5 * lr * lr * curved
-
-    return Estimate.of([t.changes[place] - chance(t) for t in trials])
-
-
-# ----------------------------------------------------------------------------------------- measurement
 
 
 def measure(
@@ -419,6 +230,8 @@ def _observed(
         "predicted_error": 0.5 * lr * lr * descent.error,
         "change": change.mean,
         "error": change.error,
+        # the same for the directions that were drawn: what the plain mean is to be held against
+        "predicted_here": descent.at(lr) + plain.mean - change.mean,
         "plain_change": plain.mean,
         "plain_error": plain.error,
     }
@@ -530,6 +343,7 @@ def spell_rank(result: Result) -> str:
             f"  best lr                {_or_dash(m['best_lr'])}, by -|g|^2 lr + {m['curvature']:.4g} lr^2 / 2",
             f"  change there           {at_best['change']:.4g} +- {at_best['error']:.2g}, predicted "
             f"{at_best['predicted']:.4g} +- {at_best['predicted_error']:.2g}",
+            f"  of these directions    {at_best['plain_change']:.4g}, predicted {at_best['predicted_here']:.4g}",
         ]
     lines.append(f"{result['out']}: rank.json, rank.png")
     return "\n".join(lines)
@@ -569,15 +383,23 @@ def plot(result: Result, path: Path) -> None:
         width = 0.5 * rates**2 * descent.error
         axes.plot(rates, line, color="#2171b5", label="predicted")
         axes.fill_between(rates, line - width, line + width, color="#9ecae1", alpha=0.6)
-        axes.errorbar(
-            [o["lr"] for o in seen],
-            [o["change"] for o in seen],
-            yerr=[o["error"] for o in seen],
-            fmt="o",
-            color="#d94801",
-            capsize=3,
-            label=f"observed, {result['directions']} directions",
-        )
+        lrs = [o["lr"] for o in seen]
+        here = [o["predicted_here"] for o in seen]
+        axes.plot(lrs, here, "--", color="#777777", label="predicted, these directions")
+        for key, error, color, fill, label in (
+            ("plain_change", "plain_error", "#777777", "none", "observed, these directions"),
+            ("change", "error", "#d94801", "#d94801", "observed, chance of z taken out"),
+        ):
+            axes.errorbar(
+                lrs,
+                [o[key] for o in seen],
+                yerr=[o[error] for o in seen],
+                fmt="o",
+                color=color,
+                markerfacecolor=fill,
+                capsize=3,
+                label=label,
+            )
         axes.axhline(0.0, color="#555555", linewidth=0.8)
         axes.set_title(
             f"{_NAMES[name]}: r = {m['effective_rank']:.3g}, d = {m['dimension']:,}",
@@ -586,7 +408,7 @@ def plot(result: Result, path: Path) -> None:
         axes.set_xlabel("learning rate")
         axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="x-small")
     panels[0].set_ylabel("expected change of the loss by one step")
     FigureCanvasAgg(figure)
     temporary = path.with_name(f".{path.stem}.tmp.png")

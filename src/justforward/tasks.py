@@ -122,10 +122,10 @@ class Task:
                 "loss 'choices' is over options, and a task of kind 'generation' has none: "
                 "choose vocabulary"
             )
-        if self.max_new_tokens < 1 or not all(self.stop):
+        if self.max_new_tokens < 1 or not self.stop or not all(self.stop):
             raise UserError(
                 f"max_new_tokens {self.max_new_tokens} and stop {list(self.stop)}: an answer needs one "
-                "token at least, and what ends it cannot be empty"
+                "token at least, and something that ends it, which cannot be empty"
             )
         for metric in self.metrics:
             if metric not in METRICS[self.kind]:
