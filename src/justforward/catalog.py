@@ -449,9 +449,3 @@ def _check_whole(declared: Declaration) -> None:
         return
     if declared.answers is not None:
         raise UserError(f"{where}: kind 'classification' has no answers: give label and labels")
-    if "f1" in declared.metrics and declared.positive is None:
-        raise UserError(f"{where}: metric f1 needs positive: the label that it counts")
-    if "exact_match" in declared.metrics and not declared.group:
-        raise UserError(f"{where}: metric exact_match needs group: the fields of one question")
-    if "matthews" in declared.metrics and len(declared.labels) != 2:
-        raise UserError(f"{where}: metric matthews is of two labels: leave it out")

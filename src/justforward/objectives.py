@@ -39,7 +39,7 @@ class Objective:
         sampling: how a task of kind "generation" writes while it is trained (validation is greedy).
 
     Raises:
-        UserError: no such metric or function.
+        UserError: no such metric or function; or the task lacks what the metric needs.
     """
 
     def __init__(self, name: str, task: Task, sampling: Sampling | None = None) -> None:
@@ -54,6 +54,8 @@ class Objective:
                 f"--objective is {name!r}: it must be loss, one of {', '.join(METRICS[task.kind])}, or a "
                 "function as in rewards.py:my_function"
             )
+        else:
+            task.check_metric(name)
 
     def by_row(self) -> bool | None:
         """Whether a row has a number of its own; None: not known before the function was called."""

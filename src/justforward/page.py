@@ -159,7 +159,7 @@ def _searches(grid: Grid, records: Sequence[Record]) -> list[dict[str, Any]]:
     found = []
     for task in grid.tasks:
         for method in grid.methods:
-            cell = next(c for c in grid.cells if (c.task, c.method) == (task, method))
+            cells = [c for c in grid.cells if (c.task, c.method) == (task, method)]
             mine = [r for r in records if (r["task"], r["method"]) == (task, method)]
             chosen = next((r["values"] for r in mine if r["trial"] is None), None)
             trials = [
@@ -173,7 +173,7 @@ def _searches(grid: Grid, records: Sequence[Record]) -> list[dict[str, Any]]:
                 for r in mine
                 if r["trial"] is not None
             ]
-            if cell.search and trials:
+            if cells and cells[0].search and trials:
                 found.append({"task": task, "method": method, "trials": trials})
     return found
 

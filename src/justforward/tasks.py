@@ -128,16 +128,32 @@ class Task:
                 "token at least, and something that ends it, which cannot be empty"
             )
         for metric in self.metrics:
-            if metric not in METRICS[self.kind]:
-                raise UserError(
-                    f"metric {metric!r} is unknown for kind {self.kind!r}: known are "
-                    f"{', '.join(METRICS[self.kind])}"
-                )
+            self.check_metric(metric)
         if self.positive is not None and self.positive not in self.labels:
             raise UserError(
                 f"positive is {self.positive!r}: it must be one of the labels "
                 f"({', '.join(self.labels) or 'there are none'})"
             )
+
+    def check_metric(self, name: str) -> None:
+        """Whether the task says what a metric needs.
+
+        Raises:
+            UserError: it does not, or its kind has no metric of that name.
+        """
+        if name not in METRICS[self.kind]:
+            raise UserError(
+                f"metric {name!r} is unknown for kind {self.kind!r}: known are "
+                f"{', '.join(METRICS[self.kind])}"
+            )
+        if self.kind != "classification":
+            return
+        if name == "f1" and self.positive is None:
+            raise UserError("metric f1 needs positive: the label that it counts")
+        if name == "exact_match" and not self.group:
+            raise UserError("metric exact_match needs group: the fields of one question")
+        if name == "matthews" and len(self.labels) != 2:
+            raise UserError("metric matthews is of two labels: leave it out")
 
     def _check_labels(self) -> None:
         if self.kind not in get_args(Kind):
