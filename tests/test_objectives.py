@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -158,9 +159,9 @@ def test_functions_get_texts_and_lists_of_right_ones(tmp_path: Path) -> None:
 
 
 def test_functions_of_modules() -> None:
-    objective = Objective("os.path:commonprefix", CHOICE)
-    assert objective.by_row() is None
-    with pytest.raises(UserError, match="--objective os.path:commonprefix returned str for 2 rows"):
+    assert Objective("operator:eq", CHOICE).values(rows("choice", 2), ["bad", "bad"]) == 0.0
+    objective = Objective("operator:concat", CHOICE)
+    with pytest.raises(UserError, match="--objective operator:concat returned 4 values for 2 rows"):
         objective.values(rows("choice", 2), ["bad", "bad"])
 
 
@@ -182,7 +183,7 @@ def test_functions_of_modules() -> None:
 def test_numbers_of_any_kind(
     monkeypatch: pytest.MonkeyPatch, made: Callable[[], Any], expected: Any
 ) -> None:
-    objective = Objective("os.path:commonprefix", CHOICE)
+    objective = Objective("operator:eq", CHOICE)
     monkeypatch.setattr(objective, "_function", lambda _p, _r: made())
     found = objective.values(rows("choice", 3), ["bad"] * 3)
     assert found == expected
@@ -205,25 +206,44 @@ def test_numbers_of_any_kind(
         ("return {}['x'] if len(references) > 1 else 0", r"raised KeyError: 'x' \(rows: rows.csv:2 and 7 more\)"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("estimator", ["weight", "activation"])
-def test_functions_that_err(tmp_path: Path, estimator: str, body: str, said: str) -> None:
+def test_functions_that_err(tmp_path: Path, body: str, said: str) -> None:
     """The row is named, and every weight is as before."""
+    caught = failed_step(of_file(tmp_path, body), "weight")
+    assert re.search(said, caught)
+
+
+@pytest.mark.parametrize(
+    "body", ["return [1 / 0]", "return None", "return [1.0]", "return [float('nan') for _ in predictions]"]
+)  # fmt: skip
+@pytest.mark.parametrize("estimator", ["weight", "activation"])
+def test_weights_are_as_before(tmp_path: Path, estimator: str, body: str) -> None:
+    """Also where the function errs at the second look only."""
+    failed_step(of_file(tmp_path, body), estimator)
+    path = tmp_path / "rewards.py"
+    path.write_text(
+        "calls = []\n"
+        "def reward(predictions, references):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 1:\n"
+        "        return [0.0 for _ in predictions]\n"
+        f"    {body}\n"
+    )
+    failed_step(f"{path}:reward", estimator)
+
+
+def failed_step(name: str, estimator: str) -> str:
+    """What a step with an objective that errs says, once it is clear that nothing has moved."""
     asked = scorer("choice")
-    objective = Objective(of_file(tmp_path, body), CHOICE)
+    objective = Objective(name, CHOICE)
     opt = jf.MeZO(asked.model, eps=0.1, estimator=estimator)
     before = jf.fingerprint(asked.model)
     batch = objective.batch(asked, rows("choice"))
-    if estimator == "activation":  # both signs are rows of one batch
-        said = said.replace("8 rows", r"\d+ rows").replace("7 values", "7 values")
-        said = said.replace("7 more", r"\d+ more")
-        if "* 7" in body or "* 6" in body or "* 5" in body or "* 8" in body:
-            said = r"returned (7|8) values for \d+ rows"
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match="^--objective ") as caught:
         opt.step(objective.closure(asked), batch)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("--objective ")
     assert jf.fingerprint(asked.model) == before
     assert opt.steps == 0
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["classification", "function"])
@@ -282,10 +302,11 @@ def test_a_file_may_hold_dataclasses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "name"), [("llama", "accuracy"), ("gpt2", "f1"), ("opt", "function")]
+    ("architecture", "name", "lr"),
+    [("llama", "accuracy", 1e-2), ("llama", "f1_macro", 1e-2), ("opt", "function", 2e-2)],
 )
 def test_the_objective_rises_on_rows_not_trained_on(
-    tmp_path: Path, architecture: str, name: str
+    tmp_path: Path, architecture: str, name: str, lr: float
 ) -> None:
     """A metric that has no gradient, from chance to nearly right."""
     if name == "function":
@@ -301,7 +322,7 @@ def test_the_objective_rises_on_rows_not_trained_on(
         return objective.score(held, asked.predict(objective.batch(asked, held)))
 
     before = score()
-    opt = jf.MeZO(asked.model, lr=1e-2, eps=0.1, rule="rms")
+    opt = jf.MeZO(asked.model, lr=lr, eps=0.1, rule="rms")
     losses = [opt.step(lambda: closure(batch)) for _ in range(150)]
     assert before < 0.7
     assert score() > 0.8
@@ -314,9 +335,9 @@ def test_the_objective_rises_in_activation_space() -> None:
     asked = scorer("classification")
     objective = Objective("accuracy", CLASSES)
     batch, closure = objective.batch(asked, train), objective.closure(asked)
-    opt = jf.MeZO(asked.model, lr=1e-2, eps=0.3, rule="rms", estimator="activation")
+    opt = jf.MeZO(asked.model, lr=1e-2, eps=0.1, rule="rms", estimator="activation")
     before = objective.score(held, asked.predict(objective.batch(asked, held)))
-    for _ in range(120):
+    for _ in range(100):
         opt.step(closure, batch)
     after = objective.score(held, asked.predict(objective.batch(asked, held)))
     assert before < 0.7
