@@ -20,6 +20,7 @@ from justforward.data import Example
 from justforward.declaration import CHANGES, Declaration
 from justforward.errors import UserError
 from justforward.metrics import figures
+from justforward.objectives import Objective
 from justforward.published import Published, deal, read_published, scored_rows
 from justforward.settings import resolved
 from justforward.tasks import METRICS
@@ -56,6 +57,15 @@ WIC = (
     "A bank lends.\nA bank floods.\n"
 )
 PAIR = {"sentence1": "Snow fell.", "sentence2": "It snowed."}
+COPA = {"premise": "It rained.", "choice1": "The road got wet.", "choice2": "I slept."}
+RECORD = {
+    "passage": {"text": "Ann met Bo.\n@highlight\nBo waved", "entities": [{"start": 0, "end": 2}, {"start": 8, "end": 9}]},
+    "qas": [{"query": "Then @placeholder left.", "answers": [{"start": 8, "end": 9, "text": "Bo"}]}],
+}  # fmt: skip
+SQUAD = {"title": "Rome", "context": "Rome is in Italy.", "question": "Where is it? "}
+SQUAD_SHOWN = "Title: Rome\nContext: Rome is in Italy.\nQuestion: Where is it?\nAnswer:"
+DROP = {"passage": "Ann has 3 cats.", "question": "How many?"}
+DROP_SHOWN = "Passage: Ann has 3 cats.\nQuestion: How many?\nAnswer:"
 QUESTIONS = {"question1": "How old is he?", "question2": "What is his age?"}
 
 SHOWN: dict[str, list[Shown]] = {
@@ -100,6 +110,22 @@ SHOWN: dict[str, list[Shown]] = {
     "multirc": [
         ({"idx": 0, "passage": PASSAGE}, "right", MULTIRC, None),
         ({"paragraph": "Ann has a cat.", "question": "Who has a cat?", "answer": "Ann", "label": 1}, "right", MULTIRC, None),
+    ],
+    "copa": [
+        ({**COPA, "question": "effect", "label": 0}, "the road got wet.", "It rained so", None),
+        ({**COPA, "question": "cause", "label": 1}, "I slept.", "It rained because", None),
+    ],
+    "record": [
+        (RECORD, "Bo", "Ann met Bo.\n- Bo waved\n-", None),
+        ({"passage": "Ann met Bo.", "query": "@placeholder left.", "entities": ["Bo", "Ann"], "answers": ["Ann"]}, "Ann", "Ann met Bo.\n-", None),
+    ],
+    "squad": [
+        ({**SQUAD, "answers": {"text": ["in Italy", "Italy"], "answer_start": [8, 11]}}, "in Italy", SQUAD_SHOWN, None),
+        ({**SQUAD, "answers": [{"text": "Italy", "answer_start": 11}]}, "Italy", SQUAD_SHOWN, None),
+    ],
+    "drop": [
+        ({**DROP, "answer": {"number": "3", "date": {}, "spans": []}, "validated_answers": []}, "3", DROP_SHOWN, None),
+        ({**DROP, "answers_spans": {"spans": ["three"], "types": ["span"]}}, "three", DROP_SHOWN, None),
     ],
     "mrpc": [({**PAIR, "label": 1}, "same", "Snow fell.\nIt snowed.\nDo these two sentences say the same? Yes or No?\n", "Snow fell. {mask}, it snowed.")],
     "qqp": [({**QUESTIONS, "label": 0}, "different", "How old is he?\nWhat is his age?\nDo these two questions ask the same? Yes or No?\n", "How old is he? {mask}, what is his age?")],
@@ -149,18 +175,111 @@ def test_words_of_the_paper() -> None:
         assert load(name).task_for("masked").labels == words
 
 
-def test_the_declaration_in_the_documentation(tmp_path: Path) -> None:
-    [written] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "tasks.md").read_text(), re.S)
-    (tmp_path / "spam.yaml").write_text(written)
-    declared = load(str(tmp_path / "spam.yaml"))
+# What the paper asks without a row's content, where it calibrates (templates of its repository, encode_sfc).
+NULLS = {
+    "sst2": " It was", "copa": "so", "record": "-",
+    **dict.fromkeys(("boolq", "cb", "multirc", "rte", "wic", "wsc"), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_null_prompts_of_the_paper(name: str, tmp_path: Path) -> None:
+    declared = load(name)
+    row = SHOWN[name][0][0]
+    files = {Path(declared.splits[split][0]).stem: [row] for split in ("train", "test")}
+    example = read(declared, write(tmp_path / "d", **files)).rows["test"][0]
+    assert declared.task_for().null_prompt(example.fields) == NULLS[name]
+    if "masked" in declared.kinds:
+        assert declared.task_for("masked").null is None
+    own = declared.task_for(template=f"So: {declared.template}")
+    assert own.null is None
+
+
+DOCUMENTED = (ROOT / "docs" / "tasks.md").read_text()
+BLOCKS = re.findall(r"```yaml\n(.*?)```", DOCUMENTED, re.S)
+
+
+def documented(name: str, folder: Path) -> Declaration:
+    """The declaration of that name in docs/tasks.md."""
+    [written] = [each for each in BLOCKS if each.startswith(f"name: {name}\n")]
+    (folder / f"{name}.yaml").write_text(written)
+    return load(str(folder / f"{name}.yaml"))
+
+
+def test_the_documentation_names_all_there_is() -> None:
+    kinds = [yaml.safe_load(each).get("kind", "classification") for each in BLOCKS]
+    assert kinds == list(METRICS)
+    words = set(re.findall(r"`(\w+)`", DOCUMENTED))
+    metrics = {metric for each in METRICS.values() for metric in each}
+    inner = {
+        "from",
+        "columns",
+        "text",
+        "into",
+        "at",
+        "also",
+        "within",
+        "values",
+        "change",
+        "replace",
+    }
+    assert words >= {*CHANGES, *KEYS, *metrics, *METRICS, *inner}
+    named = set(re.findall(r"^\| (`.*?) \|", DOCUMENTED.split("## All keys")[1], re.M))
+    told = {word for cell in named for word in re.findall(r"`(\w+)", cell)}
+    assert told == set(KEYS)
+
+
+def test_the_documented_classification(tmp_path: Path) -> None:
+    declared = documented("spam", tmp_path)
     rows = [{"mail": {"text": " hello"}, "label": 0}, {"body": "win!", "label": 1}, {"label": -1}]
     found = read(declared, write(tmp_path / "d", train=rows, eval=rows))
     assert found.dropped == 2
     prompts = [declared.task_for().prompt(row.fields) for row in found.rows["test"]]
     assert prompts[0] == "Hello\nIs this mail wanted? Yes or No?\n"
     assert [row.label for row in found.rows["test"]] == ["ham", "spam"]
-    keys = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "tasks.md").read_text()))
-    assert keys >= {*CHANGES, *(m for each in METRICS.values() for m in each), *KEYS} - {"kind", "accuracy"}
+
+
+def test_the_documented_choice(tmp_path: Path) -> None:
+    declared = documented("ending", tmp_path)
+    row = {"story": "It rained. ", "ending1": "I slept.", "ending2": "The road was wet."}
+    rows = [{**row, "right": 1}, {**row, "right": "I slept."}]
+    first, second = read(declared, write(tmp_path / "d", train=rows, test=rows)).rows["test"]
+    assert declared.task_for().prompt(first.fields) == "It rained. Then"
+    assert declared.task_for().null_prompt(first.fields) == "Then"
+    assert first.options == second.options == ("I slept.", "the road was wet.")
+    assert [first.label, second.label] == ["the road was wet.", "I slept."]
+    assert declared.task_for().score == "mean"
+
+
+def test_the_documented_generation(tmp_path: Path) -> None:
+    declared = documented("places", tmp_path)
+
+    def row(i: int) -> dict[str, Any]:
+        text = f"{i} is in Oslo, Norway."
+        answers = {"text": ["Oslo"]}
+        return {"town": f"t{i // 3}", "text": text, "question": "Where", "answers": answers, "more": ["Norway"]}  # fmt: skip
+
+    found = read(declared, write(tmp_path / "d", test=[row(i) for i in range(30)]))
+    example = found.rows["test"][0]
+    task = declared.task_for()
+    assert task.prompt(example.fields) == "0 is in Oslo, Norway.\nQ: Where?\nA:"
+    assert example.answers == (("Oslo",), ("Norway",))
+    assert (task.stop, task.max_new_tokens) == (("\n", "Q:"), 20)
+    splits = deal(found, seed=0)
+    towns = [{e.fields["town"] for e in part} for part in (splits.train, splits.validation, splits.test)]  # fmt: skip
+    assert all(towns)
+    assert sum(map(len, towns)) == len(set.union(*towns)) == 10
+    assert len(splits.test) == 12
+
+
+def test_the_documented_objective(tmp_path: Path) -> None:
+    [written] = re.findall(r"```python\n(.*?)```", DOCUMENTED, re.S)
+    (tmp_path / "rewards.py").write_text(written)
+    objective = Objective(
+        f"{tmp_path}/rewards.py:reward", documented("ending", tmp_path).task_for()
+    )
+    row = Example({"story": "x"}, "a", "f", 1, ("a", "b"), (("a",),))
+    assert objective.values([row, row], ["a", "b"]) == [1.0, 0.0]
 
 
 def test_the_declarations_are_shipped() -> None:
@@ -433,7 +552,7 @@ OWN = {
         ({"colour": "red"}, "key 'colour' is unknown: known are name, title"),
         ({"templat": "x"}, "key 'templat' is unknown: did you mean template"),
         ({"kind": "poetry"}, "kind is 'poetry': it must be one of classification"),
-        ({"metrics": ["bleu"]}, "metric 'bleu' is unknown: known are accuracy, f1"),
+        ({"metrics": ["bleu"]}, "metric 'bleu' is unknown for kind 'classification': known are accuracy, f1"),
         ({"metrics": "f1"}, "metric f1 needs positive"),
         ({"metrics": "f1", "positive": "eggs"}, "positive is 'eggs': it must be one of the labels"),
         ({"metrics": ["exact_match"]}, "exact_match needs group"),

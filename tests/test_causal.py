@@ -221,9 +221,7 @@ def test_any_rows_are_shared_alike(given_rows: list[tuple[str, tuple[str, ...]]]
     scorer = scorer_of(make_model("llama"))
     with pytest.MonkeyPatch.context() as patch:
         shared, repeated = both(patch, scorer, rows(texts, options))
-    torch.testing.assert_close(
-        scorer.scores(shared), scorer.scores(repeated), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(scorer.scores(shared), scorer.scores(repeated), atol=1e-5, rtol=1e-5)
 
 
 def test_words_of_labels_are_shared_too(
@@ -233,9 +231,7 @@ def test_words_of_labels_are_shared_too(
     scorer = Scorer(tiny_model, tokenizer, Task("{text} It was", labels))
     examples = [Example({"text": text}, "b", "rows.csv", 2) for text in TEXTS]
     shared, repeated = both(monkeypatch, scorer, examples)
-    torch.testing.assert_close(
-        scorer.scores(shared), scorer.scores(repeated), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(scorer.scores(shared), scorer.scores(repeated), atol=1e-5, rtol=1e-5)
 
 
 def test_shared_where_it_pays(tiny_llama: Any) -> None:

@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from justforward.data import Example, Splits, batches, read_examples, split_examples
+from justforward.data import (
+    Example,
+    Splits,
+    batches,
+    drop_duplicates,
+    rank,
+    read_examples,
+    split_examples,
+)
 from justforward.errors import UserError
 from justforward.tasks import Task
 
@@ -257,6 +265,30 @@ def test_splits_refused(counts: dict[str, int], sizes: dict[str, Any], said: str
 def test_nothing_to_split() -> None:
     with pytest.raises(UserError, match="no rows are left"):
         split([])
+
+
+def answered(text: str, right: str, options: tuple[str, ...] = (), **keys: Any) -> Example:
+    return Example({"text": text}, right, "f", 1, options, ((right,),), **keys)
+
+
+def test_rows_with_answers_of_their_own_are_one_stratum() -> None:
+    assert answered("x", "a", ("a", "b")).stratum == answered("y", "z").stratum == ""
+    assert Example({"text": "x"}, "a", "f", 1).stratum == "a"
+
+
+def test_options_belong_to_the_text_of_a_row() -> None:
+    same = answered("X ", "b", ("A", " b"))
+    rows = [answered("x", "a", ("a", "b")), answered("x", "a", ("a", "c")), answered("y", "a")]
+    assert drop_duplicates([*rows, answered("X", "a", ("A", "B"))]) == (rows, 1, 0)
+    assert drop_duplicates([*rows, same]) == (rows[1:], 0, 2)  # another of the two is right
+    # of options that complete a sentence, the sentences count: queries share a passage and its names
+    names = ("Ann", "Bo")
+    queries = [
+        answered("p", "Ann", names, shown=("Ann left", "Bo left")),
+        answered("p", "Bo", names, shown=("Ann came", "Bo came")),
+    ]
+    assert drop_duplicates(queries) == (queries, 0, 0)
+    assert rank(queries[0], 0) != rank(queries[1], 0)
 
 
 # ------------------------------------------------------------------------------------------ batches

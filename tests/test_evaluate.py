@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -313,3 +316,233 @@ def test_no_rows_no_batch_no_prompt(tiny_opt: Any, tokenizer: Any) -> None:
         scorer.encode(rows([" "]))
     with pytest.raises(UserError, match=r"x\.csv:1: label 'odd' has no word"):
         scorer.encode([Example({"text": "a"}, "odd", "x.csv", 1)])
+
+
+# --------------------------------------------------------------------------------- options and texts
+
+OPTIONS = [("great", "not good at all"), ("bad", "not", "not good", "very good"), ("good", "bad")]
+
+
+def choices(texts: list[str] = TEXTS[:3]) -> list[Example]:
+    """Rows with different numbers of options."""
+    return [
+        Example({"text": text}, offered[0], "rows.jsonl", i + 1, offered, ((offered[0],),))
+        for i, (text, offered) in enumerate(zip(texts, OPTIONS, strict=True))
+    ]
+
+
+def written() -> list[Example]:
+    return [
+        Example({"text": text}, "very good", "rows.jsonl", i + 1, answers=(("very good",), ("x",)))
+        for i, text in enumerate(TEXTS[:3])
+    ]
+
+
+CHOICE = Task("{text} It was", kind="choice", score="mean")
+WRITING = Task("{text} It was", kind="generation", loss="vocabulary", max_new_tokens=5)
+
+
+def test_which_answers_a_batch_has(tiny_model: Any, tokenizer: Any) -> None:
+    scorer = Scorer(tiny_model, tokenizer, CHOICE)
+    every, right, none = (scorer.encode(choices(), which) for which in ("all", "right", "none"))  # type: ignore[arg-type]
+    assert every["present"].tolist() == [[True] * 2 + [False] * 2, [True] * 4, [True] * 2 + [False] * 2]  # fmt: skip
+    assert right["present"].shape == none["present"].shape == (3, 1)
+    assert none["read_token"].shape == (3, 0)
+    lengths = none["attention_mask"].sum(-1).tolist()
+    assert lengths == [scorer.length(example) for example in choices()]
+    scores, alone = scorer.scores(every), scorer.scores(right)
+    torch.testing.assert_close(scores[:, :1], alone, atol=1e-5, rtol=1e-5)
+    assert scorer.examples(every)[1].options == OPTIONS[1]
+    labelled = Scorer(tiny_model, tokenizer, Task("{text} It was", SINGLE))
+    for which in ("right", "none"):  # words that all rows share
+        batch = labelled.encode(rows(), which)  # type: ignore[arg-type]
+        assert batch["present"].shape == (len(TEXTS), 2)
+        assert batch.keys() == labelled.encode(rows()).keys()
+    texts = Scorer(tiny_model, tokenizer, WRITING)
+    assert texts.encode_training(written())["read_token"].shape[1] >= 2
+    assert texts.encode(written(), "none")["read_token"].shape[1] == 0
+
+
+def test_evaluating_texts(tiny_model: Any, tokenizer: Any) -> None:
+    told = Scorer(tiny_model, tokenizer, WRITING).evaluate(written(), 2)
+    assert (told.metric, list(told.metrics)) == ("f1", ["f1"])
+    both = replace(WRITING, metrics=("exact_match", "f1"))
+    made = told.predictions[0]
+    examples = [
+        Example(e.fields, "very good", e.file, e.line, answers=((made,), ("very good",)))
+        for e in written()
+    ]
+    found = Scorer(tiny_model, tokenizer, both).evaluate(examples, 2)
+    assert found.predictions == told.predictions
+    assert found.metric == "exact_match"
+    assert found.value == found.accuracy == found.metrics["exact_match"] >= 1 / 3
+    assert found.forwards == told.forwards > 2
+    assert math.isclose(found.loss, told.loss, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["choice", "generation"])
+def test_masked_models_only_fill_in(kind: Any) -> None:
+    task = Task("{text} It was", kind=kind, loss="vocabulary")
+    with pytest.raises(UserError, match="mask"):
+        Scorer(make_model("bert"), make_tokenizer("wordpiece"), task)
+
+
+# ------------------------------------------------------------------------------------ demonstrations
+
+SHOTS = rows(["dull", "a film", "music"])  # bad, great, bad
+
+
+def with_shots(model: Any, tokenizer: Any, task: Task, **keys: Any) -> Scorer:
+    return Scorer(model, tokenizer, task, demonstrations=keys.pop("shots", SHOTS), **keys)
+
+
+@pytest.mark.parametrize("separator", ["\n\n", " | ", ""])
+def test_demonstrations_come_before_the_row(
+    tiny_model: Any, tokenizer: Any, separator: str
+) -> None:
+    task = Task("{text} It was", SINGLE, separator=separator)
+    scorer = with_shots(tiny_model, tokenizer, task)
+    examples = rows(["the end"])
+    texts = ["dull It was bad", "a film It was great", "music It was bad", "the end It was"]
+    assert shown(scorer, tokenizer, examples[0]) == separator.join(texts)
+    assert scorer.prompts.demonstrations_shown == [3]
+    before = separator.join([*texts[:3], ""])
+    whole = rows([before + "the end"])
+    bare = Scorer(tiny_model, tokenizer, Task("{text} It was", SINGLE))
+    torch.testing.assert_close(
+        scorer.scores(scorer.encode(examples)), bare.scores(bare.encode(whole))
+    )
+
+
+def test_special_tokens_stand_before_all_demonstrations(tiny_llama: Any) -> None:
+    scorer = with_shots(tiny_llama, make_tokenizer("metaspace"), Task("{text} It was", SINGLE))
+    ids = scorer.encode(rows(["a film"]))["input_ids"][0].tolist()
+    assert ids[0] == 1
+    assert (ids.count(1), ids.count(2)) == (1, 0)
+
+
+def test_demonstrations_of_the_other_kinds(tiny_opt: Any, tokenizer: Any) -> None:
+    sentences = ("so it is great", "so it is bad")
+    shot = Example({"text": "a"}, "Bo", "f", 1, ("Ann", "Bo"), (("Bo",),), sentences)
+    scorer = with_shots(tiny_opt, tokenizer, CHOICE, shots=[shot, choices()[1]])
+    batch = scorer.encode([choices()[0]], "none")
+    assert tokenizer.decode(batch["input_ids"][0]) == (
+        "a It was so it is bad\n\nbad It was bad\n\na fine film It was"
+    )
+    scorer = with_shots(tiny_opt, tokenizer, WRITING, shots=written()[:1])
+    batch = scorer.encode(written()[1:2], "none")
+    assert tokenizer.decode(batch["input_ids"][0]) == "a fine film It was very good\n\nbad It was"
+
+
+@pytest.mark.parametrize("task", [Task("{text} It was", SEVERAL), CHOICE, WRITING], ids=lambda t: t.kind)  # fmt: skip
+def test_as_many_demonstrations_as_fit(tiny_opt: Any, tokenizer: Any, task: Task) -> None:
+    """The first are left out; one more would not fit; where none fits, the row stands alone."""
+    pool = {"classification": rows(labels=SEVERAL), "choice": choices(), "generation": written()}
+    shots, example = pool[task.kind][:3], pool[task.kind][1]
+    texts = [scorer_text(tokenizer, task, shot) for shot in shots]
+    counts = []
+    for max_length in (12, 15, 20, 25, 30, 35, 40, 50, CONTEXT):
+        scorer = with_shots(tiny_opt, tokenizer, task, shots=shots, max_length=max_length)
+        prompt = tokenizer.decode(scorer.prompts.rows([example])[0].prompt)
+        [count] = scorer.prompts.demonstrations_shown
+        expected = "\n\n".join([*texts[3 - count :], "bad It was"])
+        assert prompt == expected
+        options = example.options or tuple(task.labels.values())
+        answers = [f" {option}" for option in options] or [""]
+        room = max(len(tokenizer(answer)["input_ids"]) for answer in answers) if options else 5
+        assert len(tokenizer(expected)["input_ids"]) + room <= max_length
+        if count < 3:
+            more = "\n\n".join([texts[2 - count], expected])
+            assert len(tokenizer(more)["input_ids"]) + room > max_length
+        counts.append(count)
+    assert counts == sorted(counts)
+    assert counts[-1] == 3
+    assert len(set(counts)) >= 3
+
+
+def scorer_text(tokenizer: Any, task: Task, example: Example) -> str:
+    word = task.labels.get(example.label, example.label)
+    return f"{example.fields['text'].rstrip()} It was {word}"
+
+
+def test_demonstrations_do_not_save_a_row_that_is_too_long(tiny_opt: Any, tokenizer: Any) -> None:
+    task = Task("{text} It was", SINGLE)
+    with pytest.raises(UserError, match=r"rows\.csv:2: the text makes \d+ tokens"):
+        with_shots(tiny_opt, tokenizer, task).prepare(rows([LONG]))
+    scorer = with_shots(tiny_opt, tokenizer, task, max_length=30)
+    assert shown(scorer, tokenizer, rows([LONG])[0]).endswith(" It was")
+    assert scorer.prompts.demonstrations_shown == [0]
+
+
+# ---------------------------------------------------------------------------------------- calibration
+
+
+def total(model: Any, ids: list[int], word: list[int]) -> float:
+    """Log-likelihood of a word's tokens after others, one forward of the whole."""
+    with torch.no_grad():
+        logs = model(torch.tensor([ids + word])).logits[0].double().log_softmax(-1)
+    return sum(float(logs[len(ids) + i - 1, token]) for i, token in enumerate(word))
+
+
+@pytest.mark.parametrize("null", [None, " It was", "Then", ""])
+@pytest.mark.parametrize("kind", ["bytelevel", "metaspace"])
+def test_calibration_is_as_defined(kind: str, null: str | None) -> None:
+    model, tokenizer = make_model("opt"), make_tokenizer(kind)
+    task = Task("{text} It was", SEVERAL, null=null)
+    # not the empty text, which is the null prompt itself
+    examples = rows([text * n for n in (1, 2, 3) for text in TEXTS if text], SEVERAL)
+    plain, scorer = Scorer(model, tokenizer, task), Scorer(model, tokenizer, task, calibrate=True)
+    bare = tokenizer(" It was" if null is None else null, add_special_tokens=False)["input_ids"]
+    start = [*plain.prompts.before, *bare] or [tokenizer.eos_token_id]
+    nothing = torch.tensor([total(model, start, word) for word in plain.prompts.words])
+    calibrated = plain.scores(plain.encode(examples)) - nothing
+    expected = [list(SEVERAL)[i] for i in calibrated.argmax(1).tolist()]
+    found, before = scorer.evaluate(examples, 4), plain.evaluate(examples, 4)
+    assert found.predictions == expected
+    assert found.predictions != before.predictions
+    assert found.loss == before.loss
+    assert found.forwards == 3 * before.forwards
+
+
+def test_calibration_of_options(tiny_llama: Any, tokenizer: Any) -> None:
+    """By sums whatever the score is; each row has a null prompt and options of its own."""
+    task = Task("{text} {word}", kind="choice", score="mean", null="{word}")
+    offers = [
+        ("bad", "very bad film"),
+        ("bad", "the film", "great"),
+        ("not good", "bad", "a", "dull"),
+    ]
+    examples = [
+        Example({"text": text, "word": word}, "bad", "f", i, offered, (("bad",),))
+        for i, (word, offered) in enumerate(itertools.product(["so", "because", "and"], offers))
+        for text in TEXTS
+    ]
+    scorer = Scorer(tiny_llama, tokenizer, task, calibrate=True)
+    expected = []
+    for example in examples:
+        prompt = tokenizer(f"{example.fields['text']} {example.fields['word']}")["input_ids"]
+        null = tokenizer(example.fields["word"])["input_ids"]
+        words = [tokenizer(f" {option}")["input_ids"] for option in example.options]
+        gains = [total(tiny_llama, prompt, w) - total(tiny_llama, null, w) for w in words]
+        expected.append(example.options[gains.index(max(gains))])
+    assert scorer.evaluate(examples, 4).predictions == expected
+    assert Scorer(tiny_llama, tokenizer, task).evaluate(examples, 4).predictions != expected
+
+
+def test_nothing_to_begin_with(tiny_opt: Any, tokenizer: Any) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.eos_token = None
+    scorer = Scorer(tiny_opt, bare, Task("{text} It was", SINGLE, null=""), calibrate=True)
+    with pytest.raises(UserError, match="null '' becomes no token, and the tokenizer has none"):
+        scorer.evaluate(rows(), 2)
+
+
+def test_what_masked_models_and_texts_refuse(tiny_opt: Any, tokenizer: Any) -> None:
+    model, words = make_model("bert"), make_tokenizer("wordpiece")
+    task = Task("{text} It was {mask}.", SINGLE)
+    with pytest.raises(UserError, match="a masked model is not trained for: use a causal model"):
+        with_shots(model, words, task).encode(rows())
+    with pytest.raises(UserError, match="calibration is for causal models"):
+        Scorer(model, words, task, calibrate=True).evaluate(rows(), 2)
+    with pytest.raises(UserError, match="calibration is of the scores of choices"):
+        Scorer(tiny_opt, tokenizer, WRITING, calibrate=True)

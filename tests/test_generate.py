@@ -139,7 +139,17 @@ TEXT = " the film was great , not good\nQuestion"
 
 @pytest.mark.parametrize("kind", ["bytelevel", "metaspace"])
 @pytest.mark.parametrize(
-    "stop", [("rea",), ("eat ,",), ("\n",), ("zz", "t"), ("not", "rea"), ("zz",), ("good\nQ",)]
+    "stop",
+    [
+        ("rea",),
+        ("eat ,",),
+        ("\n",),
+        ("zz", "t"),
+        ("eat", "re"),
+        ("not", "rea"),
+        ("zz",),
+        ("good\nQ",),
+    ],
 )
 def test_stops_within_tokens(kind: str, stop: tuple[str, ...]) -> None:
     """A stop string may begin and end within tokens, and go over several."""
@@ -260,7 +270,9 @@ def test_draws_are_of_the_softmax(temperature: float) -> None:
         assert found[5] == 0
         assert stats.chisquare(found[:5], count * expected).pvalue > 1e-4
     for drawn in (by_key, by_place):  # one draw says nothing about the next
-        table = torch.zeros(5, 5).index_put((drawn[:-1], drawn[1:]), torch.ones(()), accumulate=True)
+        table = torch.zeros(5, 5).index_put(
+            (drawn[:-1], drawn[1:]), torch.ones(()), accumulate=True
+        )
         assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
@@ -322,7 +334,9 @@ def test_broken_weights_are_said(sampling: Sampling, broken: float) -> None:
     model: Any = scorer.model
     with torch.no_grad():
         model.lm_head.weight[0].fill_(math.nan)
-    with pytest.raises(UserError, match="the logits are not finite: the model's weights are broken"):
+    with pytest.raises(
+        UserError, match="the logits are not finite: the model's weights are broken"
+    ):
         written(scorer, sampling=sampling)
     with pytest.raises(UserError, match="the logits are not finite"):
         module._next(torch.full((2, 5), broken), sampling, [0, 1], 0)

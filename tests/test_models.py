@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from conftest import MASKED, make_model, make_tokenizer
-from justforward import models
+from justforward import cli, models
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
@@ -150,9 +151,11 @@ def test_models_that_predict_no_token(tmp_path: Path) -> None:
     both: Any = T5ForConditionalGeneration(
         T5Config(vocab_size=9, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     )
-    for name, model in (("bert", encoder), ("classifier", classifier), ("t5", both)):
+    for name, model in (("bert", encoder), ("classifier", classifier)):
         model.save_pretrained(tmp_path / name)
         refused(tmp_path / name, "is not a causal or masked language model")
+    both.save_pretrained(tmp_path / "t5")
+    refused(tmp_path / "t5", "is an encoder-decoder: give one that")
     make_model("llama").model.save_pretrained(tmp_path / "headless")
     make_tokenizer().save_pretrained(tmp_path / "headless")
     refused(tmp_path / "headless", r"has no weights for lm_head\.weight")
@@ -224,6 +227,108 @@ def test_a_bert_that_reads_left_to_right_is_causal(tmp_path: Path) -> None:
     assert not is_masked(loaded)
     edit_config(tmp_path / "decoder", architectures=["BertForMaskedLM"])
     refused(tmp_path / "decoder", "is not a causal or masked language model")
+
+
+# ----------------------------------------------------------------------------------------- families
+
+
+def family(kind: str) -> Any:
+    """Tiny models that differ in what matters to a look: grouped queries, biases, experts, two stacks."""
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    small: dict[str, Any] = {
+        "vocab_size": 512, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "mixtral":
+            return MixtralForCausalLM(
+                MixtralConfig(**small, num_local_experts=4, num_experts_per_tok=2)
+            )
+        if kind == "qwen2":
+            return Qwen2ForCausalLM(Qwen2Config(**small, tie_word_embeddings=True))
+        if kind == "llama":
+            return LlamaForCausalLM(LlamaConfig(**small))
+        sizes: dict[str, Any] = {"d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1}
+        return T5ForConditionalGeneration(T5Config(vocab_size=512, num_heads=1, **sizes))
+
+
+@pytest.fixture
+def words(tmp_path: Path, sentiment_csv: Path) -> Callable[[str], list[str]]:
+    """The command line that trains a family for a moment."""
+
+    def make(kind: str) -> list[str]:
+        family(kind).save_pretrained(tmp_path / kind)
+        make_tokenizer().save_pretrained(tmp_path / kind)
+        return ["train", "--model", str(tmp_path / kind), "--data", str(sentiment_csv), "--template",
+                "{text} It was", "--labels", "neg=bad,pos=good", "--out", str(tmp_path / "run"),
+                "--max-forwards", "4", "--threads", "1", "--lr", "1e-2", "--keep", "last"]  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", []),
+        ("llama", ["--tuner", "prefix"]),
+        ("qwen2", []),
+        ("qwen2", ["--tuner", "prompt", "--prompt-length", "3"]),
+        ("mixtral", ["--estimator", "weight"]),
+        ("mixtral", ["--tuner", "head"]),
+    ],
+)
+def test_families_from_the_command_line(
+    words: Any, kind: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words(kind), *options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["steps"], result["status"]) == (2, "finished")
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    assert cli.main(["eval", "--run", run, "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (scored["fingerprint"], scored["loss"]) == (result["fingerprint"], result["loss"])
+    assert cli.main(["replay", run, "--out", out, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert made["fingerprint"] == result["fingerprint"]
+    start = json.loads((tmp_path / "run" / "environment.json").read_text())["base_fingerprint"]
+    assert made["fingerprint"] != start
+    # the folder that was made is a model, or an adapter, of its own
+    given = ["--data", str(tmp_path / "rows.csv"), "--template", "{text} It was", "--labels",
+             "neg=bad,pos=good", "--json"]  # fmt: skip
+    assert cli.main(["eval", "--model", out, *given]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["fingerprint"] == result["fingerprint"]
+
+
+def test_experts_are_refused_in_activation_space(
+    words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words("mixtral")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: activation space: parameter model.layers.0.")
+    assert "weight" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_decoder_is_refused(
+    words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words("t5")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "T5ForConditionalGeneration (model type 't5') is an encoder-decoder: " in said
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------- saving
@@ -304,7 +409,7 @@ def test_a_gguf_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_faster_of_two_conversions_wins(tmp_path: Path) -> None:
-    with models._whole_folder(tmp_path / "out", keep_existing=True) as temporary:
+    with models.whole_folder(tmp_path / "out", keep_existing=True) as temporary:
         (temporary / "mine").write_text("slow")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").write_text("fast")
@@ -317,7 +422,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     old.mkdir()
     new.mkdir()
     os.utime(old, (0, 0))
-    with models._whole_folder(tmp_path / "out") as temporary:
+    with models.whole_folder(tmp_path / "out") as temporary:
         (temporary / "x").write_text("x")
     assert sorted(os.listdir(tmp_path)) == [".out.2.2.tmp", "out"]
 

@@ -145,7 +145,9 @@ def test_f1_needs_to_know_the_label() -> None:
 
 
 def test_functions_get_texts_and_lists_of_right_ones(tmp_path: Path) -> None:
-    body = "return [float(p in r) + 10 * len(r) for p, r in zip(predictions, references, strict=True)]"
+    body = (
+        "return [float(p in r) + 10 * len(r) for p, r in zip(predictions, references, strict=True)]"
+    )
     name = of_file(tmp_path, body)
     objective = Objective(name, CHOICE)
     assert objective.by_row() is None
@@ -238,7 +240,7 @@ def failed_step(name: str, estimator: str) -> str:
     opt = jf.MeZO(asked.model, eps=0.1, estimator=estimator)
     before = jf.fingerprint(asked.model)
     batch = objective.batch(asked, rows("choice"))
-    with pytest.raises(UserError, match="^--objective ") as caught:
+    with pytest.raises(UserError, match=r"^--objective ") as caught:
         opt.step(objective.closure(asked), batch)
     assert "\n" not in str(caught.value)
     assert jf.fingerprint(asked.model) == before

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import justforward as jf
 from conftest import make_model, make_tokenizer
@@ -310,6 +310,113 @@ def test_nothing_is_left_of_a_replay_without_room(
     with pytest.raises(UserError, match="m: cannot be written: No space left on device: make room"):
         quiet(rebuild, ReplayConfig(run.out, str(tmp_path / "m")))
     assert {p.name for p in tmp_path.iterdir()} == {"run"}
+
+
+# ----------------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture(params=["lora", "prefix", "prompt"])
+def adapter(
+    request: pytest.FixtureRequest, finished: tuple[TrainConfig, Result], tmp_path: Path
+) -> tuple[TrainConfig, Result, Path]:
+    """A run with each kind of adapter, and the folder that replay has made of it."""
+    config = replace(finished[0], tuner=request.param, out=str(tmp_path / "run"), max_forwards=8)
+    result = quiet(train, config)
+    quiet(rebuild, ReplayConfig(config.out, str(tmp_path / "adapter")))
+    return config, result, tmp_path / "adapter"
+
+
+def scored(config: TrainConfig, model: Path, **values: Any) -> Result:
+    asked = EvalConfig(
+        model=str(model), data=config.data, template=config.template, labels=config.labels, **values
+    )
+    return quiet(evaluate, asked)
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_eval_takes_an_adapter(
+    adapter: tuple[TrainConfig, Result, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, result, folder = adapter
+    whole = quiet(evaluate, EvalConfig(run=config.out, split="all"))
+    found = scored(config, folder)
+    assert found["fingerprint"] == whole["fingerprint"] == result["fingerprint"]
+    for name in ("accuracy", "loss", "rows"):
+        assert found[name] == whole[name]
+    base = scored(config, Path(config.model))
+    assert found["loss"] != base["loss"]
+    # a base that has moved, and one that does not fit
+    shutil.copytree(config.model, tmp_path / "moved")
+    change(folder / "adapter_config.json", base_model_name_or_path="gone/away/it/is")
+    with pytest.raises(UserError, match="'gone/away/it/is': no such folder"):
+        scored(config, folder)
+    assert scored(config, folder, base=str(tmp_path / "moved"))["loss"] == found["loss"]
+    make_model("llama").save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    if config.tuner != "prompt":  # embeddings are all of one width here
+        with pytest.raises(UserError, match=r"adapter: does not fit .*other") as caught:
+            scored(config, folder, base=str(tmp_path / "other"))
+        assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_is_no_model_to_train(
+    adapter: tuple[TrainConfig, Result, Path], tmp_path: Path
+) -> None:
+    config, _, folder = adapter
+    for command, asked in (
+        (train, replace(config, model=str(folder), out=str(tmp_path / "again"), tuner="full")),
+        (rebuild, ReplayConfig(config.out, str(tmp_path / "again"), model=str(folder))),
+        (evaluate, EvalConfig(run=config.out, model=str(folder))),
+    ):
+        with pytest.raises(UserError, match="adapter: an adapter, not a whole model: merge it"):
+            quiet(command, asked)
+    assert not (tmp_path / "again").exists()
+
+
+def test_broken_adapters(adapter: tuple[TrainConfig, Result, Path], tmp_path: Path) -> None:
+    config, _, folder = adapter
+
+    def refused(said: str, **values: Any) -> None:
+        with pytest.raises(UserError, match=said) as caught:
+            scored(config, folder, **values)
+        assert "\n" not in str(caught.value)
+
+    settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    text, raw = settings.read_text(), weights.read_bytes()
+    tensors = load_file(weights)
+    change(settings, base_model_name_or_path=None)
+    refused("adapter_config.json: names no base model: give it with --base")
+    for kind in ("P_TUNING", "CPT", "MARTIAN", None, 3):
+        settings.write_text(text)
+        change(settings, peft_type=kind)
+        refused(rf"adapter_config.json: peft_type is {kind!r}: it must be LORA")
+    for damaged in ("{", "[]", ""):
+        settings.write_text(damaged)
+        refused("adapter_config.json: (cannot be read|not a JSON object)")
+    settings.write_text(text)
+    weights.write_bytes(raw[:-8])
+    refused(r"adapter_model.safetensors: cannot be read: .*: copy it again")
+    save_file({**tensors, "another.weight": torch.zeros(2)}, weights)
+    refused(r"it has no place for another.weight \(1 such\)")
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: torch.zeros(3, 3)}, weights)
+    refused("does not fit")
+    if config.tuner == "lora":
+        save_file({n: t for n, t in tensors.items() if n != name}, weights)
+        refused("does not fit .*Found missing adapter keys")
+    weights.rename(folder / "adapter_model.bin")  # never unpickled
+    refused("adapter_model.safetensors: cannot be read")
+
+
+def test_a_base_is_for_an_adapter(finished: tuple[TrainConfig, Result]) -> None:
+    config, _ = finished
+    with pytest.raises(UserError, match=r"it is for an adapter, and .*model holds no adapter_conf"):
+        scored(config, Path(config.model), base="smollm2")
+    with pytest.raises(UserError, match="--base is 'x': a run's base is its --model"):
+        quiet(evaluate, EvalConfig(run=config.out, base="x"))
 
 
 # ------------------------------------------------------------------------------------ damaged folders

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -115,3 +117,56 @@ def test_options_refused() -> None:
         Task("{text}", LABELS, loss="mse")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="label_field"):
         Task("{text}", LABELS, label_field="")
+
+
+# ----------------------------------------------------------------------------------- kinds of tasks
+
+
+def own(kind: Any, **keys: Any) -> Task:
+    return Task("{text} So", kind=kind, loss=keys.pop("loss", "vocabulary"), **keys)
+
+
+def test_each_kind_has_a_metric_that_chooses() -> None:
+    assert Task("{text}", LABELS).metric == own("choice").metric == "accuracy"
+    assert own("generation").metric == "f1"
+    assert own("generation", metrics=("drop_f1", "f1")).metric == "drop_f1"
+    assert own("choice", loss="choices").score == "sum"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"kind": "poetry"}, "kind 'poetry' is unknown: choose one of classification, choice, generation"),
+        ({"kind": "choice", "labels": LABELS}, "labels are for kind 'classification', and the kind is 'choice'"),
+        ({"kind": "choice", "template": "{text} {mask}"}, "which holds one word: a task of kind 'choice'"),
+        ({"kind": "classification"}, "labels: 0 given, at least 2 needed"),
+        ({"kind": "generation", "loss": "choices"}, "a task of kind 'generation' has none: choose vocabulary"),
+        ({"kind": "choice", "score": "best"}, "score 'best' is unknown: choose sum or mean"),
+        ({"kind": "generation", "max_new_tokens": 0}, "max_new_tokens 0 and stop"),
+        ({"kind": "generation", "stop": ()}, r"stop \[\]: an answer needs one token at least, and something"),
+        ({"kind": "generation", "stop": ("\n", "")}, "which cannot be empty"),
+        ({"kind": "generation", "metrics": ("accuracy",)}, "metric 'accuracy' is unknown for kind 'generation'"),
+        ({"kind": "choice", "metrics": ("f1", "matthews")}, "metric 'matthews' is unknown for kind 'choice'"),
+        ({"kind": "choice", "positive": "a"}, "positive is 'a': it must be one of the labels .there are none"),
+        ({"labels": LABELS, "positive": "2"}, r"positive is '2': it must be one of the labels \(0, 1\)"),
+        ({"labels": LABELS, "metrics": ("f1",)}, "metric f1 needs positive"),
+        ({"labels": LABELS, "metrics": ("exact_match",)}, "metric exact_match needs group"),
+        ({"labels": {**LABELS, "2": "so"}, "metrics": ("matthews",)}, "metric matthews is of two labels"),
+        ({"labels": LABELS, "null": "{story}"}, "null '{story}': field 'story' is not in the template"),
+        ({"labels": LABELS, "null": "{text!r}"}, "not a plain field"),
+    ],
+)  # fmt: skip
+def test_kinds_refused(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        Task(**{"template": "{text} So", "loss": "vocabulary", **keys})
+    assert "\n" not in str(caught.value)
+
+
+def test_null_prompts() -> None:
+    fields = {"text": "a {b}", "word": "so"}
+    template = "{text} {word} it"
+    assert Task(template, LABELS).null_prompt(fields) == "  it"
+    assert Task(template, LABELS, null="").null_prompt(fields) == ""
+    assert Task(template, LABELS, null="{word} {{it}}").null_prompt(fields) == "so {it}"
+    masked = Task("{text} {mask}.", LABELS)
+    assert masked.null_prompt(fields, mask="[M]") == " [M]."

@@ -1,4 +1,4 @@
-"""LoRA, prefix and head: start where the base is, move nothing else, rebuilt to the same bits, saved for peft.
+"""LoRA, prefix, prompt and head: start where the base is, move nothing else, rebuilt to the same bits, saved for peft.
 
 Reading order: starts, looks by hand, runs, what replay writes, what is refused.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import json
 import math
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import justforward as jf
 from conftest import ARCHITECTURES, CONTEXT, MASKED, make_model, make_tokenizer, materialise
-from justforward import cli, noise, tuners
+from justforward import causal, cli, noise, tuners
 from justforward.config import EvalConfig, ReplayConfig, TrainConfig
 from justforward.data import Example
 from justforward.directions import FAMILIES, Weights
@@ -30,10 +31,12 @@ from justforward.errors import UserError
 from justforward.estimators import RowLooks, Site
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder
+from justforward.generate import generate
 from justforward.interrupts import Shield
 from justforward.models import load_model, save_model
 from justforward.prepare import choose_tuned
 from justforward.progress import Progress
+from justforward.prompted import counted
 from justforward.rebuild import evaluate, rebuild
 from justforward.run import train
 from justforward.settings import resolved
@@ -119,7 +122,7 @@ def test_lora_on_masked_models(architecture: str) -> None:
     assert not torch.equal(scores(stir(model), architecture, task), before)
 
 
-@pytest.mark.parametrize("tuner", ["lora", "prefix", "head"])
+@pytest.mark.parametrize("tuner", ["lora", "prefix", "prompt", "head"])
 def test_starts_are_functions_of_the_seed(tuner: str) -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -166,7 +169,7 @@ def test_a_look_is_as_long_for_every_rank() -> None:
 def test_a_prefix_starts_as_its_tokens_in_front(architecture: str) -> None:
     """Rows of different lengths, padded on the left, against each by itself with the tokens before it."""
     base, model = make_model(architecture), tuned(architecture, "prefix", seed=4)
-    tokens = tuners.prefix_tokens(tokenizer_of(architecture), base, 5, 4)
+    tokens = tuners.ordinary_tokens(tokenizer_of(architecture), base, 5, 4)
     assert trainable(model) == ["prompt_encoder.default.embedding.weight"]
     ids = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(0))
     gaps = [0, 4, 7]
@@ -200,18 +203,125 @@ def test_a_prefix_has_the_heads_of_keys_and_values() -> None:
     )
 
 
-def test_prefix_tokens_are_ordinary() -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_prompt_starts_as_its_tokens_in_front(architecture: str) -> None:
+    """Rows of different lengths, padded on the left, against each by itself with the tokens before it."""
+    base, model = make_model(architecture), tuned(architecture, "prompt", seed=4, prompt_length=6)
+    tokens = tuners.ordinary_tokens(tokenizer_of(architecture), base, 6, 4)
+    assert trainable(model) == ["prompt_encoder.default.embedding.weight"]
+    ids = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(0))
+    gaps = [0, 4, 7]
+    mask = torch.stack([(torch.arange(9) >= gap).long() for gap in gaps])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "use_cache": False,
+        "logits_to_keep": 2,
+    }
+    with torch.no_grad():
+        found = model(**batch).logits
+        assert found.shape[:2] == (3, 2)
+        for row, gap in enumerate(gaps):
+            alone = base(input_ids=torch.cat([tokens, ids[row : row + 1, gap:]], dim=1)).logits
+            torch.testing.assert_close(found[row], alone[0, -2:], atol=2e-5, rtol=1e-5)
+            short = model(input_ids=ids[row : row + 1, gap:]).logits  # without mask and positions
+            torch.testing.assert_close(short[0, -2:], alone[0, -2:], atol=2e-5, rtol=1e-5)
+            bare = base(input_ids=ids[row : row + 1, gap:]).logits
+            assert not torch.allclose(found[row], bare[0, -2:], atol=1e-2)
+        # the mask alone says where a row begins
+        masked = model(input_ids=ids, attention_mask=mask, logits_to_keep=2).logits
+        torch.testing.assert_close(masked, found, atol=2e-5, rtol=1e-5)
+
+
+def in_front(architecture: str, tokens: Tensor, seen: list[int]) -> Any:
+    """The base model, for one row at a time, with tokens put before what it is asked."""
+    model: Any = make_model(architecture)
+    forward = model.forward
+
+    def longer(**given: Any) -> Any:
+        if given.get("past_key_values") is None:
+            ids = given["input_ids"]
+            rows = len(ids)
+            before = torch.cat([tokens.expand(rows, -1), ids], dim=1)
+            given |= {
+                "input_ids": before,
+                "attention_mask": torch.cat(
+                    [torch.ones(rows, tokens.shape[1], dtype=torch.long), given["attention_mask"]],
+                    dim=1,
+                ),
+                "position_ids": torch.cat(
+                    [
+                        torch.arange(tokens.shape[1]).expand(rows, -1),
+                        given["position_ids"] + tokens.shape[1],
+                    ],
+                    dim=1,
+                ),
+            }
+            seen.append(before.shape[1])
+        return forward(**given)
+
+    model.forward = longer
+    # what the scorer asks which arguments it takes
+    longer.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return model
+
+
+@pytest.mark.parametrize("tuner", ["prefix", "prompt"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_texts_and_shared_prompts_behind_it(
+    architecture: str, tuner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written answers, and prompts that are read once for several answers, as with the tokens in front."""
+    tokenizer = tokenizer_of(architecture)
+    model = tuned(
+        architecture, tuner, prefix_length=5, **({"prompt_length": 5} if tuner == "prompt" else {})
+    )
+    tokens = tuners.ordinary_tokens(tokenizer, model, 5, 0)
+    seen: list[int] = []
+    base = in_front(architecture, tokens, seen)
+    # answers of several tokens, none the beginning of another: a sequence each
+    task = Task("{text} It was", {"neg": "very terrible", "pos": "not good at all", "mid": "fine"})
+    rows = [replace(row, label="mid") for row in ROWS]
+    wanted = torch.cat(
+        [(one := Scorer(base, tokenizer, task)).scores(one.encode([row])) for row in rows]
+    )
+    assert seen
+    plain = Scorer(model, tokenizer, task)
+    batch = plain.encode(rows)
+    assert "shown_ids" not in batch
+    torch.testing.assert_close(plain.scores(batch), wanted, atol=5e-5, rtol=1e-5)
+    monkeypatch.setattr(causal, "WORTH_SHARING", 1)
+    shared = Scorer(model, tokenizer, task)
+    batch = shared.encode(rows)
+    assert "shown_ids" in batch
+    torch.testing.assert_close(shared.scores(batch), wanted, atol=5e-5, rtol=1e-5)
+
+    def written(one: Any, asked: list[Example]) -> list[str]:
+        scorer = Scorer(one, tokenizer, TASK)
+        batch = scorer.encode(asked)
+        made = generate(
+            one, tokenizer, batch, scorer.prompts.accepts, stop=("@",), max_new_tokens=8
+        )
+        return made.texts
+
+    alone = [written(base, [row])[0] for row in ROWS]
+    assert written(model, ROWS) == alone
+    assert len(set(alone)) > 1
+
+
+def test_ordinary_tokens_are_ordinary() -> None:
     model, tokenizer = make_model("llama"), tokenizer_of("llama")
-    tokens = tuners.prefix_tokens(tokenizer, model, 400, 0)[0].tolist()
+    tokens = tuners.ordinary_tokens(tokenizer, model, 400, 0)[0].tolist()
     assert not set(tokens) & set(tokenizer.all_special_ids)
     assert max(tokens) < len(tokenizer) < 1024
     assert len(set(tokens)) > 100
-    assert tokens[:5] == tuners.prefix_tokens(tokenizer, model, 5, 0)[0].tolist()
+    assert tokens[:5] == tuners.ordinary_tokens(tokenizer, model, 5, 0)[0].tolist()
 
 
 def test_a_prefix_works_while_generating() -> None:
     base, model = make_model("llama"), tuned("llama", "prefix")
-    tokens = tuners.prefix_tokens(tokenizer_of("llama"), base, 5, 0)
+    tokens = tuners.ordinary_tokens(tokenizer_of("llama"), base, 5, 0)
     ids = torch.tensor([[1, 40, 50, 60]])
     how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
@@ -237,7 +347,7 @@ def test_only_the_head_is_tuned(architecture: str, tmp_path: Path) -> None:
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("tuner", ["lora", "prefix", "head"])
+@pytest.mark.parametrize("tuner", ["lora", "prefix", "prompt", "head"])
 def test_a_pattern_restricts_further(tuner: str) -> None:
     model = tuned("llama", tuner)
     every = trainable(model)
@@ -250,7 +360,7 @@ def test_a_pattern_restricts_further(tuner: str) -> None:
         choose_tuned(model, "embed_tokens")  # which the tuner does not tune
 
 
-@pytest.mark.parametrize("tuner", ["lora", "prefix"])
+@pytest.mark.parametrize("tuner", ["lora", "prefix", "prompt"])
 def test_a_tuned_model_is_freed_at_once(tuner: str) -> None:
     """A run loads the base again while it goes back to its best step: no two at a time."""
     model = tuned("llama", tuner)
@@ -269,7 +379,7 @@ def test_a_tuned_model_is_freed_at_once(tuner: str) -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.parametrize("tuner", ["lora", "prefix", "head"])
+@pytest.mark.parametrize("tuner", ["lora", "prefix", "prompt", "head"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_activation_space_is_each_row_moved_by_hand(
     architecture: str, tuner: str, samples: int
@@ -338,13 +448,13 @@ def rebuilt(asked: TrainConfig, steps: int | None = None) -> Any:
 
 
 @pytest.mark.parametrize("estimator", ["activation", "weight"])
-@pytest.mark.parametrize("tuner", ["lora", "prefix", "head"])
+@pytest.mark.parametrize("tuner", ["lora", "prefix", "prompt", "head"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_run(settings: Any, architecture: str, tuner: str, estimator: str) -> None:
     asked = settings(architecture, tuner, estimator=estimator, keep="last")
     result = quiet(train, asked)
     folder = RunFolder(asked.out)
-    assert folder.start.exists() == (tuner == "prefix")
+    assert folder.start.exists() == (tuner == "prefix")  # the others are functions of base and seed
     assert jf.fingerprint(rebuilt(asked, result["kept_step"])) == result["fingerprint"]
     start, end = rebuilt(asked, 0), rebuilt(asked)
     names = {name for name, *_ in jf.read_log(folder.log).header["tensors"]}
@@ -362,7 +472,7 @@ def test_a_run(settings: Any, architecture: str, tuner: str, estimator: str) -> 
     assert jf.fingerprint(rebuilt(half)) == jf.fingerprint(end)
 
 
-@pytest.mark.parametrize("tuner", ["lora", "prefix", "head"])
+@pytest.mark.parametrize("tuner", ["lora", "prefix", "prompt", "head"])
 def test_it_learns(settings: Any, tuner: str) -> None:
     result = quiet(train, settings("gpt2", tuner, max_forwards=160, lr_schedule="linear", lr=5e-2))
     assert result["loss"] < result["before_loss"] - 0.03
@@ -390,10 +500,10 @@ def test_a_prefix_survives_another_machine(settings: Any, monkeypatch: pytest.Mo
         quiet(evaluate, EvalConfig(run=asked.out))
     for damaged in (raw[:20], b"", raw[:-4], raw.replace(b"prefix", b"prefiy")):
         start.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"prefix\.safetensors: cannot be read: ") as caught:
+        with pytest.raises(UserError, match=r"start\.safetensors: cannot be read: ") as caught:
             quiet(evaluate, EvalConfig(run=asked.out))
         assert "\n" not in str(caught.value)
-    tuners.keep_start(tuned("llama", "prefix", prefix_length=4), start)
+    tuners.keep_start(tuned("llama", "prefix", prefix_length=4), config("prefix"), start)
     with pytest.raises(
         UserError, match=r"holds a prefix \[4, 32\], the run's model takes \[5, 32\]"
     ):
@@ -407,7 +517,7 @@ def test_a_prefix_survives_another_machine(settings: Any, monkeypatch: pytest.Mo
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("tuner", ["lora", "prefix"])
+@pytest.mark.parametrize("tuner", ["lora", "prefix", "prompt"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_adapter_is_pefts(settings: Any, architecture: str, tuner: str, tmp_path: Path) -> None:
     from peft import PeftModel
@@ -425,6 +535,12 @@ def test_the_adapter_is_pefts(settings: Any, architecture: str, tuner: str, tmp_
     before = scores(base, architecture)
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     wanted = scores(rebuilt(asked), architecture)
+    if tuner == "prompt":  # peft leaves positions out: right for a row without padding alone
+        ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            found = loaded.eval()(input_ids=ids).logits
+            torch.testing.assert_close(found, rebuilt(asked)(input_ids=ids).logits)
+        loaded = counted(loaded)
     assert torch.equal(scores(loaded.eval(), architecture), wanted)
     assert not torch.allclose(wanted, before, atol=1e-3)
 
@@ -485,7 +601,7 @@ def test_from_the_command_line(
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"tuner": "lara"}, "--tuner is 'lara': it must be one of full, lora, prefix, head"),
+        ({"tuner": "lara"}, "--tuner is 'lara': it must be one of full, lora, prefix, prompt, head"),
         ({"tuner": "lora", "lora_rank": 0}, "--lora-rank is 0: it must be at least 1"),
         ({"tuner": "lora", "lora_rank": 1.5}, "--lora-rank is 1.5: it must be a whole number"),
         ({"tuner": "lora", "lora_alpha": 0}, "--lora-alpha is 0: it must be positive"),
@@ -494,6 +610,9 @@ def test_from_the_command_line(
         ({"tuner": "full", "lora_rank": 4}, "--lora-rank is 4: it belongs to --tuner lora"),
         ({"tuner": "head", "lora_targets": "q"}, "--lora-targets is 'q': it belongs to --tuner lora"),
         ({"tuner": "lora", "prefix_length": 9}, "--prefix-length is 9: it belongs to --tuner prefix"),
+        ({"tuner": "prefix", "prompt_length": 9}, "--prompt-length is 9: it belongs to --tuner prompt"),
+        ({"tuner": "prompt", "prefix_length": 9}, "--prefix-length is 9: it belongs to --tuner prefix"),
+        ({"tuner": "prompt", "prompt_length": 0}, "--prompt-length is 0: it must be at least 1"),
     ],
 )  # fmt: skip
 def test_bad_options(values: dict[str, Any], said: str) -> None:
@@ -518,6 +637,12 @@ def test_a_prefix_needs_room_in_the_context(settings: Any) -> None:
         UserError, match=f"--prefix-length is {CONTEXT}: the model's context is {CONTEXT}"
     ):
         tuned("gpt2", "prefix", prefix_length=CONTEXT)
+    with pytest.raises(
+        UserError, match=f"--prompt-length is {CONTEXT}: the model's context is {CONTEXT}"
+    ):
+        tuned("gpt2", "prompt", prompt_length=CONTEXT)
+    with pytest.raises(UserError, match="max_length 60 is beyond the model's context of 59 tokens"):
+        quiet(train, settings("gpt2", "prompt", prompt_length=5, max_length=60))
     asked = settings("gpt2", "prefix", prefix_length=CONTEXT - 4)
     with pytest.raises(UserError, match="tokens with the answer, the model's context is 4"):
         quiet(train, asked)
@@ -529,6 +654,8 @@ def test_a_prefix_needs_room_in_the_context(settings: Any) -> None:
 def test_models_without_keys_and_values_to_put_before() -> None:
     with pytest.raises(UserError, match="a bert model keeps no keys and values"):
         tuned("bert", "prefix")
+    with pytest.raises(UserError, match="a bert model is not a causal one that takes embeddings"):
+        tuned("bert", "prompt")
     model: Any = make_model("llama")
     model.config.layer_types = None
     forward = model.forward
@@ -543,7 +670,7 @@ def test_models_without_keys_and_values_to_put_before() -> None:
         tuners.attach(model, tokenizer_of("llama"), config("prefix"))
 
 
-@pytest.mark.parametrize("tuner", ["full", "prefix", "head"])
+@pytest.mark.parametrize("tuner", ["full", "prefix", "prompt", "head"])
 def test_only_lora_can_be_merged(settings: Any, tuner: str, tmp_path: Path) -> None:
     asked = settings("gpt2", tuner, max_forwards=2)
     quiet(train, asked)

@@ -53,7 +53,7 @@ _BELONGS = {
     "calibrate": ("zero-shot", "icl"),
     "out": ("probe", "first-order"),
     **dict.fromkeys(
-        ("tuner", "lora_rank", "lora_alpha", "lora_targets", "prefix_length", "tune", "lr", "max_steps",
+        ("tuner", "lora_rank", "lora_alpha", "lora_targets", "prefix_length", "prompt_length", "tune", "lr", "max_steps",
          "max_minutes", "batch_size", "eval_every", "gradient_checkpointing"),
         ("first-order",),
     ),
@@ -87,7 +87,7 @@ def run_baseline(config: BaselineConfig, progress: Progress | None = None) -> Re
         check_new(Path(config.out), "choose another --out")
     use_threads(config.threads)
     with progress or Progress() as shown, stop_signals() as stop:
-        examples, _ = read_data(run.task, run.data, task)
+        examples, _ = read_data(run.task, run.data, task, shown.note)
         run, splits = split_rows(run, examples)
         _check_demonstrations(config, splits)
         for note in splits.notes:

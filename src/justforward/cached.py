@@ -65,6 +65,25 @@ class Encoded:
         mask = torch.cat([mask.new_ones(len(mask), before), mask], dim=1)
         return cls(inner_model(model), cache, mask, mask.sum(dim=1), output.logits[:, -1:], accepts)
 
+    @classmethod
+    def after(cls, model: PreTrainedModel, batch: dict[str, Tensor], accepts: set[str]) -> Encoded:
+        """`of`, where the prompts of a batch may have a beginning in common, ``start_ids`` [1, P]."""
+        if "start_ids" not in batch:
+            return cls.of(model, batch, accepts)
+        begun = cls.begun(model, batch, accepts, len(batch["input_ids"]))
+        begun.advanced(batch["input_ids"], batch["attention_mask"], keep=1)
+        return begun
+
+    @classmethod
+    def begun(
+        cls, model: PreTrainedModel, batch: dict[str, Tensor], accepts: set[str], times: int
+    ) -> Encoded:
+        """The common beginning of a batch, read once and repeated."""
+        start = batch["start_ids"]
+        ones = torch.ones_like(start)
+        whole = {"input_ids": start, "attention_mask": ones, "position_ids": ones.cumsum(1) - 1}
+        return cls.of(model, whole, accepts).repeated(times)
+
     def repeated(self, times: int) -> Encoded:
         """A copy with each row so many times, next to each other."""
         cache = _copied(self.cache)
@@ -79,8 +98,12 @@ class Encoded:
             self.accepts,
         )
 
-    def advanced(self, ids: Tensor, mask: Tensor) -> Any:
-        """Read tokens [N, S], padded on the right by `mask`; the model's output, logits [N, S, V]."""
+    def advanced(self, ids: Tensor, mask: Tensor, keep: int = 0) -> Any:
+        """Read tokens [N, S], padded on either side by `mask`; the model's output, logits [N, S, V].
+
+        Args:
+            keep: logits of so many of the last places, where the model can tell; 0: of all.
+        """
         self.mask = torch.cat([self.mask, mask], dim=1)
         steps = mask.cumsum(dim=1) - 1
         positions = (self.position[:, None] + steps.clamp(min=0)).long()
@@ -91,6 +114,7 @@ class Encoded:
             "position_ids": positions,
             "past_key_values": self.cache,
             "use_cache": True,
+            "logits_to_keep": keep,
         }
         output = self.model(**{k: v for k, v in arguments.items() if k in self.accepts})
         self.cache = output.past_key_values

@@ -101,14 +101,19 @@ class CausalPrompts(Prompts):
 
     # -------------------------------------------------------------------------------------- batches
 
-    def batch(self, rows: Sequence[Row]) -> Batch:
+    def batch(self, rows: Sequence[Row], common: bool = False) -> Batch:
         """``input_ids``, ``attention_mask`` and ``position_ids``, and where answers are read (``read_*``
         [B, T], ``present`` [B, C]).
 
         The first three are [B, L] where one sequence a row is enough (all choices are single tokens),
         else [B, R, L] with R sequences a row. Where sharing the prompts pays, they are the prompts alone
         [B, L], and ``shown_ids`` and ``shown_mask`` [B, R, S] the beginnings of answers behind them.
+        With `common`, what all prompts begin with may be apart in ``start_ids`` [1, P].
         """
+        start = self._common_start(rows) if common else []
+        if start:
+            rest = [Row(row.prompt[len(start) :], row.choices, row.right) for row in rows]
+            return {**self.batch(rest), "start_ids": self._tensor([start])}
         plans = [self._plan if row.choices is self.words else plan(row.choices) for row in rows]
         sequences = max(len(each.shown) for each in plans)
         longest = max(len(each.shown[-1]) for each in plans)
@@ -128,6 +133,17 @@ class CausalPrompts(Prompts):
             )
             first = [[longest - len(s) for s in each] for each in shown]
         return {**batch, **self._reads(plans, first)}
+
+    def _common_start(self, rows: Sequence[Row]) -> list[int]:
+        """What all prompts begin with, if reading it once saves enough."""
+        first, last = min(row.prompt for row in rows), max(row.prompt for row in rows)
+        most = min(len(row.prompt) for row in rows) - 1  # something of its own predicts the answer
+        length = 0
+        while length < most and first[length] == last[length]:
+            length += 1
+        saved = length * (len(rows) - 1)
+        worth = saved >= WORTH_SHARING and can_share(self.model, self.accepts)
+        return first[:length] if worth else []
 
     def _sequences(self, rows: list[list[list[int]]]) -> Batch:
         """Padded on the left, [B, L], or [B, R, L] where there are R > 1 sequences a row."""
@@ -204,7 +220,12 @@ class CausalPrompts(Prompts):
             "use_cache": False,
             "logits_to_keep": kept,
         }
-        output = self.model(**{k: v for k, v in arguments.items() if k in self.accepts})
+        if "start_ids" in batch:
+            flat, mask = arguments["input_ids"], arguments["attention_mask"]
+            begun = Encoded.begun(self.model, batch, self.accepts, len(flat))
+            output = begun.advanced(flat, mask, keep=kept)
+        else:
+            output = self.model(**{k: v for k, v in arguments.items() if k in self.accepts})
         # [B, R, K, V]; a model without logits_to_keep gives all L positions: the last K count
         logits = output.logits[:, -kept:].unflatten(0, (rows, -1)).float()
         return _log_probabilities(
@@ -213,7 +234,7 @@ class CausalPrompts(Prompts):
 
     def _read_shared(self, batch: Batch) -> Tensor:
         """The same with every prompt encoded once, and the beginnings of answers behind it."""
-        prompts = Encoded.of(self.model, batch, self.accepts)
+        prompts = Encoded.after(self.model, batch, self.accepts)
         rows, sequences, length = batch["shown_ids"].shape
         sequence, position, token = (
             batch[f"read_{name}"] for name in ("sequence", "position", "token")

@@ -17,7 +17,8 @@ Looks = Literal["two-sided", "one-sided", "one-point"]
 Order = Literal["cyclic", "random"]
 Keep = Literal["best", "last"]
 Split = Literal["train", "validation", "test", "all"]
-Tuner = Literal["full", "lora", "prefix", "head"]
+Tuner = Literal["full", "lora", "prefix", "prompt", "head"]
+Start = Literal["base", "probe"]
 Prompting = Literal["both", "with", "without"]
 Method = Literal["zero-shot", "icl", "probe", "first-order"]
 
@@ -33,7 +34,7 @@ class TrainConfig:
 
     Args:
         model: a folder with safetensors or one .gguf, a hub name, or "smollm2" (the packaged model).
-        data: the rows: a .csv, .tsv or .jsonl file; with --task the folder that holds its files.
+        data: the rows: a .csv, .tsv or .jsonl file; with --task the folder that holds its files, or "hub" to download them once.
         out: the run folder to make.
         task: a task by name, such as sst2 ("justforward tasks" lists them), or a declaration in YAML.
         template: how a row becomes a prompt, such as "{text} It was" (default the task's).
@@ -59,11 +60,13 @@ class TrainConfig:
         lr_schedule: constant, or linear or cosine to 0 over max_forwards.
         batch_size: rows a step.
         seed: of the directions and the order of the rows.
-        tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), the output head (head).
+        tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), embeddings before it (prompt), the output head (head).
+        start: with --tuner head: from the base model, or from a linear probe fitted on the training rows first.
         lora_rank: rank of the additions.
         lora_alpha: their scale: alpha / sqrt(rank), which makes a look equally strong for every rank.
         lora_targets: regular expression; linear maps whose name it finds get LoRA (default the attention's queries and values).
         prefix_length: tokens of the prefix; it takes that much of the model's context.
+        prompt_length: tokens of the prompt; likewise.
         tune: regular expression; of the tuner's parameters those whose name it finds are tuned (default all).
         max_forwards: stop after so many forward passes over a batch (a two-sided step is 2 for each sample).
         max_minutes: stop after so many minutes.
@@ -109,10 +112,12 @@ class TrainConfig:
     batch_size: int = 8
     seed: int = 0
     tuner: Tuner = "full"
+    start: Start = "base"
     lora_rank: int = 8
     lora_alpha: float = 16.0
     lora_targets: str | None = None
     prefix_length: int = 5
+    prompt_length: int = 20
     tune: str | None = None
     max_forwards: int = 400
     max_minutes: float | None = None
@@ -135,7 +140,8 @@ class EvalConfig:
     """Score a model, or what a run made of it, on labelled rows.
 
     Args:
-        model: as for train; with --run the run's.
+        model: as for train, or an adapter in peft's format; with --run the run's.
+        base: the base model of an adapter, if it is no longer where that says.
         data: the rows; with --run the run's file, of which only the test rows are scored.
         task: as for train: the test rows of the task's folder are scored; with --run the run's.
         template: as for train; with --run the run's.
@@ -165,6 +171,7 @@ class EvalConfig:
     batch_size: int = 32
     threads: int | None = None
     json: bool = False
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -196,8 +203,9 @@ class BaselineConfig:
         lora_alpha: as for train.
         lora_targets: as for train.
         prefix_length: as for train.
+        prompt_length: as for train.
         tune: first-order: as for train.
-        lr: first-order: of the first step, falling linearly to 0 (default full 1e-5, lora 1e-4, prefix 1e-2, head 1e-3).
+        lr: first-order: of the first step, falling linearly to 0 (default full 1e-5, lora 1e-4, prefix and prompt 1e-2, head 1e-3).
         max_steps: first-order: updates (default 200).
         max_minutes: first-order: begin no step after so many minutes.
         batch_size: first-order: rows a step.
@@ -233,6 +241,7 @@ class BaselineConfig:
     lora_alpha: float = 16.0
     lora_targets: str | None = None
     prefix_length: int = 5
+    prompt_length: int = 20
     tune: str | None = None
     lr: float | None = None
     max_steps: int | None = None

@@ -118,7 +118,9 @@ class Scorer:
             self._numbers[id(example)] = len(self._known)
             self._known.append((example, row))
 
-    def encode(self, examples: Sequence[Example], answers: Answers = "all") -> Batch:
+    def encode(
+        self, examples: Sequence[Example], answers: Answers = "all", common: bool = False
+    ) -> Batch:
         """A batch of B rows: every tensor has B as its first dimension.
 
         ``label`` [B] is the index of the right choice, ``row`` [B] what `example` knows a row by; the others
@@ -127,6 +129,7 @@ class Scorer:
         Args:
             answers: "all" choices, the "right" one alone (enough for the loss over the vocabulary), or
                 "none" (to write an answer).
+            common: what all prompts begin with may be apart, in ``start_ids`` [1, P]: not for looks.
 
         Raises:
             UserError: no rows, or as `prepare`.
@@ -140,7 +143,7 @@ class Scorer:
             rows = [r.only_right() if answers == "right" else r.without_answers() for r in rows]
         device = self.model.device
         return {
-            **self.prompts.batch(rows),
+            **self.prompts.batch(rows, common),
             "label": torch.tensor([row.right for row in rows], device=device),
             "row": torch.tensor(numbers, device=device),
         }
@@ -200,13 +203,13 @@ class Scorer:
             for start in range(0, len(order), batch_size):
                 places = order[start : start + batch_size]
                 rows = [examples[i] for i in places]
-                batch = self.encode(rows)
+                batch = self.encode(rows, common=True)
                 scores = self.prompts.scores(batch)
-                forwards += 2 if "shown_ids" in batch else 1
+                forwards += 1 + ("shown_ids" in batch) + ("start_ids" in batch)
                 self._check_finite(scores, batch, rows)
                 row_losses = self._losses(scores, batch["label"]).tolist()
                 if self.task.kind == "generation":
-                    predicted, more = self._predict(self.encode(rows, "none"), GREEDY)
+                    predicted, more = self._predict(self.encode(rows, "none", common=True), GREEDY)
                     forwards += more
                 else:
                     if self.calibrate:
@@ -270,9 +273,10 @@ class Scorer:
         # the word scores of one null prompt are the same for all rows: asked once
         first = nulls[0]
         same = all(n.prompt == first.prompt and n.choices is first.choices for n in nulls)
-        here = self.prompts.summed(self.prompts.batch(known))
+        here = self.prompts.summed(self.prompts.batch(known, common=True))
         without = self.prompts.summed(self.prompts.batch(nulls[:1] if same else nulls))
-        return here - without, 2
+        # options that a row lacks are minus infinity in both
+        return torch.where(here.isfinite(), here - without, here), 2
 
     def _check_finite(self, scores: Tensor, batch: Batch, rows: Sequence[Example]) -> None:
         wanted = batch.get("present", torch.ones_like(scores, dtype=torch.bool))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The paper's for OPT (README of its code); of head tuning, which it has no recipe for, ours.
-LEARNING_RATES = {"full": 1e-5, "lora": 1e-4, "prefix": 1e-2, "head": 1e-3}
+LEARNING_RATES = {"full": 1e-5, "lora": 1e-4, "prefix": 1e-2, "prompt": 1e-2, "head": 1e-3}
 CLIP_NORM = 1.0
 MOST_LR = 1e3
 
@@ -251,7 +251,7 @@ def checkpointable(model: PreTrainedModel) -> Sequence[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     kind = model.config.model_type
-    if getattr(model, "prompt_encoder", None) is not None:
+    if getattr(getattr(model, "active_peft_config", None), "peft_type", None) == "PREFIX_TUNING":
         raise UserError(
             "--gradient-checkpointing runs layers twice, and a prefix is changed by the first time: "
             "leave it out with --tuner prefix"

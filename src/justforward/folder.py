@@ -3,7 +3,7 @@
 config.yaml       the resolved TrainConfig
 environment.json  versions, machine, what base model and data were (by hash)
 trajectory.jfl    the log: base + log = the tuned model (`trajectory`)
-prefix.safetensors  where the prefix starts, with --tuner prefix (`tuners`)
+start.safetensors where tuning starts, with --tuner prefix or --start probe (`tuners`)
 metrics.jsonl     one object a step (kind "step"), validation ("validation") and the test before ("before")
 seen.txt          a hash of each row trained or validated on, for `eval --run` on another file
 result.json       the outcome, rewritten whenever a session ends
@@ -116,7 +116,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.log = self.path / "trajectory.jfl"
-        self.start = self.path / "prefix.safetensors"
+        self.start = self.path / "start.safetensors"
         self.plot = self.path / "plot.png"
         self._config = self.path / "config.yaml"
         self._environment = self.path / "environment.json"

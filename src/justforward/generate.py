@@ -78,7 +78,7 @@ def generate(
         raise UserError(
             f"{type(model).__name__} keeps no keys and values to write texts with: give another model"
         )
-    read = Encoded.of(model, batch, accepts)
+    read = Encoded.after(model, batch, accepts)
     keys = range(len(read.mask)) if keys is None else keys
     ends = _end_tokens(model, tokenizer)
     tokens: list[list[int]] = [[] for _ in keys]

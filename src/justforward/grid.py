@@ -319,7 +319,8 @@ def _task(key: str, given: Any) -> Options:
         )
     if options.get("data") is None:
         raise _Refused(keys, "data is missing: give the task's folder or file of rows")
-    if not isinstance(options["data"], str) or not os.path.exists(options["data"]):
+    data = options["data"]
+    if not isinstance(data, str) or not (data == "hub" or os.path.exists(data)):
         raise _Refused((*keys, "data"), f"{options['data']!r}: no such file or folder")
     return options
 

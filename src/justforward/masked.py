@@ -70,7 +70,7 @@ class MaskedPrompts(Prompts):
         self._choices = torch.tensor([word[0] for word in self.words])
         self._body = self._find_body()
 
-    def batch(self, rows: Sequence[Row]) -> Batch:
+    def batch(self, rows: Sequence[Row], common: bool = False) -> Batch:
         """``input_ids`` and ``attention_mask`` [B, L], padded on the right; ``mask_position`` [B]."""
         prompts = [row.prompt for row in rows]
         longest = max(map(len, prompts))

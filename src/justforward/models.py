@@ -44,6 +44,7 @@ LOAD_ERRORS = (
 )
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 STALE_SECONDS = 3600.0
+ADAPTER = "adapter_config.json"  # in the folder of an adapter in peft's format
 
 
 def load_model(
@@ -67,6 +68,11 @@ def load_model(
     if path.is_file() and path.suffix == ".gguf":
         return _load_gguf(path, notify)
     if path.is_dir():
+        if (path / ADAPTER).is_file():
+            raise UserError(
+                f"{src}: an adapter, not a whole model: merge it into its base first (justforward replay RUN --merge "
+                "--out MODEL, or peft's merge_and_unload) and give that; only eval takes the adapter itself"
+            )
         ggufs = sorted(path.glob("*.gguf"))
         if ggufs and not any(path.glob("*.safetensors")):
             if len(ggufs) > 1:
@@ -100,7 +106,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already: give a new name or remove it")
-    with _whole_folder(out) as temporary, _quiet():
+    with whole_folder(out) as temporary, _quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
@@ -176,11 +182,12 @@ def _fills_masks(name: str, config: PretrainedConfig) -> bool:
     # of more than the head for masks ("BertForPreTraining"), that head is taken
     fills = saved_as in masked - causal or (bool(masked) and (bare or "PreTraining" in saved_as))
     fills = fills and not continues and not decoder
-    if not (continues or fills) or getattr(config, "is_encoder_decoder", False):
+    both = getattr(config, "is_encoder_decoder", False)
+    if both or not (continues or fills):
+        is_what = "is an encoder-decoder" if both else "is not a causal or masked language model"
         raise UserError(
-            f"{name}: {saved_as or 'a model'} (model type {kind!r}) is not a causal or masked "
-            "language model: give one that predicts the next token, such as OPT, GPT-2 or Llama, or "
-            "one that fills masks, such as BERT or RoBERTa"
+            f"{name}: {saved_as or 'a model'} (model type {kind!r}) {is_what}: give one that predicts the next "
+            "token, such as OPT, GPT-2 or Llama, or one that fills masks, such as BERT or RoBERTa"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
@@ -298,7 +305,7 @@ def _converted(gguf: Path, notify: Callable[[str], None] | None) -> Path:
     if notify is not None:
         notify(f"converting {gguf.name} once into {folder} (about half a minute)")
     model, tokenizer = _read_gguf(gguf)
-    with _whole_folder(folder, keep_existing=True) as temporary, _quiet():
+    with whole_folder(folder, keep_existing=True) as temporary, _quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
@@ -333,7 +340,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _whole_folder(out: Path, *, keep_existing: bool = False) -> Iterator[Path]:
+def whole_folder(out: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """A temporary sibling of `out` to write into, synced and renamed to `out` at the end.
 
     Left by an exception, or by Ctrl-C, it is removed. With keep_existing, another process that

@@ -7,7 +7,7 @@ import platform
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from justforward.data import Example, Splits, read_examples, split_examples
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
 from justforward.folder import Metric, best_step, data_hash, value_of
+from justforward.hub import HUB, downloaded
 from justforward.optim import ESTIMATORS
 from justforward.published import TEST_SIZE, Published, deal, read_published
 from justforward.schedules import forwards_at
@@ -51,14 +52,28 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def read_data(name: str | None, data: str, task: Task) -> tuple[list[Example] | Published, str]:
+def read_data(
+    name: str | None, data: str, task: Task, notify: Callable[[str], None] | None = None
+) -> tuple[list[Example] | Published, str]:
     """The rows of a file, or of a declared task's folder; and their digest.
 
+    Args:
+        name: of a declared task.
+        data: the file or folder; "hub" for the folder of what is downloaded.
+        task: what is read.
+        notify: called with a sentence before a download.
+
     Raises:
-        UserError: as `read_examples` and `read_published`.
+        UserError: as `read_examples`, `read_published` and `downloaded`.
     """
+    if data == HUB and name is None:
+        raise UserError(
+            f"--data is {HUB!r}: it is for the rows of a --task: give that too, or ./{HUB} for a file of this name"
+        )
     if name is not None:
-        found = read_published(load(name), data, task)
+        declared = load(name)
+        folder = downloaded(declared, notify) if data == HUB else data
+        found = read_published(declared, folder, task)
         return found, found.digest
     digest = data_hash(data) if Path(data).is_file() else ""
     return read_examples(data, task), digest  # says best what is wrong with the file

@@ -2,7 +2,8 @@
 
 The model stays as it is. Of a causal model the features are the last hidden state of the prompt, of a masked one
 the state at the mask; each as the head's matrix gets it. A linear map from there to the labels is what tuning that
-matrix reaches for, found by convex optimization instead of steps (arXiv 2305.17333, table 1, "LP").
+matrix reaches for, found by convex optimization instead of steps (arXiv 2305.17333, table 1, "LP"). The head's rows of
+the label words may start from it ("LP-MeZO").
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch import Tensor
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
+from justforward.metrics import figures
 from justforward.models import inner_model
 from justforward.prompts import Batch, Row, eval_mode
+from justforward.tuners import put_rows, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +72,9 @@ class Probe:
 # ------------------------------------------------------------------------------------------ fitting
 
 
-def probe_weights(features: Tensor, answers: Tensor, labels: int, c: float = 1.0) -> Probe:
+def probe_weights(
+    features: Tensor, answers: Tensor, labels: int, c: float = 1.0, intercept: bool = True
+) -> Probe:
     """The multinomial logistic regression on some rows, for features as they come.
 
     Least sum of the rows' losses and |weight|^2 / 2c (of two labels |weight[1] - weight[0]|^2 / 2c), the bias free,
@@ -81,6 +86,7 @@ def probe_weights(features: Tensor, answers: Tensor, labels: int, c: float = 1.0
         answers: [N], each from 0 to labels - 1.
         labels: how many there are, at least 2.
         c: inverse strength of the penalty, positive.
+        intercept: whether there is a bias; without, it is zero, and features are scaled about zero.
 
     Raises:
         UserError: a label has no row, or a feature is not finite.
@@ -96,16 +102,20 @@ def probe_weights(features: Tensor, answers: Tensor, labels: int, c: float = 1.0
         raise UserError(
             "a hidden state is not finite: the model's weights are broken: load another model"
         )
-    mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
+    if intercept:
+        mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
+    else:
+        mean, scale = torch.zeros_like(x[0]), x.square().mean(dim=0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)  # a feature that is constant
-    regression = LogisticRegression(C=c, max_iter=MOST_ITERATIONS)
+    regression = LogisticRegression(C=c, max_iter=MOST_ITERATIONS, fit_intercept=intercept)
     clock = time.monotonic()
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", ConvergenceWarning)
         regression.fit(((x - mean) / scale).numpy(), y.numpy())
     took = time.monotonic() - clock
     converged = not any(issubclass(w.category, ConvergenceWarning) for w in raised)
-    weight, bias = torch.from_numpy(regression.coef_), torch.from_numpy(regression.intercept_)
+    weight = torch.from_numpy(regression.coef_)
+    bias = torch.from_numpy(regression.intercept_) if intercept else weight.new_zeros(len(weight))
     if labels == 2:  # given as one row, the log-odds of the second
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     weight = weight / scale
@@ -118,6 +128,7 @@ def fit_probe(
     labels: int,
     grid: Sequence[float] = GRID,
     value: Callable[[list[int]], float] | None = None,
+    intercept: bool = True,
 ) -> Probe:
     """The best probe of a grid, by the rule that keeps a step: value in validation, loss, the stronger penalty.
 
@@ -127,11 +138,12 @@ def fit_probe(
         labels: how many there are.
         grid: inverse strengths of the penalty.
         value: of the labels predicted for the validation rows, the higher the better (default accuracy).
+        intercept: as `probe_weights` has it.
 
     Raises:
         UserError: as `probe_weights`.
     """
-    probes = [probe_weights(*train, labels, c) for c in sorted(grid)]
+    probes = [probe_weights(*train, labels, c, intercept) for c in sorted(grid)]
 
     def rating(probe: Probe) -> tuple[float, float, float]:
         accuracy, loss = probe.judged(*validation)
@@ -212,3 +224,79 @@ def _seen_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+# ------------------------------------------------------------------------------------- a head's start
+
+
+@dataclass(frozen=True)
+class Started:
+    """How a head was started: the probe, its accuracy in validation, and the forward passes it took."""
+
+    probe: Probe
+    accuracy: float
+    forwards: int
+
+
+@torch.no_grad()
+def start_head(
+    scorer: Scorer, train: Sequence[Example], validation: Sequence[Example], batch_size: int
+) -> Started:
+    """Make the output head's rows of the label words a linear probe: choices are then scored as the probe scores them.
+
+    The rows keep their mean, so that the words together stand to all other tokens as before. A head without a bias gets a
+    probe without one: exactly a linear map of the hidden state.
+
+    Args:
+        scorer: of a causal or masked model whose head is not tied to its embeddings.
+        train: rows to fit on.
+        validation: rows to choose the penalty by.
+        batch_size: rows a forward.
+
+    Raises:
+        UserError: a label word of several tokens, a label without training rows, or a model that does more to its logits than
+            its head's matrix.
+    """
+    for word, tokens in zip(scorer.task.labels.values(), scorer.prompts.words, strict=True):
+        if len(tokens) != 1:
+            raise UserError(
+                f"--start is 'probe': label word {word!r} is {len(tokens)} tokens, and a probe has the scores of "
+                "one: choose words that the tokenizer has whole, or --start base"
+            )
+    present = {example.label for example in train}
+    for label in scorer.labels:
+        if label not in present:
+            raise UserError(
+                f"--start is 'probe': label {label!r} has no training row to fit it on: give rows of it"
+            )
+    seen, chosen = (hidden_states(scorer, rows, batch_size) for rows in (train, validation))
+    rows = rows_of(scorer.model, [word[0] for word in scorer.prompts.words])
+
+    def value(predicted: list[int]) -> float:
+        names = [scorer.labels[label] for label in predicted]
+        return figures(scorer.task, validation, names)[scorer.task.metric]
+
+    probe = fit_probe(
+        seen.pair, chosen.pair, len(scorer.labels), value=value, intercept="bias" in rows
+    )
+    for name, new in (("weight", probe.weight), ("bias", probe.bias)):
+        if name in rows:
+            old = rows[name].double().cpu()
+            moved = old.mean(dim=0) + new - new.mean(dim=0)
+            rows[name] = moved.to(rows[name])
+    put_rows(scorer.model, rows)
+    _check_scores(scorer, probe, train[:batch_size], seen.features[:batch_size])
+    return Started(probe, probe.judged(*chosen.pair)[0], seen.forwards + chosen.forwards)
+
+
+def _check_scores(scorer: Scorer, probe: Probe, rows: Sequence[Example], features: Tensor) -> None:
+    """That the model scores choices as the probe does: not where it caps or scales its logits."""
+    with eval_mode(scorer.model):
+        found = scorer.scores(scorer.encode(rows)).double().cpu().log_softmax(dim=-1)
+    wanted = probe.scores(features)
+    apart = float((found - wanted).abs().max())
+    if not apart <= 1e-3 * (1.0 + float(wanted.abs().max())):
+        raise UserError(
+            f"--start is 'probe': a {scorer.model.config.model_type} model does more to its logits than its head's "
+            f"matrix (scores are {apart:.2g} from the probe's): use --start base"
+        )

@@ -94,8 +94,13 @@ class Prompts(ABC):
     # ------------------------------------------------------------------------- what a kind has its own
 
     @abstractmethod
-    def batch(self, rows: Sequence[Row]) -> Batch:
-        """The rows as tensors, each with the rows as its first dimension."""
+    def batch(self, rows: Sequence[Row], common: bool = False) -> Batch:
+        """The rows as tensors, each with the rows as its first dimension.
+
+        Args:
+            common: a beginning that all prompts have in common may be put into one of its own,
+                ``start_ids`` [1, P], and read once: not for looks, where each row has its own weights.
+        """
 
     @abstractmethod
     def scores(self, batch: Batch) -> Tensor:

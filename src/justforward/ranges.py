@@ -62,6 +62,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
             "max_length",
             "lora_rank",
             "prefix_length",
+            "prompt_length",
             "threads",
             "last",
             "rows",

@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from justforward.adapters import base_of, load_adapter
 from justforward.config import EvalConfig, ReplayConfig, TrainConfig
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder, best_step, check_new, row_hash
+from justforward.hub import HUB
 from justforward.models import load_model, save_model
 from justforward.playback import fingerprint
 from justforward.playback import replay as replay_log
@@ -53,11 +55,14 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
         folder = RunFolder(config.run)
         folder.check_run()
         run = folder.read_config()
-    source, data, task, name = _inputs(config, run)
+    source, base, data, task, name = _inputs(config, run)
     use_threads(config.threads)
-    examples, digest = read_data(name, data, task)
+    examples, digest = read_data(name, data, task, note)
     split, rows, dropped = _rows(config, folder, run, data, examples, digest)
-    model, tokenizer = load_model(source, notify=note)
+    if base is None:
+        model, tokenizer = load_model(source, notify=note)
+    else:
+        model, tokenizer = load_adapter(source, base, note)
     if folder is not None and run is not None:
         model = attach(model, tokenizer, run, folder.start)
     max_length = config.max_length
@@ -101,8 +106,10 @@ _SPLITS = {
 }
 
 
-def _inputs(config: EvalConfig, run: TrainConfig | None) -> tuple[str, str, Task, str | None]:
-    """Model, data, task and its name in the catalogue: as given, or as the run has them."""
+def _inputs(
+    config: EvalConfig, run: TrainConfig | None
+) -> tuple[str, str | None, str, Task, str | None]:
+    """Model, the base of an adapter, data, task and its name in the catalogue: as given, or as the run has them."""
 
     def choose(name: str) -> Any:
         value = getattr(config, name)
@@ -110,7 +117,7 @@ def _inputs(config: EvalConfig, run: TrainConfig | None) -> tuple[str, str, Task
 
     name, template, labels = choose("task"), config.template, config.labels
     if config.task is None:  # what is given counts for more than a run's
-        if name is not None and config.data is not None and not Path(config.data).is_dir():
+        if name is not None and config.data not in (None, HUB) and not Path(config.data).is_dir():
             if not (labels or choose("labels")):
                 raise UserError(
                     f"--data is {config.data!r}: rows of task {name!r} are read from the folder of its files: "
@@ -125,16 +132,21 @@ def _inputs(config: EvalConfig, run: TrainConfig | None) -> tuple[str, str, Task
     for option, value in needed.items():
         if value is None:
             raise UserError(f"eval needs --{option}, or --run with a run folder to take it from")
+    if run is not None and config.base is not None:
+        raise UserError(
+            f"--base is {config.base!r}: a run's base is its --model: give that, or leave out --run"
+        )
+    base = None if run is not None else base_of(choose("model"), config.base)
     task = make_task(
         name,
-        choose("model"),
+        base or choose("model"),
         template,
         labels,
         label_field=choose("label_field") or "label",
         truncation=choose("truncation") or "right",
         loss=choose("loss"),
     )
-    return choose("model"), choose("data"), task, name
+    return choose("model"), base, choose("data"), task, name
 
 
 def _rows(
@@ -183,7 +195,7 @@ def _rows(
 
 
 def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
-    """Base + log = the tuned model, saved as a folder; of lora and prefix the adapter, in peft's format.
+    """Base + log = the tuned model, saved as a folder; of lora, prefix and prompt the adapter, in peft's format.
 
     Raises:
         UserError: the folder, the base or the log cannot be used, or `out` exists.
@@ -224,7 +236,7 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
     }
 
 
-_SAVED = {"lora": "adapter", "prefix": "adapter"}
+_SAVED = dict.fromkeys(("lora", "prefix", "prompt"), "adapter")
 
 
 def _steps(asked: str | None, folder: RunFolder, run: TrainConfig) -> int:

@@ -90,7 +90,7 @@ def _open(config: TrainConfig, progress: Progress) -> Session | Result:
 def _load(
     config: TrainConfig, task: Task, folder: RunFolder, progress: Progress, started: float
 ) -> Session | Result:
-    examples, digest = read_data(config.task, config.data, task)
+    examples, digest = read_data(config.task, config.data, task, progress.note)
     config, splits = split_rows(config, examples)
     log: Log | None = None
     metrics: list[Metric] = []

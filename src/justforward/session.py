@@ -23,6 +23,7 @@ from justforward.objectives import Objective
 from justforward.optim import MeZO
 from justforward.playback import fingerprint, replay
 from justforward.prepare import Stop, choose_tuned, environment_now, stop_reason
+from justforward.probe import start_head
 from justforward.progress import Progress
 from justforward.prompts import Batch
 from justforward.schedules import (
@@ -125,12 +126,27 @@ class Session:
     def _load_base(self, rows: bool = True) -> None:
         self.model = self.scorer = None  # before a second one is loaded
         model, self.tokenizer = load_model(self.config.model, notify=self.progress.note)
-        self.model = attach(model, self.tokenizer, self.config, self.folder.start)
+        begins = rows and self.log is None
+        start = None if begins else self.folder.start
+        self.model = attach(model, self.tokenizer, self.config, start)
         self.scorer = Scorer(self.model, self.tokenizer, self.task, self.config.max_length)
         choose_tuned(self.model, self.config.tune)
         if rows:  # tokenised now, so that a bad row is found before anything is written
             for split in (self.splits.test, self.splits.validation, self.splits.train):
                 self.scorer.prepare(split)
+        if begins and self.config.start == "probe":
+            self._start_head(self.scorer)
+
+    def _start_head(self, scorer: Scorer) -> None:
+        train, validation = self.splits.train, self.splits.validation
+        self.progress.note(f"fitting a linear probe on the hidden states of {len(train)} rows")
+        found = start_head(scorer, train, validation, self.config.eval_batch_size)
+        self.progress.note(
+            f"the head starts as a linear probe: C = {found.probe.c:g}, validation accuracy {found.accuracy:.1%}, "
+            f"{found.forwards} forwards"
+        )
+        if not found.probe.converged:
+            self.progress.note("note: its fit did not converge")
 
     def _score_before(self) -> None:
         have = {metric["kind"] for metric in self.metrics if metric["step"] == 0}
@@ -171,7 +187,8 @@ class Session:
         assert self.model is not None
         if self.log is None:
             folder.write_config(config)
-            keep_start(self.model, folder.start)
+            assert self.scorer is not None
+            keep_start(self.model, config, folder.start, self.scorer.prompts.words)
         modified, blocks = variants_of(config)
         self.opt = MeZO(
             self.model,

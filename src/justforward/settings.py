@@ -106,7 +106,11 @@ def resolved(config: TrainConfig) -> TrainConfig:
     for field in fields(config):
         owner = field.name.partition("_")[0]
         value = getattr(config, field.name)
-        if owner in ("lora", "prefix") and owner != config.tuner and value != field.default:
+        if (
+            owner in ("lora", "prefix", "prompt")
+            and owner != config.tuner
+            and value != field.default
+        ):
             raise UserError(
                 f"--{field.name.replace('_', '-')} is {value!r}: it belongs to --tuner {owner}, "
                 f"and --tuner is {config.tuner!r}: leave it out"
@@ -132,6 +136,14 @@ def resolved(config: TrainConfig) -> TrainConfig:
             f"--shots is {config.shots}: it is for the rows of a --task: give --train-size"
         )
     task = task_of(config)
+    if config.start == "probe" and (config.tuner != "head" or task.kind != "classification"):
+        what = (
+            f"a task of kind {task.kind!r}" if config.tuner == "head" else f"--tuner {config.tuner}"
+        )
+        raise UserError(
+            f"--start is 'probe': it fits the output head (--tuner head) to labels that rows share, and this is {what}: "
+            "leave it out"
+        )
     return replace(
         config,
         template=task.template,

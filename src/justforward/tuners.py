@@ -1,23 +1,26 @@
-"""What of a model is tuned: all of it (full), low-rank additions (lora), a prefix, or the output head.
+"""What of a model is tuned: all of it (full), low-rank additions (lora), a prefix, a soft prompt, or the output head.
 
     full     nothing is added
     lora     W x becomes W x + s B (A x), A drawn from the run's seed, B = 0 (peft's layers)
     prefix   keys and values of a few tokens before the text, in every layer (peft's prefix encoder)
+    prompt   embeddings of a few tokens before the text (arXiv 2104.08691; peft's format, `prompted`)
     head     the matrix that turns the last hidden state into logits, untied from the embeddings
 
 Everything here is a function of base model and configuration alone, so base + config + log = the tuned
-model. The one exception is where a prefix starts: it comes out of a forward pass, whose last bits differ
-between machines and thread counts, so a run folder keeps it (`keep_start`).
+model. The exceptions are where a prefix starts, and a head that starts as a linear probe: both come out of
+forward passes, whose last bits differ between machines and thread counts, so a run folder keeps them (`keep_start`).
 
-Both adapters work with both estimators: peft applies LoRA by two linear maps and looks a prefix up as rows
-of one matrix [tokens, layers x 2 x heads x head size], and activation space knows linear maps and lookups.
+All adapters work with both estimators: peft applies LoRA by two linear maps and looks a prefix up as rows of one
+matrix [tokens, layers x 2 x heads x head size], a prompt is looked up too, and activation space knows both.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,7 @@ from justforward import noise
 from justforward.config import TrainConfig
 from justforward.errors import UserError
 from justforward.folder import write_whole
+from justforward.models import inner_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,35 +50,52 @@ def attach(
 
     Args:
         model: the base model; changed in place.
-        tokenizer: its tokenizer: a prefix starts from ordinary tokens.
+        tokenizer: its tokenizer: a prefix and a prompt start from ordinary tokens.
         config: tuner and its options, seed.
-        start: where `keep_start` has put the start of a prefix; computed if there is no such file.
+        start: what `keep_start` has written, of a run that has begun. None, of one that begins: a prefix is
+            computed (as it is where the file is lost), a head is the base's, for `probe.start_head` to fill.
 
     Returns:
-        The model (full, head), or a peft.PeftModel around it (lora, prefix).
+        The model (full, head), or a peft.PeftModel around it (lora, prefix, prompt).
 
     Raises:
-        UserError: the model cannot take the tuner, or a pattern finds nothing.
+        UserError: the model cannot take the tuner, a pattern finds nothing, or the start is damaged, or lost where it
+            was a probe.
     """
     if config.tuner == "lora":
         return _lora(model, config)
     if config.tuner == "prefix":
         return _prefix(model, tokenizer, config, start)
-    return _head(model) if config.tuner == "head" else model
+    if config.tuner == "prompt":
+        return _prompt(model, tokenizer, config)
+    if config.tuner == "head":
+        _head(model)
+        if config.start == "probe" and start is not None:
+            put_rows(model, _read_rows(start, model))
+    return model
 
 
-def keep_start(model: nn.Module, path: Path) -> None:
-    """Write where a prefix starts; of the other tuners nothing needs to be written.
+def keep_start(
+    model: nn.Module, config: TrainConfig, path: Path, words: Sequence[Sequence[int]] = ()
+) -> None:
+    """Write where a prefix starts, or a head that starts as a probe; of others nothing needs to be written.
+
+    Args:
+        model: what `attach` gave, at its start.
+        config: its tuner.
+        path: the file.
+        words: the tokens of each label word, of which a probe has moved the head's rows.
 
     Raises:
         UserError: the file cannot be written.
     """
     from safetensors.torch import save
 
-    encoder = getattr(model, "prompt_encoder", None)
-    if encoder is None:
-        return
-    write_whole(path, save({_START: encoder["default"].embedding.weight.detach()}))
+    if config.tuner == "prefix":
+        encoder: Any = model.get_submodule("prompt_encoder.default.embedding")
+        write_whole(path, save({_PREFIX: encoder.weight.detach()}))
+    elif config.start == "probe":
+        write_whole(path, save(rows_of(model, [word[0] for word in words])))
 
 
 def merged(model: Any) -> PreTrainedModel:
@@ -197,7 +218,7 @@ def _task_type(model: PreTrainedModel) -> str | None:
 
 # ------------------------------------------------------------------------------------------ prefix
 
-_START = "prefix"  # the tensor's name in the file of `keep_start`
+_PREFIX = "prefix"  # the tensor's name in the file of `keep_start`
 
 
 def _prefix(
@@ -214,13 +235,8 @@ def _prefix(
             "before: use --tuner lora"
         )
     length = config.prefix_length
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(context, int) and length >= context:
-        raise UserError(
-            f"--prefix-length is {length}: the model's context is {context} tokens, and the text needs "
-            "room in it too: give less"
-        )
-    keys, values = real_activations(model, prefix_tokens(tokenizer, model, length, config.seed))
+    _check_room(model, "prefix-length", length)
+    keys, values = real_activations(model, ordinary_tokens(tokenizer, model, length, config.seed))
     layers, heads, _, size = keys.shape
     # peft's layout: a row a token, in it layer by layer the keys of all heads and then the values
     rows = torch.stack([keys, values], dim=1).permute(3, 0, 1, 2, 4).reshape(length, -1)
@@ -241,13 +257,22 @@ def _prefix(
         )
     with torch.no_grad():
         weight.copy_(
-            rows if start is None or not start.exists() else _read_start(start, rows.shape)
+            rows if start is None or not start.exists() else _read_prefix(start, rows.shape)
         )
     whole: PreTrainedModel = tuned
     return whole
 
 
-def prefix_tokens(
+def _check_room(model: PreTrainedModel, option: str, length: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and length >= context:
+        raise UserError(
+            f"--{option} is {length}: the model's context is {context} tokens, and the text needs "
+            "room in it too: give less"
+        )
+
+
+def ordinary_tokens(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int, seed: int
 ) -> Tensor:
     """[1, length]: ordinary tokens of the vocabulary, a function of the seed alone."""
@@ -288,22 +313,64 @@ def real_activations(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Te
     return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
 
-def _read_start(path: Path, shape: torch.Size) -> Tensor:
+def _read_start(path: Path, hint: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        rows = load_file(path)[_START]
-    except (OSError, SafetensorError, KeyError) as error:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
         said = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: cannot be read: {said}: copy it again; without the file the prefix is computed anew"
-        ) from error
+        raise UserError(f"{path}: cannot be read: {said}: {hint}") from error
+
+
+def _read_prefix(path: Path, shape: torch.Size) -> Tensor:
+    hint = "copy it again; without the file the prefix is computed anew"
+    rows = _read_start(path, hint).get(_PREFIX)
+    if rows is None:
+        raise UserError(f"{path}: cannot be read: it holds no {_PREFIX}: {hint}")
     if rows.shape != shape or rows.dtype != torch.float32:
         raise UserError(
             f"{path}: holds a prefix {list(rows.shape)}, the run's model takes {list(shape)}: another run's file"
         )
     return rows
+
+
+# ------------------------------------------------------------------------------------------ prompt
+
+
+def _prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> PreTrainedModel:
+    """Started from embeddings of ordinary tokens, which is better than noise (arXiv 2104.08691, section 3.2)."""
+    from peft import PromptTuningConfig
+
+    from justforward.prompted import counted
+
+    takes = inspect.signature(model.forward).parameters
+    if _task_type(model) != "CAUSAL_LM" or "inputs_embeds" not in takes:
+        raise UserError(
+            f"--tuner is 'prompt': a {model.config.model_type} model is not a causal one that takes embeddings in "
+            "place of tokens: use --tuner lora"
+        )
+    length = config.prompt_length
+    _check_room(model, "prompt-length", length)
+    tokens = ordinary_tokens(tokenizer, model, length, config.seed)
+    with torch.no_grad():
+        rows = model.get_input_embeddings()(tokens)[
+            0
+        ]  # scaled, where the model does that in its lookup
+    settings = PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=length,
+        token_dim=rows.shape[1],
+        num_transformer_submodules=1,
+    )
+    tuned = counted(_wrapped(model, settings))
+    with torch.no_grad():
+        tuned.prompt_encoder["default"].embedding.weight.copy_(rows)
+    whole: PreTrainedModel = tuned
+    return whole
 
 
 # -------------------------------------------------------------------------------------------- head
@@ -336,3 +403,44 @@ def _head(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in mine)
     return model
+
+
+def rows_of(model: Any, tokens: Sequence[int]) -> dict[str, Tensor]:
+    """The output head's rows of some tokens: tokens [n]; weight [n, hidden]; bias [n], if the head has one."""
+    head = inner_model(model).get_output_embeddings()
+    found = {"tokens": torch.tensor(tokens), "weight": head.weight.detach()[tokens]}
+    if getattr(head, "bias", None) is not None:
+        found["bias"] = head.bias.detach()[tokens]
+    return found
+
+
+@torch.no_grad()
+def put_rows(model: Any, rows: dict[str, Tensor]) -> None:
+    """Make the output head's rows those that `rows_of` gave."""
+    head = inner_model(model).get_output_embeddings()
+    head.weight[rows["tokens"]] = rows["weight"]
+    if "bias" in rows:
+        head.bias[rows["tokens"]] = rows["bias"]
+
+
+def _read_rows(path: Path, model: Any) -> dict[str, Tensor]:
+    if not path.exists():
+        raise UserError(
+            f"{path}: is missing: the run started from a linear probe, which is kept there: copy it again"
+        )
+    rows = _read_start(path, "copy it again")
+    tokens = rows.get("tokens", torch.empty(0))
+    known = len(inner_model(model).get_output_embeddings().weight)
+    if (
+        tokens.dtype != torch.int64
+        or tokens.dim() != 1
+        or not ((tokens >= 0) & (tokens < known)).all()
+    ):
+        raise UserError(f"{path}: holds no tokens of the run's model: another run's file")
+    for name, wanted in rows_of(model, tokens.tolist()).items():
+        held = rows.get(name, torch.empty(0))
+        if held.shape != wanted.shape or held.dtype != wanted.dtype:
+            raise UserError(
+                f"{path}: holds {name} {list(held.shape)}, the run's model takes {list(wanted.shape)}: another run's file"
+            )
+    return rows
