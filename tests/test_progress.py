@@ -67,7 +67,7 @@ def test_what_a_line_says(clock: Clock) -> None:
     shown.start(0, 100, None)
     clock.now += 4.0
     shown.step(10, 0.70314)
-    shown.validation(10, 0.755, 0.69)
+    shown.validation(10, "accuracy", 0.755, 0.69)
     clock.now += 4.0
     shown.step(20, 0.6)
     assert out.getvalue().splitlines() == [
@@ -119,7 +119,7 @@ def test_a_bar_only_on_a_terminal(make: Callable[[], io.StringIO]) -> None:
         shown.start(0, 4, None)
         shown.step(2, 0.5)
         shown.note("a note [b]with brackets[/b] " + "and many words " * 20)
-        shown.validation(2, 0.5, 0.7)
+        shown.validation(2, "accuracy", 0.5, 0.7)
         shown.step(4, 0.25)
     text = out.getvalue()
     assert "a note [b]with brackets[/b] " + "and many words " * 20 in text

@@ -209,7 +209,7 @@ class _Run:
             found = self.scorer.evaluate(self.validation, self.settings.eval_batch_size)
         except UserError as error:
             raise UserError(f"step {self.steps}: {error}, or start with a lower --lr") from error
-        self.progress.validation(self.forwards, found.value, found.loss)
+        self.progress.validation(self.forwards, found.metric, found.value, found.loss)
         self.curve.append(
             {
                 "kind": "validation",

@@ -12,12 +12,14 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from justforward import noise
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
@@ -67,11 +69,16 @@ class Objective:
         """The rows as `closure` needs them."""
         return scorer.encode(rows, "none" if self.task.kind == "generation" else "all")
 
-    def closure(self, scorer: Scorer) -> Callable[[Batch], Tensor]:
-        """A function of a batch: minus the metric, [B] or for all rows [], float32."""
+    def closure(self, scorer: Scorer, step: int = 0) -> Callable[[Batch], Tensor]:
+        """A function of a batch: minus the metric, [B] or for all rows [], float32.
+
+        Args:
+            step: index of the step: each draws its texts anew, and both its signs draw alike.
+        """
+        sampling = replace(self.sampling, seed=noise.step_seed(self.sampling.seed, step))
 
         def minus(batch: Batch) -> Tensor:
-            values = self.values(scorer.examples(batch), scorer.predict(batch, self.sampling))
+            values = self.values(scorer.examples(batch), scorer.predict(batch, sampling))
             return -torch.tensor(values, device=batch["row"].device)
 
         return minus

@@ -94,10 +94,10 @@ class Progress:
             self._shown_at, self._shown_forwards = now, forwards
             print(text, file=self._stream, flush=True)
 
-    def validation(self, forwards: int, accuracy: float, loss: float) -> None:
+    def validation(self, forwards: int, metric: str, value: float, loss: float) -> None:
         """A validation is done."""
-        self._validation = f"{accuracy:.1%}"
-        self.note(f"forwards {forwards}: validation accuracy {accuracy:.1%}, loss {loss:.4f}")
+        self._validation = f"{value:.1%}"
+        self.note(f"forwards {forwards}: validation {metric} {value:.1%}, loss {loss:.4f}")
 
     def stop(self) -> None:
         """Training is over: the bar stays as it was."""

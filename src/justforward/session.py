@@ -260,7 +260,6 @@ class Session:
         closure: Callable[[Batch], Tensor] = scorer.loss_of if by_gradient else scorer.losses
         encode: Callable[[list[Example]], Batch] = scorer.encode_training
         if self.objective is not None:
-            closure = self.objective.closure(scorer)
             encode = partial(self.objective.batch, scorer)
         left = None if config.max_minutes is None else 60.0 * config.max_minutes - self.seconds
         self.progress.start(self.forwards, config.max_forwards, left)
@@ -271,6 +270,8 @@ class Session:
                 group["lr"] = lr
             rows = batches(len(train), config.batch_size, config.seed, opt.steps)
             batch = encode([train[row] for row in rows])
+            if self.objective is not None:
+                closure = self.objective.closure(scorer, opt.steps)
             before, clock = self.forwards, time.monotonic()
             with Shield() as shield:  # a step and its line: both or neither
                 loss = opt.step(partial(shield.call, closure), batch)
@@ -290,7 +291,7 @@ class Session:
             found = self._evaluate(self.splits.validation)
         except UserError as error:
             raise UserError(f"step {step}: {error}, or start again with a lower --lr") from error
-        self.progress.validation(forwards, found.value, found.loss)
+        self.progress.validation(forwards, found.metric, found.value, found.loss)
         return self._metric("validation", step, forwards, **_worth(found))
 
     def _finish(self) -> Result:
