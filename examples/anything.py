@@ -3,8 +3,8 @@
     python examples/anything.py
 
 scikit-learn's handwritten digits (8 x 8 pixels), a small convolutional net with random weights, MeZO in weight space. The
-closure returns what a look costs: here the share of wrong answers, no logits and no derivative in sight. A count jumps
-where a loss is smooth, so a look goes far (eps) and sees many rows. At the end the same with a plain numpy function.
+closure returns what a look costs: here the share of wrong answers, which moves in jumps, so a look goes far (eps) and
+sees many rows. At the end the same with a numpy function. Half a minute on one core.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def black_box(point: np.ndarray) -> float:
 
 def main(argv: list[str] | None = None) -> tuple[float, float]:
     """Tune both; returns the accuracy on held-out digits before and after."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description="MeZO on what has no gradient")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     torch.manual_seed(given.seed)
     images, digits = (torch.tensor(x) for x in load_digits(return_X_y=True))
     images = images.float().view(-1, 1, 8, 8) / 8.0 - 1.0
-    split = train_test_split(images, digits, test_size=0.25, random_state=0, stratify=digits)
-    train_x, test_x, train_y, test_y = split
+    train_x, test_x, train_y, test_y = train_test_split(images, digits, random_state=0)
     net = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10)
     )
@@ -46,9 +45,9 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
         return float((net(x).argmax(dim=1) == y).float().mean())
 
     before = accuracy(test_x, test_y)
-    opt = jf.MeZO(net, lr=1e-2, eps=3e-2, rule="rms+momentum", seed=given.seed)
+    opt = jf.MeZO(net, lr=1e-2, eps=0.1, rule="rms", seed=given.seed)
     for step in range(given.steps):
-        rows = torch.randint(len(train_x), (256,))
+        rows = torch.randint(len(train_x), (512,))
         opt.param_groups[0]["lr"] = 1e-2 * (1.0 - step / given.steps)
         wrong = opt.step(lambda rows=rows: 1.0 - accuracy(train_x[rows], train_y[rows]))
         if (step + 1) % 500 == 0:
@@ -62,7 +61,8 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     for _ in range(given.steps):
         opt.step(lambda: black_box(point[0].detach().numpy()))
     opt.close()
-    print(f"black box: {black_box(np.zeros(4)):.2f} before, {black_box(point[0].detach().numpy()):.2f} after")
+    found = black_box(point[0].detach().numpy())
+    print(f"black box: {black_box(np.zeros(4)):.2f} before, {found:.2f} after")
     return before, after
 
 

@@ -297,6 +297,16 @@ def test_texts_and_shared_prompts_behind_it(
     assert "shown_ids" in batch
     torch.testing.assert_close(shared.scores(batch), wanted, atol=5e-5, rtol=1e-5)
 
+    # and what all rows begin with is read once
+    begun = replace(task, template="the story is good {text} It was")
+    wanted = torch.cat(
+        [(one := Scorer(base, tokenizer, begun)).scores(one.encode([row])) for row in rows]
+    )
+    common = Scorer(model, tokenizer, begun)
+    batch = common.encode(rows, common=True)
+    assert "start_ids" in batch
+    torch.testing.assert_close(common.scores(batch), wanted, atol=5e-5, rtol=1e-5)
+
     def written(one: Any, asked: list[Example]) -> list[str]:
         scorer = Scorer(one, tokenizer, TASK)
         batch = scorer.encode(asked)

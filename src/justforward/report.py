@@ -166,7 +166,7 @@ def inspect_run(config: InspectConfig) -> Result:
         "lr_schedule",
         "num_samples",
     ]
-    shown += ["batch_size", "seed", "tuner", "tune", "keep"]
+    shown += ["batch_size", "seed", "tuner", "start", "tune", "keep"]
     return {
         **{name: getattr(run, name) for name in shown},
         "base_fingerprint": log.header["base"],
