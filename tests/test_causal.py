@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -219,9 +219,21 @@ PHRASES = st.lists(
 def test_any_rows_are_shared_alike(given_rows: list[tuple[str, tuple[str, ...]]]) -> None:
     texts, options = zip(*given_rows, strict=True)
     scorer = scorer_of(make_model("llama"))
+    known = scorer.prompts.rows(rows(texts, options))
+    assume(any(len(plan(row.choices).shown) > 1 for row in known))
     with pytest.MonkeyPatch.context() as patch:
         shared, repeated = both(patch, scorer, rows(texts, options))
     torch.testing.assert_close(scorer.scores(shared), scorer.scores(repeated), atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_shared_where_nothing_is_shown(
+    tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal, "WORTH_SHARING", 0)
+    scorer = scorer_of(tiny_llama)
+    batch = scorer.encode(rows(["bad"], [("good", "not")]))  # a token each
+    assert "shown_ids" not in batch
+    assert scorer.scores(batch).shape == (1, 2)
 
 
 def test_words_of_labels_are_shared_too(

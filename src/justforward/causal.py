@@ -120,7 +120,8 @@ class CausalPrompts(Prompts):
         saved = sum(
             len(row.prompt) * (len(p.shown) - 1) for row, p in zip(rows, plans, strict=True)
         )
-        if saved >= WORTH_SHARING and can_share(self.model, self.accepts):
+        several = sequences > 1 and saved >= WORTH_SHARING
+        if several and can_share(self.model, self.accepts):
             batch = self._sequences([[row.prompt] for row in rows])
             # the rows of one batch need as many sequences each: the first again for those that are lacking
             shown = [p.shown + [p.shown[0]] * (sequences - len(p.shown)) for p in plans]
