@@ -49,7 +49,7 @@ def shared_prompts(model: Any, tokenizer: Any, rounds: int) -> dict[str, list[fl
             tuple(f"the {i + k} ended here" for k in range(8)),
             ((f"the {i} ended here",),),
         )
-        for i in range(16)
+        for i in range(4)
     ]
     task = Task("{text}", kind="choice", score="mean")
 
