@@ -43,6 +43,8 @@ ROOMS = [
     "reference",
     "hessian",
     "models",
+    "store",
+    "trunk",
     "prompted",
     "adapters",
     "tasks",

@@ -25,7 +25,16 @@ Method = Literal["zero-shot", "icl", "probe", "first-order"]
 # What says where and how a command runs, and not what a run is: kept out of config.yaml.
 NOT_KEPT = ("out", "resume", "json")
 # What may change between the sessions of one run. `model` and `data` are compared by content.
-FREE = ("max_minutes", "target_accuracy", "threads", "model", "data", *NOT_KEPT)
+FREE = (
+    "max_minutes",
+    "target_accuracy",
+    "threads",
+    "cache",
+    "cache_gb",
+    "model",
+    "data",
+    *NOT_KEPT,
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,9 @@ class TrainConfig:
         prefix_length: tokens of the prefix; it takes that much of the model's context.
         prompt_length: tokens of the prompt; likewise.
         tune: regular expression; of the tuner's parameters those whose name it finds are tuned (default all).
+        reuse: run each text once through the layers below what is tuned, and keep what they give.
+        cache: folder to keep that in for further runs (default a temporary file beside `out`).
+        cache_gb: how much of it is kept at most.
         max_forwards: stop after so many forward passes over a batch (a two-sided step is 2 for each sample).
         max_minutes: stop after so many minutes.
         target_accuracy: stop when validation reaches it (the task's first metric), in (0, 1].
@@ -119,6 +131,9 @@ class TrainConfig:
     prefix_length: int = 5
     prompt_length: int = 20
     tune: str | None = None
+    reuse: bool = True
+    cache: str | None = None
+    cache_gb: float = 4.0
     max_forwards: int = 400
     max_minutes: float | None = None
     target_accuracy: float | None = None

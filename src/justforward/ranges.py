@@ -33,6 +33,7 @@ def _seed(value: float) -> bool:
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "lr": (_positive, "positive and finite"),
     "eps": (lambda value: 0 < value <= 100, "positive and at most 100"),
+    "cache_gb": (_not_negative, "finite and at least 0"),
     "weight_decay": (_not_negative, "finite and at least 0"),
     "temperature": (_not_negative, "finite and at least 0"),
     "lora_alpha": (_positive, "positive and finite"),

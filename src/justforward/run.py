@@ -100,7 +100,11 @@ def _load(
             return done
     compile_kernels(FAMILIES[family_of(config.family, config.estimator)], config.rule)
     session = Session(config, task, splits, folder, progress, metrics, started, digest, log)
-    session.load()
+    try:
+        session.load()
+    except BaseException:
+        session.close_outputs()
+        raise
     return session
 
 

@@ -9,7 +9,10 @@ import contextlib
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from justforward.config import TrainConfig
 from justforward.data import Example, Splits, batches
@@ -34,8 +37,10 @@ from justforward.schedules import (
     validation_due,
 )
 from justforward.settings import variants_of
+from justforward.store import Store
 from justforward.tasks import Task
 from justforward.trajectory import Log, read_log
+from justforward.trunk import Trunk
 from justforward.tuners import attach, keep_start
 
 if TYPE_CHECKING:
@@ -88,6 +93,10 @@ class Session:
                     f"--objective is {self.config.objective!r}, one number for a whole batch, and --estimator is "
                     "'activation', which needs one a row: choose --estimator weight"
                 )
+        self.trunk: Trunk | None = None
+        self._store: tuple[str, Store] | None = (
+            None  # of the trunk's outputs, by what they depend on
+        )
         self.opt: MeZO | None = None
         self.parts = 1 if self.log is None else len(self.log.header["groups"])  # parameter groups
         self.steps_taken = 0  # once the optimizer is gone
@@ -124,7 +133,7 @@ class Session:
         self.forwards = forwards_until(self.config, self.steps, self.parts)
 
     def _load_base(self, rows: bool = True) -> None:
-        self.model = self.scorer = None  # before a second one is loaded
+        self.model = self.scorer = self.trunk = None  # before a second one is loaded
         model, self.tokenizer = load_model(self.config.model, notify=self.progress.note)
         begins = rows and self.log is None
         start = None if begins else self.folder.start
@@ -136,6 +145,50 @@ class Session:
                 self.scorer.prepare(split)
         if begins and self.config.start == "probe":
             self._start_head(self.scorer)
+        if rows and self.config.reuse:
+            self._find_trunk(self.model, self.scorer)
+
+    def _find_trunk(self, model: PreTrainedModel, scorer: Scorer) -> None:
+        """Spare the layers below what is tuned, if the losses come out the same."""
+        trunk = Trunk(model, self._outputs)
+        if trunk.depth == 0:
+            return
+        batch = scorer.encode_training(self.splits.train[: self.config.batch_size])
+        plain = scorer.losses(batch)
+        with trunk.reused():
+            spared = scorer.losses(batch)
+        if not torch.allclose(plain, spared, rtol=1e-4, atol=1e-4):
+            self.progress.note(
+                f"note: the first {trunk.depth} layers do not move, but the losses differ when they are left out: "
+                "they are run each time"
+            )
+            return
+        self.trunk = trunk
+        self.progress.note(
+            f"the first {trunk.depth} of {trunk.layers} layers do not move: a text runs through them once"
+        )
+
+    def _outputs(self, name: str) -> Store:
+        config = self.config
+        if self._store is None or self._store[0] != name:
+            self.close_outputs()
+            folder = None if config.cache is None else Path(config.cache)
+            path = None if folder is None else folder / f"{name[:32]}.outputs"
+            beside = next(each for each in self.folder.path.absolute().parents if each.is_dir())
+            store = Store(path, int(config.cache_gb * 2**30), beside)
+            if store.note is not None:
+                self.progress.note(f"note: {store.note}")
+            self._store = name, store
+        return self._store[1]
+
+    def close_outputs(self) -> None:
+        """Close the file of what the trunk gave; a temporary one is gone then."""
+        if self._store is not None:
+            self._store[1].close()
+            self._store = None
+
+    def _spared(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.trunk is None else self.trunk.reused()
 
     def _start_head(self, scorer: Scorer) -> None:
         train, validation = self.splits.train, self.splits.validation
@@ -153,7 +206,7 @@ class Session:
         for kind, rows in (("before", self.splits.test), ("validation", self.splits.validation)):
             if kind not in have:
                 self.progress.note(f"scoring {len(rows)} {_WHAT[kind]}")
-                found = self._evaluate(rows)
+                found = self._validate() if kind == "validation" else self._evaluate(rows)
                 self._remember(self._metric(kind, 0, 0, **_worth(found)))
 
     def _repair(self, log: Log) -> None:
@@ -250,6 +303,7 @@ class Session:
             raise
         finally:
             self.progress.stop()
+            self.close_outputs()
             self.folder.unlock()
 
     def _train(self, stop: Stop) -> None:
@@ -273,7 +327,7 @@ class Session:
             if self.objective is not None:
                 closure = self.objective.closure(scorer, opt.steps)
             before, clock = self.forwards, time.monotonic()
-            with Shield() as shield:  # a step and its line: both or neither
+            with Shield() as shield, self._spared():  # a step and its line: both or neither
                 loss = opt.step(partial(shield.call, closure), batch)
                 self.forwards += forwards_at(config, opt.steps - 1, self.parts)
                 took = round(time.monotonic() - clock, 4)
@@ -288,7 +342,7 @@ class Session:
 
     def _validation(self, step: int, forwards: int) -> Metric:
         try:
-            found = self._evaluate(self.splits.validation)
+            found = self._validate()
         except UserError as error:
             raise UserError(f"step {step}: {error}, or start again with a lower --lr") from error
         self.progress.validation(forwards, found.metric, found.value, found.loss)
@@ -390,6 +444,10 @@ class Session:
             return found
         value = self.objective.score(rows, found.predictions)
         return replace(found, metric=self.objective.name, value=value)
+
+    def _validate(self) -> Evaluation:
+        with self._spared():
+            return self._evaluate(self.splits.validation)
 
     def _metric(self, kind: str, step: int, forwards: int, **values: float) -> Metric:
         seconds = round(self.seconds, 3)

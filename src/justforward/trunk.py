@@ -1,0 +1,270 @@
+"""Layers that do not move are run once a text, and not once a sign, a direction, a step and an epoch.
+
+Where only layers from number k on are tuned, what enters layer k is a function of the text alone. Inside
+`Trunk.reused()` the model's own forward runs with the layers below k replaced by what they gave before: no
+architecture is spelled out here, any model of transformers with one stack of layers will do. Each text is run by
+itself, without padding, so that its outputs do not depend on the batch or the step in which it was first met: a run
+that is resumed meets the very same numbers, and so does another run that shares the `store`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from justforward.models import inner_model
+from justforward.store import Store
+
+# Arguments with which a text's outputs depend on its tokens alone.
+KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict"}  # fmt: skip
+
+
+class _Reached(Exception):
+    """A text has come through the trunk; what is above need not run."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def stack_of(model: nn.Module) -> nn.ModuleList | None:
+    """The layers of a model that has one stack of them."""
+    inner = inner_model(model)
+    config = getattr(inner, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return None
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    found = [m for m in inner.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    within = {id(part) for each in found for part in each.modules() if part is not each}
+    outermost = [each for each in found if id(each) not in within]
+    return outermost[0] if len(outermost) == 1 else None
+
+
+def frozen_layers(model: nn.Module) -> int:
+    """How many layers, counted from the first, have nothing to tune in them or before them.
+
+    0 also where that cannot be told: more stacks than one, or a tuned parameter that is used by no module.
+    """
+    layers = stack_of(model)
+    if layers is None:
+        return 0
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                owners.setdefault(id(parameter), []).append(module)
+    place = {id(part): i for i, layer in enumerate(layers) for part in layer.modules()}
+    behind = _behind(model, layers)
+    lowest = len(layers)
+    for module in (module for several in owners.values() for module in several):
+        if id(module) in place:
+            lowest = min(lowest, place[id(module)])
+        elif id(module) not in behind:
+            return 0
+    return lowest
+
+
+def _behind(model: nn.Module, layers: nn.ModuleList) -> set[int]:
+    """Ids of the modules outside the stack that are first called when all layers have run."""
+    inner = inner_model(model)
+    before: set[int] = set()
+    after: set[int] = set()
+    ran = 0
+
+    def layer_ends(*_: Any) -> None:
+        nonlocal ran
+        ran += 1
+
+    def called(module: nn.Module, _: Any) -> None:
+        (after if ran >= len(layers) else before).add(id(module))
+
+    inside = {id(part) for part in layers.modules()}
+    outside = [m for m in inner.modules() if id(m) not in inside]
+    handles = [layer.register_forward_hook(layer_ends) for layer in layers]
+    handles += [module.register_forward_pre_hook(called) for module in outside]
+    try:
+        with torch.no_grad():
+            inner(input_ids=_sample(inner))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return after - before
+
+
+def _sample(inner: Any) -> Tensor:
+    """[1, 4] tokens, whichever."""
+    count = inner.get_input_embeddings().weight.shape[0]
+    return torch.arange(5, 9, device=inner.device).remainder(count)[None]
+
+
+class Trunk:
+    """The layers of a model below the lowest one with something to tune.
+
+    Args:
+        model: a language model, or an adapter around one; what is tuned has `requires_grad`.
+        store: makes the file in which outputs are kept, given what they depend on besides the text.
+
+    Attributes:
+        depth: how many layers are not run again; 0 where none can be spared.
+        layers: how many there are.
+        share: of them, what is run again, in [0, 1].
+        texts: how many were run through the trunk.
+    """
+
+    def __init__(self, model: nn.Module, store: Callable[[str], Store]) -> None:
+        self.depth = frozen_layers(model)
+        self.texts = 0
+        self._model = inner_model(model)
+        found = stack_of(model)
+        self._layers: list[Any] = [*(found or ())]
+        self.layers = len(self._layers)
+        self.share = 1.0 - self.depth / max(1, self.layers)
+        self._hidden: Tensor | None = None  # of the call under way
+        self._running = False  # a text through the trunk
+        self._tuple = 0  # values that the last layer of the trunk returns; 0: a bare tensor
+        self.store = store(self._name()) if self.depth else None
+
+    @contextmanager
+    def reused(self) -> Iterator[None]:
+        """While inside, the model's forward passes spare the trunk where they can; the others run as ever.
+
+        They can where a call has tokens, mask and positions and nothing else, in eval mode: not while writing
+        with a cache of keys and values.
+        """
+        if self.depth == 0:
+            yield
+            return
+        handles = [
+            self._model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self._model.register_forward_hook(self._after, always_call=True),
+        ]
+        for i in range(self.depth):
+            self._layers[i].forward = self._spared(self._layers[i].forward, i == self.depth - 1)
+        try:
+            yield
+        finally:
+            for i in range(self.depth):
+                del self._layers[i].forward  # the class's own again
+            for handle in handles:
+                handle.remove()
+
+    # ----------------------------------------------------------------------------------- the model's calls
+
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._running and self._can(module, args, kwargs):
+            self._hidden = self._outputs(kwargs)
+
+    def _after(self, *_: Any) -> None:
+        if not self._running:
+            self._hidden = None
+
+    def _spared(self, forward: Callable[..., Any], last: bool) -> Callable[..., Any]:
+        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._hidden is not None and not self._running:
+                return self._packed(self._hidden if last else hidden_states)
+            output = forward(hidden_states, *args, **kwargs)
+            if last and self._running:
+                self._tuple = len(output) if isinstance(output, tuple) else 0
+                raise _Reached(output[0] if self._tuple else output)
+            return output
+
+        return run
+
+    def _packed(self, hidden: Tensor) -> Any:
+        return (hidden, *[None] * (self._tuple - 1)) if self._tuple else hidden
+
+    def _can(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        given = {name for name, value in kwargs.items() if value is not None}
+        if (
+            args
+            or module.training
+            or not {"input_ids"} <= given <= KNOWN
+            or kwargs.get("use_cache")
+        ):
+            return False
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if mask is None or mask.shape != kwargs["input_ids"].shape:
+            return False
+        return positions is None or bool(((mask.cumsum(1) - 1 == positions) | (mask == 0)).all())
+
+    # ------------------------------------------------------------------------------------------- texts
+
+    def _outputs(self, kwargs: dict[str, Any]) -> Tensor:
+        """[N, L, n]: what enters layer k, zero where the mask is."""
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"].bool()
+        rows = ids.cpu().numpy()
+        shown = mask.cpu().numpy()
+        known: dict[bytes, Tensor] = {}
+        out: Tensor | None = None
+        for row in range(len(rows)):
+            tokens = rows[row, shown[row]]
+            key = tokens.tobytes()
+            if key not in known:
+                known[key] = self._output(key, tokens, kwargs)
+            one = known[key]
+            if out is None:
+                out = one.new_zeros(*ids.shape, one.shape[-1])
+            out[row, mask[row]] = one
+        assert out is not None
+        return out
+
+    def _output(self, key: bytes, tokens: np.ndarray, kwargs: dict[str, Any]) -> Tensor:
+        """[length, n] of one text: read, or run and kept."""
+        assert self.store is not None
+        dtype, device = self._model.dtype, kwargs["input_ids"].device
+        data = self.store.get(key)
+        if data is not None and self._known_shape():
+            return torch.frombuffer(data, dtype=dtype).view(len(tokens), -1).to(device)
+        one = self._run(torch.from_numpy(tokens)[None].to(device), kwargs)
+        self.store.put(key, _bytes(one).tobytes())
+        return one
+
+    def _known_shape(self) -> bool:
+        """What the layer returns is seen when it runs: the first text of a session is always run."""
+        return self.texts > 0
+
+    def _run(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if kwargs.get("position_ids") is not None:
+            arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
+        if "use_cache" in kwargs:
+            arguments["use_cache"] = False
+        self._running = True
+        try:
+            with torch.no_grad():
+                self._model(**arguments)
+        except _Reached as reached:
+            self.texts += 1
+            return reached.hidden[0]
+        finally:
+            self._running = False
+        raise AssertionError("a forward pass went round the layers")
+
+    def _name(self) -> str:
+        """Digest of all that outputs depend on besides the text, down to the last bit."""
+        moving = {id(part) for layer in self._layers[self.depth :] for part in layer.modules()}
+        digest = hashlib.sha256()
+        config = self._model.config.to_dict()
+        for name in ("_name_or_path", "name_or_path"):
+            config.pop(name, None)
+        said = [torch.__version__, torch.get_num_threads(), str(self._model.device), self.depth]
+        digest.update(json.dumps([*said, config], sort_keys=True, default=str).encode())
+        for name, module in self._model.named_modules():
+            if id(module) in moving:
+                continue
+            for values in (module._parameters, module._buffers):
+                for own, tensor in values.items():
+                    if tensor is not None and not tensor.requires_grad:
+                        digest.update(f"{name}.{own} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                        digest.update(_bytes(tensor))
+        return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
