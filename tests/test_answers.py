@@ -180,6 +180,119 @@ def test_drop(tmp_path: Path, keys: dict[str, Any], answers: list[tuple[str, ...
     assert task.metric == "drop_f1"
 
 
+# The files as they were first published: one JSON document each.
+
+ARTICLES = {
+    "version": "1.1",
+    "data": [
+        {
+            "title": title,
+            "paragraphs": [
+                {"context": f"{text} in Italy.", "qas": [
+                    {"id": f"{title}{text}{i}", "question": f" Where {i}? ", "answers": LIST_ANSWERS[i:]}
+                    for i in range(2)
+                ]}
+                for text in texts
+            ],
+        }
+        for title, texts in (("Rome", ("Rome is", "It is")), ("Bari", ("Bari is",)), ("None", ()))
+    ],
+}  # fmt: skip
+PASSAGES = {
+    "nfl_1184": {
+        "passage": "Bo, Ann.",
+        "qa_pairs": [
+            {"question": "How many? ", "answer": NUMBER, "query_id": "a", "validated_answers": [DATE, NUMBER]},
+            {"question": "When?", "answer": DATE, "query_id": "b"},
+        ],
+        "wiki_url": "x",
+    },
+    "history_2": {"passage": "None.", "qa_pairs": []},
+    "history_1": {"passage": "Ann.", "qa_pairs": [{"question": "Who?", "answer": SPANS, "validated_answers": []}]},
+}  # fmt: skip
+
+
+def read_whole(name: str, folder: Path, document: Any, indent: int | None) -> list[Example]:
+    """Rows of a built-in task whose files are one document each, as its test rows."""
+    declared = catalog.load(name)
+    for split in ("train", "test"):
+        [file] = [file for file in declared.splits[split] if file.endswith(".json")]
+        (folder / file).write_text(json.dumps(document, indent=indent))
+    return read_published(declared, folder, declared.task_for()).rows["test"]
+
+
+@pytest.mark.parametrize("indent", [None, 4])
+def test_squad_as_first_published(tmp_path: Path, indent: int | None) -> None:
+    found = read_whole("squad", tmp_path, ARTICLES, indent)
+    assert {row.file for row in found} == {str(tmp_path / "dev-v1.1.json")}
+    assert [tuple(row.fields.values()) for row in found] == [
+        (title, f"{text} in Italy.", f"Where {i}?")
+        for title, text in (("Rome", "Rome is"), ("Rome", "It is"), ("Bari", "Bari is"))
+        for i in range(2)
+    ]
+    assert [row.answers for row in found] == [(("Italy",), ("in Italy",)), (("in Italy",),)] * 3
+    assert {row.line for row in found} == {1 if indent is None else 3}
+    flat = [
+        {"title": a["title"], "context": p["context"], **question}
+        for a in ARTICLES["data"] for p in a["paragraphs"] for question in p["qas"]  # type: ignore[index, union-attr]
+    ]  # fmt: skip
+    by_lines = read(catalog.load("squad"), tmp_path / "lines", flat)
+    assert [(r.fields, r.label, r.answers) for r in by_lines] == [
+        (r.fields, r.label, r.answers) for r in found
+    ]
+
+
+@pytest.mark.parametrize("indent", [None, 4])
+def test_drop_as_first_published(tmp_path: Path, indent: int | None) -> None:
+    found = read_whole("drop", tmp_path, PASSAGES, indent)
+    assert [(row.fields, row.answers) for row in found] == [
+        ({"passage": "Bo, Ann.", "question": "How many?"}, (("3",), ("4 May 1980",))),
+        ({"passage": "Bo, Ann.", "question": "When?"}, (("4 May 1980",),)),
+        ({"passage": "Ann.", "question": "Who?"}, (("Bo", "Ann"),)),
+    ]
+    text = json.dumps(PASSAGES, indent=indent).split("\n")
+    starts = [i for i, line in enumerate(text, 1) for name in PASSAGES if f'"{name}"' in line]
+    assert [row.line for row in found] == [starts[0], starts[0], starts[2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "document", "said"),
+    [
+        ("drop", {**PASSAGES, "x": {"passage": "a", "qa_pairs": [{"question": "b", "answer": SPANS}, {"question": "c"}]}},
+         ":1: task 'drop' reads the answers from .* (in qa_pairs[1])"),
+        ("drop", {**PASSAGES, "x": {"passage": "a"}}, ":1: task 'drop' reads 'question' from .*: there are 'passage'"),
+        ("drop", {**PASSAGES, "x": {"passage": "a", "qa_pairs": 3}}, ":1: qa_pairs is not a list"),
+        ("drop", {**PASSAGES, "version": 3}, ":1: 'version': '3' is not a JSON object"),
+        ("squad", {"data": [*ARTICLES["data"], {"title": "a", "paragraphs": [{"context": "b", "qas": [{"question": "c", "answers": LIST_ANSWERS}]}]}]},
+         ":1: the answer 'Italy' is not in 'data[*].paragraphs[*].context' or 'context': .* (in data[3].paragraphs[0].qas[0])"),
+        ("squad", {"data": [{"title": "a", "paragraphs": [{"context": "b", "qas": [{"question": "c", "answers": [], "is_impossible": True}]}]}]},
+         ":1: no right answer in the row: .* (in data[0].paragraphs[0].qas[0])"),
+        ("squad", {"data": {}}, ":1: data is not a list"),
+    ],
+)  # fmt: skip
+def test_documents_refused(tmp_path: Path, name: str, document: Any, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_whole(name, tmp_path, document, None)
+    assert "\n" not in str(caught.value)
+    [file] = [f for f in catalog.load(name).splits["train"] if f.endswith(".json")]
+    start, _, end = said.partition(".*")
+    assert str(caught.value).startswith(f"{tmp_path / file}{start}")
+    assert end in str(caught.value)
+
+
+def test_several_places_of_answers(tmp_path: Path) -> None:
+    """The first that is there is read, of `also` and `within` as of `from`."""
+    answers = {"from": ["b", "a"], "also": ["y", "x"], "within": ["u", "text"]}
+    declared = declare(tmp_path, kind="generation", answers=answers)
+    row = {"text": "one two", "a": "one", "x": "two"}
+    [found] = read(declared, tmp_path, [row])
+    assert found.answers == (("one",), ("two",))
+    [found] = read(declared, tmp_path, [{**row, "u": "three", "b": "three", "y": "three"}])
+    assert found.answers == (("three",),)
+    with pytest.raises(UserError, match="the answer 'one' is not in 'u' or 'text'"):
+        read(declared, tmp_path, [{**row, "u": "three"}])
+
+
 # ---------------------------------------------------------------------------------- shapes of one's own
 
 

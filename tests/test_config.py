@@ -157,6 +157,7 @@ def test_kept_values_are_a_config_without_its_place() -> None:
 # --------------------------------------------------------------------------------------------- same
 
 CHANGED: dict[str, Any] = {
+    "reuse": False,
     "template": "{text} So",
     "labels": {"pos": "great", "neg": "terrible"},  # the order of the choices
     "task": "sst2",
@@ -189,6 +190,7 @@ CHANGED: dict[str, Any] = {
     "prefix_length": 3,
     "prompt_length": 3,
     "tune": "mlp",
+    "quantize": "int8",
     "max_forwards": 402,
     "eval_every": 7,
     "eval_batch_size": 3,

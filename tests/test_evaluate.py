@@ -501,7 +501,24 @@ def test_calibration_is_as_defined(kind: str, null: str | None) -> None:
     assert found.predictions == expected
     assert found.predictions != before.predictions
     assert found.loss == before.loss
-    assert found.forwards == 3 * before.forwards
+    assert found.forwards == 2 * before.forwards  # one of the rows, one of the null prompt
+
+
+@pytest.mark.parametrize("score", ["sum", "mean"])
+def test_calibration_counts_what_the_model_reads(
+    tiny_llama: Any, tokenizer: Any, score: Any
+) -> None:
+    """Also where prompts are shared; the rows are read again only for sums that the score is not."""
+    task = Task("{text} It was", APART, score=score, null=" It was")
+    examples = rows([f"{i} " + "a fine film " * 9 for i in range(9)], APART)
+    calls: list[int] = []
+    hook = tiny_llama.register_forward_hook(lambda *_: calls.append(1))
+    plain = Scorer(tiny_llama, tokenizer, task).evaluate(examples, 9)
+    assert plain.forwards == len(calls) == 2  # the prompts, and the beginnings of answers behind
+    calls.clear()
+    found = Scorer(tiny_llama, tokenizer, task, calibrate=True).evaluate(examples, 9)
+    hook.remove()
+    assert found.forwards == len(calls) == (3 if score == "sum" else 5)
 
 
 def test_calibration_of_options(tiny_llama: Any, tokenizer: Any) -> None:

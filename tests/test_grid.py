@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,8 @@ import pytest
 from justforward import cli
 from justforward.config import BaselineConfig, CompareConfig, Method, TrainConfig
 from justforward.errors import UserError
-from justforward.grid import METHODS, plan, slug
+from justforward.grid import KINDS, METHODS, Cell, plan, slug
+from justforward.models import load_model
 
 FILMS = {"template": "{text} It was", "labels": {"neg": "bad", "pos": "good, really"}}
 
@@ -88,6 +90,24 @@ def test_the_command_line_understands_every_command() -> None:
         assert list(given["labels"].items()) == list(FILMS["labels"].items())  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, field.name)
+        for kind in ("mezo", "first-order")
+        for field in fields(KINDS[METHODS[kind]])
+        if isinstance(field.default, bool) and field.name not in ("json", "resume")
+    ],
+)
+def test_the_command_line_understands_truth_values(kind: str, name: str, value: bool) -> None:
+    method = {"method": kind} if METHODS[kind] == "baseline" else {}
+    cell = Cell("sst2", "x", kind, 0, {**method, "model": "m", "data": "d", name: value})
+    argv = cell.argv("run")
+    given = cli.parser().parse_args(cli._with_underscores(argv))[argv[0]].as_dict()
+    assert given[name] is value
+
+
 def test_trials() -> None:
     search = {"mezo": {"lr": [0.1, 0.2], "eps": [1e-3, 1e-2]}}
     grid = plan(config(methods={"mezo": {}, "probe": {}}, search=search))
@@ -159,6 +179,10 @@ HEAD = "model: smollm2\ntasks: {sst2: {data: data}}\n"
         ("methods: {mezo: }\nsearch:\n  mezo: {lr: [1, x]}", 5, "search.mezo.lr: --lr is 'x': it must be a number"),
         ("methods: {mezo: }\nsearch:\n  mezo: {split_seed: [1, 2]}", 5, "search.mezo.split_seed: decides which rows are shown"),
         ("methods: {mezo: {lr: 1}}\nsearch:\n  mezo: {lr: [1, 2]}", 5, "search.mezo.lr: also given under methods.mezo"),
+        ("methods:\n  probe:\n    draws: 5", 5, "methods.probe.draws: --draws is 5: it belongs to --method icl, and --method is 'probe'"),
+        ("methods:\n  adam: {method: first-order,\n    calibrate: true}", 5, "methods.adam.calibrate: --calibrate is True: it belongs to --method zero-shot or icl"),
+        ("methods:\n  zero-shot: {max-steps: 4}", 4, "methods.zero-shot.max_steps: --max-steps is 4: it belongs to --method first-order"),
+        ("methods: {icl: }\nsearch:\n  icl: {lr: [0.1]}", 5, "search.icl.lr: --lr is 0.1: it belongs to --method first-order"),
     ],
 )  # fmt: skip
 def test_refused(
@@ -180,6 +204,9 @@ def test_refused(
         ("\n  x: {data: rows.csv, template: '{text}'}", 3, "tasks.x: no task of that name"),
         ("\n  x: {data: rows.csv, template: '{text}', labels: a}", 3, "tasks.x: with methods.mezo: labels 'a': 'a' is not label=word"),
         ("\n  sst2: {data: data}\n  SST2: {data: data, task: rte}", 4, "tasks.SST2: the name would be that of 'sst2'"),
+        ("\n  sst2: {data: data, lr: 0.1}", 3, "tasks.sst2.lr: --lr is 0.1: it belongs to --method first-order, and --method is 'probe'"),
+        ("\n  sst2:\n    data: data\n    methods:\n      probe: {draws: 5}", 6, "tasks.sst2.methods.probe.draws: --draws is 5: it belongs to --method icl"),
+        ("\n  sst2:\n    data: data\n    methods: {mezo: {lr: x}}", 5, "tasks.sst2.methods.mezo.lr: --lr is 'x': it must be a number"),
         ("\n  gone.yaml: {data: data}", 3, "tasks.gone.yaml: with methods.mezo: gone.yaml: no such declaration"),
     ],
 )  # fmt: skip
@@ -188,6 +215,48 @@ def test_refused_tasks(
 ) -> None:
     text = f"model: smollm2\ntasks: {tasks}\nmethods: {{mezo: , probe: }}\n"
     refused(tmp_path, capsys, text, f":{line}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("./none", "model './none': no such folder: give a folder, a hub name such as facebook/opt-125m, or smollm2"),
+        ("a/b/c", "model 'a/b/c': no such folder"),
+        ("../none", "model '../none': no such folder"),
+        ("rows.csv", "rows.csv: is a file, not a model: give the folder that holds it"),
+        ("data", "data: no config.json in the folder: give a folder that save_pretrained wrote"),
+        ("adapter", "adapter: an adapter, not a whole model: merge it into its base first"),
+        ("two", "two: holds 2 .gguf files (a.gguf, b.gguf): give the path of one"),
+    ],
+)  # fmt: skip
+def test_refused_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, said: str
+) -> None:
+    """By its place alone, and as loading it would be."""
+    places(tmp_path)
+    text = f"tasks: {{sst2: {{data: data}}}}\nmodel: {model}\nmethods: {{mezo: }}\n"
+    refused(tmp_path, capsys, text, f":2: model: {said}")
+    with pytest.raises(UserError) as caught:
+        load_model(model)
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "model", ["smollm2", "no-such", "org/no-such", "one", "one/a.gguf", "whole"]
+)
+def test_models_that_are_looked_at_later(tmp_path: Path, model: str) -> None:
+    """Names of the hub are not looked up, and nothing is loaded."""
+    places(tmp_path)
+    assert plan(config(model=model)).cells[0].options["model"] == model
+
+
+def places(folder: Path) -> None:
+    for name in (
+        "adapter/adapter_config.json", "two/a.gguf", "two/b.gguf", "one/a.gguf",
+        "whole/config.json", "whole/a.gguf", "whole/a.safetensors",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
 
 
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str) -> None:

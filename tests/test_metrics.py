@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -216,3 +217,18 @@ def test_metrics_of_labels(pairs: list[tuple[str, str]]) -> None:
         assert (found["matthews"] == pytest.approx(1.0)) == right
     other = figures(task, rows, ["ab"[told == "a"] for _, told in pairs])
     assert other["matthews"] == pytest.approx(-found["matthews"])
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_what_a_task_reports_where_it_names_nothing(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own metric: which that is, is said in one place."""
+    labels = {"a": "A", "b": "B"} if kind == "classification" else {}
+    loss: Any = "vocabulary" if kind == "generation" else "choices"
+    task = Task("{text}", labels, kind=kind, loss=loss)
+    row = Example({"text": "x"}, "a", "f", 1, answers=(("a",),))
+    assert list(figures(task, [row], ["a"])) == [METRICS[kind][0]]
+    other = "exact_match" if kind != "classification" else "f1_macro"
+    monkeypatch.setattr("justforward.tasks.METRICS", {kind: (other,)})
+    assert list(figures(task, [row], ["a"])) == [task.metric] == [other]

@@ -370,6 +370,15 @@ def test_a_pattern_restricts_further(tuner: str) -> None:
         choose_tuned(model, "embed_tokens")  # which the tuner does not tune
 
 
+@pytest.mark.parametrize("pattern", [None, "q_proj"])
+def test_a_frozen_model_has_nothing_to_tune(pattern: str | None) -> None:
+    model = make_model("llama").requires_grad_(False)
+    with pytest.raises(
+        UserError, match=r"^LlamaForCausalLM: all its parameters are frozen, .*requires_grad"
+    ):
+        choose_tuned(model, pattern)
+
+
 @pytest.mark.parametrize("tuner", ["lora", "prefix", "prompt"])
 def test_a_tuned_model_is_freed_at_once(tuner: str) -> None:
     """A run loads the base again while it goes back to its best step: no two at a time."""

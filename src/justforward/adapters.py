@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from justforward.errors import UserError
-from justforward.models import ADAPTER, LOAD_ERRORS, load_model
+from justforward.models import LOAD_ERRORS, load_model
+from justforward.sources import ADAPTER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,14 +48,17 @@ def base_of(src: str | Path, base: str | None = None) -> str | None:
 
 
 def load_adapter(
-    src: str | Path, base: str, notify: Callable[[str], None] | None = None
+    src: str | Path,
+    base: str,
+    notify: Callable[[str], None] | None = None,
+    quantize: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model with the adapter on it, and the base's tokenizer; nothing of it requires a gradient.
 
     Args:
         src: the adapter's folder.
         base: its base model, as `load_model` takes it.
-        notify: as `load_model` has it.
+        notify, quantize: as `load_model` has them.
 
     Raises:
         UserError: the base cannot be loaded, or the adapter does not fit it or is of a kind that moves positions in a
@@ -77,7 +81,7 @@ def load_adapter(
     except (OSError, SafetensorError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"{folder / WEIGHTS}: cannot be read: {said}: copy it again") from error
-    model, tokenizer = load_model(base, notify)
+    model, tokenizer = load_model(base, notify, quantize)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")

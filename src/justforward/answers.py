@@ -105,7 +105,7 @@ def read_answers(
             f"{path}:{line}: task {declared.name!r} reads the answers from "
             f"{' or '.join(answers.places)}, which is not there"
         )
-    more = first((answers.also,)) if answers.also is not None else MISSING
+    more = first(answers.also) if answers.also is not None else MISSING
     bags = _bags(value, line, path) + ([] if more is MISSING else _bags(more, line, path))
     bags = [bag for bag in bags if any(span.strip() for span in bag)]
     if declared.kind == "choice":
@@ -127,13 +127,13 @@ def _check_within(
     bags: tuple[Bag, ...], answers: Answers, first: First, line: int, path: Path
 ) -> None:
     assert answers.within is not None
-    text = first((answers.within,))
+    text, where = first(answers.within), " or ".join(map(repr, answers.within))
     if not isinstance(text, str):
-        raise UserError(f"{path}:{line}: {answers.within!r}, which holds the answers, is no text")
+        raise UserError(f"{path}:{line}: {where}, which holds the answers, is no text")
     for span in (span for bag in bags for span in bag):
         if span not in text:
             raise UserError(
-                f"{path}:{line}: the answer {short(span)} is not in {answers.within!r}: "
+                f"{path}:{line}: the answer {short(span)} is not in {where}: "
                 "correct the row, or leave `within` out of the declaration"
             )
 

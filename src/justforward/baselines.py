@@ -35,7 +35,7 @@ from justforward.prepare import (
 from justforward.probe import Features, Probe, fit_probe, hidden_states
 from justforward.progress import Progress
 from justforward.ranges import check_ranges
-from justforward.settings import resolved, task_of
+from justforward.settings import check_belongs, check_frozen, resolved, task_of
 from justforward.tasks import Task
 from justforward.tuners import attach
 
@@ -45,19 +45,6 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 MOST_DEMONSTRATIONS, DRAWS, MAX_STEPS = 32, 3, 200
-
-# Options that only some methods have a use for.
-_BELONGS = {
-    "demonstrations": ("icl",),
-    "draws": ("icl",),
-    "calibrate": ("zero-shot", "icl"),
-    "out": ("probe", "first-order"),
-    **dict.fromkeys(
-        ("tuner", "lora_rank", "lora_alpha", "lora_targets", "prefix_length", "prompt_length", "tune", "lr", "max_steps",
-         "max_minutes", "batch_size", "eval_every", "gradient_checkpointing"),
-        ("first-order",),
-    ),
-}  # fmt: skip
 
 
 def run_baseline(config: BaselineConfig, progress: Progress | None = None) -> Result:
@@ -75,7 +62,9 @@ def run_baseline(config: BaselineConfig, progress: Progress | None = None) -> Re
     """
     started = time.monotonic()
     check_ranges(config)
-    _check_belongs(config)
+    check_belongs(config)
+    if config.method == "first-order":
+        check_frozen(config.quantize, config.tuner)
     run = resolved(_as_train(config))
     task = task_of(run)
     if config.method == "probe" and task.kind != "classification":
@@ -92,7 +81,7 @@ def run_baseline(config: BaselineConfig, progress: Progress | None = None) -> Re
         _check_demonstrations(config, splits)
         for note in splits.notes:
             shown.note(f"note: {note}")
-        model, tokenizer = load_model(config.model, notify=shown.note)
+        model, tokenizer = load_model(config.model, shown.note, config.quantize)
         bench = _Bench(config, run, task, splits, model, tokenizer, shown, stop, started)
         found = getattr(bench, config.method.replace("-", "_"))()
     return {
@@ -120,21 +109,10 @@ def run_baseline(config: BaselineConfig, progress: Progress | None = None) -> Re
 # ------------------------------------------------------------------------------------ what is asked for
 
 
-def _check_belongs(config: BaselineConfig) -> None:
-    for field in fields(config):
-        methods = _BELONGS.get(field.name)
-        value = getattr(config, field.name)
-        if methods is not None and config.method not in methods and value != field.default:
-            raise UserError(
-                f"--{field.name.replace('_', '-')} is {value!r}: it belongs to --method {' or '.join(methods)}, "
-                f"and --method is {config.method!r}: leave it out"
-            )
-
-
 def _as_train(config: BaselineConfig) -> TrainConfig:
     """The run that has these rows, prompts and tuner: what makes all methods see the same."""
     shared = {field.name for field in fields(TrainConfig)}
-    shared -= {"out", "json", "lr", "eval_every", "max_minutes"}
+    shared -= {"out", "json", "lr", "eval_every", "max_minutes", "quantize"}
     given = {
         field.name: getattr(config, field.name)
         for field in fields(config)

@@ -313,9 +313,9 @@ def _splits(where: str, value: Any) -> dict[str, tuple[str, ...]]:
         raise UserError(f"{where}: splits has no test: name the file whose rows are the test")
     for files in splits.values():
         for file in files:
-            if not file.endswith((".jsonl", ".csv", ".tsv")) or Path(file).name != file:
+            if not file.endswith((".jsonl", ".json", ".csv", ".tsv")) or Path(file).name != file:
                 raise UserError(
-                    f"{where}: splits has the file {file!r}: give the name of a .jsonl, .csv or "
+                    f"{where}: splits has the file {file!r}: give the name of a .jsonl, .json, .csv or "
                     ".tsv file in the folder of the data"
                 )
     return splits
@@ -383,7 +383,8 @@ def _answers(where: str, value: Any) -> Answers | None:
     places = check.texts("from")
     if not places:
         raise UserError(f"{where}: answers: from is missing: name the column that holds them")
-    return Answers(places, check.text("also"), check.flag("one"), check.text("within"))
+    also, within = check.texts("also") or None, check.texts("within") or None
+    return Answers(places, also, check.flag("one"), within)
 
 
 def _label(where: str, value: Any, labels: dict[str, str]) -> tuple[LabelColumn, ...]:

@@ -20,6 +20,7 @@ Split = Literal["train", "validation", "test", "all"]
 Tuner = Literal["full", "lora", "prefix", "prompt", "head"]
 Start = Literal["base", "probe"]
 Prompting = Literal["both", "with", "without"]
+Quantize = Literal["int8", "bnb8", "bnb4"]
 Method = Literal["zero-shot", "icl", "probe", "first-order"]
 
 # What says where and how a command runs, and not what a run is: kept out of config.yaml.
@@ -77,6 +78,7 @@ class TrainConfig:
         prefix_length: tokens of the prefix; it takes that much of the model's context.
         prompt_length: tokens of the prompt; likewise.
         tune: regular expression; of the tuner's parameters those whose name it finds are tuned (default all).
+        quantize: keep the base model's linear maps in 8 or 4 bits (int8: torchao; bnb8, bnb4: bitsandbytes), for lora, prefix and prompt.
         reuse: run each text once through the layers below what is tuned, and keep what they give.
         cache: folder to keep that in for further runs (default a temporary file beside `out`).
         cache_gb: how much of it is kept at most.
@@ -131,6 +133,7 @@ class TrainConfig:
     prefix_length: int = 5
     prompt_length: int = 20
     tune: str | None = None
+    quantize: Quantize | None = None
     reuse: bool = True
     cache: str | None = None
     cache_gb: float = 4.0
@@ -157,6 +160,7 @@ class EvalConfig:
     Args:
         model: as for train, or an adapter in peft's format; with --run the run's.
         base: the base model of an adapter, if it is no longer where that says.
+        quantize: as for train: the model, or an adapter's base, is scored so; with --run the run's.
         data: the rows; with --run the run's file, of which only the test rows are scored.
         task: as for train: the test rows of the task's folder are scored; with --run the run's.
         template: as for train; with --run the run's.
@@ -187,6 +191,7 @@ class EvalConfig:
     threads: int | None = None
     json: bool = False
     base: str | None = None
+    quantize: Quantize | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +225,7 @@ class BaselineConfig:
         prefix_length: as for train.
         prompt_length: as for train.
         tune: first-order: as for train.
+        quantize: as for train, for every method.
         lr: first-order: of the first step, falling linearly to 0 (default full 1e-5, lora 1e-4, prefix and prompt 1e-2, head 1e-3).
         max_steps: first-order: updates (default 200).
         max_minutes: first-order: begin no step after so many minutes.
@@ -258,6 +264,7 @@ class BaselineConfig:
     prefix_length: int = 5
     prompt_length: int = 20
     tune: str | None = None
+    quantize: Quantize | None = None
     lr: float | None = None
     max_steps: int | None = None
     max_minutes: float | None = None

@@ -106,11 +106,16 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             f"{path}: the ending {path.suffix!r} is not known: give a file that ends in "
             f"{', '.join(KNOWN)}"
         )
-    text = _read_text(path)
+    text = read_text(path)
     return _json_rows(path, text) if suffix == ".jsonl" else _table_rows(path, text, suffix)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without its byte-order mark.
+
+    Raises:
+        UserError: it cannot be read, is empty or no text; naming file, line and what to do.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:

@@ -72,15 +72,15 @@ class Answers:
 
     Attributes:
         places: of which the first that is there is read; of a "choice" texts or numbers of options.
-        also: a place of further right answers.
+        also: places of further right answers, of which the first that is there is read.
         one: whether there must be exactly one.
-        within: a column whose text must hold every answer.
+        within: places of the text that must hold every answer.
     """
 
     places: tuple[str, ...]
-    also: str | None = None
+    also: tuple[str, ...] | None = None
     one: bool = False
-    within: str | None = None
+    within: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

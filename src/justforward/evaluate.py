@@ -205,7 +205,7 @@ class Scorer:
                 rows = [examples[i] for i in places]
                 batch = self.encode(rows, common=True)
                 scores = self.prompts.scores(batch)
-                forwards += 1 + ("shown_ids" in batch) + ("start_ids" in batch)
+                forwards += _passes(batch)
                 self._check_finite(scores, batch, rows)
                 row_losses = self._losses(scores, batch["label"]).tolist()
                 if self.task.kind == "generation":
@@ -213,7 +213,7 @@ class Scorer:
                     forwards += more
                 else:
                     if self.calibrate:
-                        scores, more = self._calibrated(rows)
+                        scores, more = self._calibrated(rows, batch, scores)
                         forwards += more
                     predicted = self._names(rows, scores)
                 for i, name, loss in zip(places, predicted, row_losses, strict=True):
@@ -266,17 +266,27 @@ class Scorer:
             scores = scores.log_softmax(dim=-1)
         return -scores.gather(1, label[:, None]).squeeze(1)
 
-    def _calibrated(self, rows: Sequence[Example]) -> tuple[Tensor, int]:
-        """Summed scores minus those without the rows' content; and the forward passes it took."""
+    def _calibrated(
+        self, rows: Sequence[Example], batch: Batch, scores: Tensor
+    ) -> tuple[Tensor, int]:
+        """Summed scores minus those without the rows' content; and the forward passes it took.
+
+        Args:
+            batch: of the rows.
+            scores: of the batch, [B, C].
+        """
         known = [self._known[self._numbers[id(example)]][1] for example in rows]
         nulls = [self.prompts.null_row(e, row) for e, row in zip(rows, known, strict=True)]
         # the word scores of one null prompt are the same for all rows: asked once
         first = nulls[0]
         same = all(n.prompt == first.prompt and n.choices is first.choices for n in nulls)
-        here = self.prompts.summed(self.prompts.batch(known, common=True))
-        without = self.prompts.summed(self.prompts.batch(nulls[:1] if same else nulls))
+        null = self.prompts.batch(nulls[:1] if same else nulls)
+        without, forwards = self.prompts.summed(null), _passes(null)
+        if self.task.score != "sum":
+            scores = self.prompts.summed(batch)
+            forwards += _passes(batch)
         # options that a row lacks are minus infinity in both
-        return torch.where(here.isfinite(), here - without, here), 2
+        return torch.where(scores.isfinite(), scores - without, scores), forwards
 
     def _check_finite(self, scores: Tensor, batch: Batch, rows: Sequence[Example]) -> None:
         wanted = batch.get("present", torch.ones_like(scores, dtype=torch.bool))
@@ -286,3 +296,8 @@ class Scorer:
                 f"{rows[finite.index(False)].where}: the scores are not finite: the model's weights are broken: "
                 "load another model or replay to an earlier step"
             )
+
+
+def _passes(batch: Batch) -> int:
+    """Forward passes that scoring a batch takes: what is read once for several rows is one of its own."""
+    return 1 + ("shown_ids" in batch) + ("start_ids" in batch)

@@ -23,7 +23,8 @@ from justforward import catalog
 from justforward.config import BaselineConfig, CompareConfig, TrainConfig
 from justforward.errors import UserError
 from justforward.ranges import check_ranges
-from justforward.settings import resolved
+from justforward.settings import check_belongs, resolved
+from justforward.sources import check_source
 
 Options = dict[str, Any]
 
@@ -126,7 +127,9 @@ class Cell:
         given = {**self.options, **self.values, "threads": threads, "json": True}
         if self.makes_run:
             given["out"] = str(run)
-        return [METHODS[self.kind], *_arguments(given)]
+        command = METHODS[self.kind]
+        usual = {field.name: field.default for field in fields(KINDS[command])}
+        return [command, *_arguments(given, usual)]
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,12 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "-"
 
 
-def _arguments(options: Mapping[str, Any]) -> Iterator[str]:
+def _arguments(options: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         option = "--" + name.replace("_", "-")
-        if value is True:
+        if isinstance(value, bool) and usual[name] is True:  # no flag: it can be turned off
+            yield f"{option}={str(value).lower()}"
+        elif value is True:
             yield option
         elif isinstance(value, dict):
             yield f"{option}={json.dumps(value, ensure_ascii=False)}"
@@ -183,6 +188,10 @@ def plan(config: CompareConfig, source: str | None = None) -> Grid:
 def _plan(config: CompareConfig) -> Grid:
     if config.threads is not None and config.threads < 1:
         raise _Refused(("threads",), f"{config.threads}: it must be at least 1")
+    try:
+        check_source(config.model)
+    except UserError as error:
+        raise _Refused(("model",), str(error)) from error
     if config.cell_minutes is not None and not config.cell_minutes > 0:
         raise _Refused(("cell_minutes",), f"{config.cell_minutes}: it must be positive")
     seeds = _seeds(config.seeds)
@@ -201,15 +210,14 @@ def _plan(config: CompareConfig) -> Grid:
     for task, (key, shared) in tasks.items():
         special = _special(key, config.tasks[key], methods)
         for method, (kind, own, count) in methods.items():
-            if method in special:
-                if special[method] is None:
-                    continue
-                own = {**own, **special[method]}
+            there = special.get(method, {})
+            if there is None:
+                continue
             given = {"method": kind} if METHODS[kind] == "baseline" else {}
-            options = {**given, "model": config.model, **shared, **own}
+            options = {**given, "model": config.model, **shared, **own, **there}
             cell = Cell(task, method, kind, seeds[0], options, searches.get(method, {}))
             for trial in cell.trials():
-                _check(trial, ("tasks", key), shared, own)
+                _check(trial, ("tasks", key), shared, own, there)
             if count is None:
                 count = 1 if kind == "zero-shot" and _same_test(options) else len(seeds)
             cells += [
@@ -391,8 +399,17 @@ def _same_test(options: Options) -> bool:
     return options.get("task") is not None or options.get("split_seed") is not None
 
 
-def _check(cell: Cell, task: tuple[str, str], shared: Options, own: Options) -> None:
-    """Types, ranges and what belongs together, as the command itself would find them."""
+def _check(
+    cell: Cell, task: tuple[str, str], shared: Options, own: Options, there: Options
+) -> None:
+    """Types, ranges and what belongs together, as the command itself would find them.
+
+    Args:
+        task: its place.
+        shared: options of the task for all methods.
+        own: options of the method.
+        there: those that the method has on this task alone.
+    """
     command = METHODS[cell.kind]
     options = {**cell.options, **cell.values}
     for name in shared:
@@ -405,7 +422,9 @@ def _check(cell: Cell, task: tuple[str, str], shared: Options, own: Options) -> 
         if command == "train":
             resolved(TrainConfig(**options, out="run"))
         else:
-            check_ranges(BaselineConfig(**options))
+            baseline = BaselineConfig(**options)
+            check_ranges(baseline)
+            check_belongs(baseline)
             rows = {name: options[name] for name in ("model", *_ROWS) if name in options}
             resolved(TrainConfig(**rows, out="run"))
     except _Refused:
@@ -414,8 +433,9 @@ def _check(cell: Cell, task: tuple[str, str], shared: Options, own: Options) -> 
         found = re.match(r"--([a-z-]+)", str(error))
         name = "" if found is None else found[1].replace("-", "_")
         for place, part in (
-            (("methods", cell.method, name), own),
             (("search", cell.method, name), cell.values),
+            ((*task, "methods", cell.method, name), there),
+            (("methods", cell.method, name), own),
             ((*task, name), shared),
         ):
             if name in part:

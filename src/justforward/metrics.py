@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from justforward.data import Example
-from justforward.tasks import METRICS, Task
+from justforward.tasks import Task
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -28,7 +28,7 @@ def figures(
         examples: the rows, with their answers.
         predictions: one a row, as `evaluate.Evaluation` has them.
     """
-    names = task.metrics or METRICS[task.kind][:1]
+    names = task.metrics or (task.metric,)
     if task.kind == "classification":
         pairs = Counter(zip((e.label for e in examples), predictions, strict=True))
         return {name: _of_labels(name, task, pairs, examples, predictions) for name in names}

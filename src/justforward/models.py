@@ -13,7 +13,6 @@ import importlib.metadata
 import io
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 
 from justforward.errors import UserError
+from justforward.quantised import quantising, settle
+from justforward.sources import PACKAGED, check_source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,13 +43,11 @@ LOAD_ERRORS = (
     ImportError,
     SafetensorError,
 )
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 STALE_SECONDS = 3600.0
-ADAPTER = "adapter_config.json"  # in the folder of an adapter in peft's format
 
 
 def load_model(
-    src: str | Path, notify: Callable[[str], None] | None = None
+    src: str | Path, notify: Callable[[str], None] | None = None, quantize: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal or masked language model and its tokenizer: fp32, on the CPU, in eval mode.
 
@@ -57,44 +56,26 @@ def load_model(
             safetensors, a folder that holds one .gguf or the .gguf itself, or a hub name such as
             "facebook/opt-125m". Anything that looks like a path never touches the network.
         notify: called with a sentence before something slow (the one-time conversion).
+        quantize: keep the linear maps in 8 or 4 bits, as `quantised` has it: then nothing of the model
+            requires a gradient.
 
     Raises:
-        UserError: the source does not exist or is not a whole language model of either kind.
+        UserError: the source does not exist or is not a whole language model of either kind; as `quantised`.
     """
-    if str(src) == "smollm2":
-        folder = _converted(_packaged_gguf(), notify)
-        return _load(str(folder), hint=f"delete {folder} to have it converted again", local=True)
+    if str(src) == PACKAGED:
+        return _load_gguf(_packaged_gguf(), notify, quantize)
+    check_source(src)
     path = Path(src).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return _load_gguf(path, notify)
+    if path.is_file():
+        return _load_gguf(path, notify, quantize)
     if path.is_dir():
-        if (path / ADAPTER).is_file():
-            raise UserError(
-                f"{src}: an adapter, not a whole model: merge it into its base first (justforward replay RUN --merge "
-                "--out MODEL, or peft's merge_and_unload) and give that; only eval takes the adapter itself"
-            )
-        ggufs = sorted(path.glob("*.gguf"))
+        ggufs = list(path.glob("*.gguf"))
         if ggufs and not any(path.glob("*.safetensors")):
-            if len(ggufs) > 1:
-                raise UserError(
-                    f"{src}: holds {len(ggufs)} .gguf files ({ggufs[0].name}, {ggufs[1].name}): "
-                    "give the path of one"
-                )
-            return _load_gguf(ggufs[0], notify)
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"{src}: no config.json in the folder: give a folder that save_pretrained wrote"
-            )
-        return _load(str(path), hint="copy the folder again from where it came", local=True)
-    if path.exists():
-        raise UserError(f"{src}: is a file, not a model: give the folder that holds it")
-    if not _looks_like_hub_name(str(src)):
-        raise UserError(
-            f"model {str(src)!r}: no such folder: give a folder, a hub name such as "
-            "facebook/opt-125m, or smollm2"
-        )
+            return _load_gguf(ggufs[0], notify, quantize)
+        hint = "copy the folder again from where it came"
+        return _load(str(path), hint=hint, local=True, quantize=quantize)
     hint = "it is no folder here; as a hub name it needs the network and a repository"
-    return _load(str(src), hint=hint, local=False)
+    return _load(str(src), hint=hint, local=False, quantize=quantize)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> None:
@@ -120,16 +101,19 @@ def cache_folder() -> Path:
 # ----------------------------------------------------------------------------------------- loading
 
 
-def _load(name: str, *, hint: str, local: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoTokenizer,
-    )
-
+def _load(
+    name: str, *, hint: str, local: bool, quantize: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     where: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _quiet():
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForMaskedLM,
+            AutoTokenizer,
+        )
+
+        rounded = {} if quantize is None else quantising(quantize)
         with _one_line(name, "config.json", hint):
             config = AutoConfig.from_pretrained(name, **where)
         masked = _fills_masks(name, config)
@@ -151,6 +135,7 @@ def _load(name: str, *, hint: str, local: bool) -> tuple[PreTrainedModel, PreTra
                 dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
+                **rounded,
                 **where,
             )
     model, info = loaded  # typed as the model alone, whatever output_loading_info says
@@ -162,6 +147,8 @@ def _load(name: str, *, hint: str, local: bool) -> tuple[PreTrainedModel, PreTra
                 "random: give a checkpoint saved from the whole model"
             )
     model.eval()
+    if quantize is not None:
+        settle(model, quantize, name)
     return model, tokenizer
 
 
@@ -242,22 +229,24 @@ def _one_line(name: str, part: str, hint: str) -> Iterator[None]:
         ) from error
 
 
-def _looks_like_hub_name(src: str) -> bool:
-    return HUB_NAME.fullmatch(src) is not None and ".." not in src and "--" not in src
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no chatter from transformers; what it raises comes through."""
+    """No progress bars and no chatter from transformers; what it raises comes through.
+
+    Nor from libraries for quantisation, which it imports where they are installed: they warn of other hardware's kernels.
+    """
     import transformers.utils.logging as log
 
     chatter: Any = log  # its functions have no types
     verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    disabled = logging.root.manager.disable
     chatter.set_verbosity(logging.CRITICAL)
     chatter.disable_progress_bar()
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
+        logging.disable(disabled)
         chatter.set_verbosity(verbosity)
         if bars:
             chatter.enable_progress_bar()
@@ -283,10 +272,11 @@ def _packaged_gguf() -> Path:
 
 
 def _load_gguf(
-    path: Path, notify: Callable[[str], None] | None
+    path: Path, notify: Callable[[str], None] | None, quantize: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = _converted(path, notify)
-    return _load(str(folder), hint=f"delete {folder} to have it converted again", local=True)
+    hint = f"delete {folder} to have it converted again"
+    return _load(str(folder), hint=hint, local=True, quantize=quantize)
 
 
 def _converted(gguf: Path, notify: Callable[[str], None] | None) -> Path:

@@ -23,13 +23,17 @@ from justforward.trajectory import Course, Log, Step, read_log
 def fingerprint(model: nn.Module) -> str:
     """sha256 over name, dtype, shape and bytes of every parameter and buffer (tied ones under each name).
 
-    Works in slices, so that it never holds a copy of a tensor.
+    Of quantised weights, over the integers and what gives them their values: that is inside the tensor (torchao), or
+    in the state_dict beside the parameters (bitsandbytes). Works in slices, so that it never holds a copy of a tensor.
     """
     digest = hashlib.sha256()
+    state = model.state_dict()
     named = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
+    known = {name for name, _ in named}
+    named += [(n, x) for n, x in state.items() if n not in known and isinstance(x, Tensor)]
     seen: dict[int, str] = {}
     for name, tensor in sorted(named, key=lambda item: item[0]):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -44,7 +48,13 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _slices(tensor: Tensor) -> Iterable[Any]:
+def _slices(tensor: Any) -> Iterable[Any]:
+    if hasattr(tensor, "__tensor_flatten__"):  # torch's protocol for a tensor made of tensors
+        for name in tensor.__tensor_flatten__()[0]:
+            part = getattr(tensor, name)
+            yield f"{name}\0{part.dtype}\0{tuple(part.shape)}\0".encode()
+            yield from _slices(part)
+        return
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), 1 << 24):
         yield flat[start : start + (1 << 24)].cpu().contiguous().view(torch.uint8).numpy().data

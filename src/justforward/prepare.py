@@ -25,6 +25,7 @@ from justforward.folder import Metric, best_step, data_hash, value_of
 from justforward.hub import HUB, downloaded
 from justforward.optim import ESTIMATORS
 from justforward.published import TEST_SIZE, Published, deal, read_published
+from justforward.quantised import library_version
 from justforward.schedules import forwards_at
 from justforward.settings import task_of
 from justforward.tasks import Task
@@ -125,9 +126,14 @@ def choose_tuned(model: torch.nn.Module, pattern: str | None) -> None:
     """Freeze the parameters whose name the pattern does not find; what is frozen already stays so.
 
     Raises:
-        UserError: it finds none.
+        UserError: it finds none, or all are frozen.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not names:
+        raise UserError(
+            f"{type(model).__name__}: all its parameters are frozen, so there is nothing to tune: "
+            "set requires_grad on those that are to be tuned"
+        )
     tuned = {name for name in names if pattern is None or re.search(pattern, name)}
     if not tuned:
         raise UserError(
@@ -157,7 +163,7 @@ def stop_reason(
     return None
 
 
-def environment_now() -> dict[str, Any]:
+def environment_now(quantize: str | None = None) -> dict[str, Any]:
     """What may change the last bits of a loss; no names of hosts, users or folders."""
     packages = ("torch", "numpy", "numba", "transformers", "tokenizers", "safetensors", "peft")
     return {
@@ -165,6 +171,7 @@ def environment_now() -> dict[str, Any]:
             "justforward": justforward.__version__,
             "python": platform.python_version(),
             **{name: version(name) for name in packages},
+            **library_version(quantize),
         },
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),

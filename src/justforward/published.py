@@ -29,6 +29,7 @@ from justforward.data import (
     text_of,
 )
 from justforward.declaration import SPLITS, Declaration, Field
+from justforward.documents import read_document
 from justforward.errors import UserError
 from justforward.metrics import joined
 from justforward.tasks import Task
@@ -121,35 +122,55 @@ def _examples(declared: Declaration, path: Path, task: Task) -> Iterator[Example
     # what rows are grouped by is read also where a template of one's own does not show it
     names = dict.fromkeys((*task.fields, *declared.group, *declared.apart))
     fields = {name: declared.fields.get(name, Field((name,))) for name in names}
-    for line, outer in read_rows(path):
+    for line, outer in _objects(declared, path):
         for row in _inner_rows(outer, declared.rows, line, path):
-            classes = declared.kind == "classification"
-            label = _label(declared, row, line, path) if classes else ""
-            if label is None:
-                yield None
-                continue
-            texts: dict[str, str] = {}
-            for name, wanted in fields.items():
-                value = row.first(wanted.places)
-                if value is MISSING:
-                    raise UserError(
-                        f"{path}:{line}: task {declared.name!r} reads {name!r} from "
-                        f"{' or '.join(wanted.places)}, which is not there: there are {row.names}"
-                    )
-                texts[name] = _text(wanted, value, name, line, path)
-            if classes:
-                yield Example(texts, label, str(path), line)
-                continue
-            options: tuple[str, ...] = ()
-            shown: tuple[str, ...] = ()
-            if declared.options is not None:
-                options = read_options(declared.options, row.first, line, path)
-            answers = read_answers(declared, options, row.first, line, path)
-            options = tuple(dict.fromkeys(options))
-            if declared.options is not None:
-                shown = read_shown(declared.options, options, row.first, line, path)
-            label = joined(answers[0])
-            yield Example(texts, label, str(path), line, options, answers, shown)
+            try:
+                example = _example(declared, fields, row, line, path)
+            except UserError as error:
+                if not row.at:
+                    raise
+                raise UserError(f"{error} (in {row.at})") from error  # of many on a line
+            yield example
+
+
+def _example(
+    declared: Declaration, fields: dict[str, Field], row: _Row, line: int, path: Path
+) -> Example | None:
+    classes = declared.kind == "classification"
+    label = _label(declared, row, line, path) if classes else ""
+    if label is None:
+        return None
+    texts: dict[str, str] = {}
+    for name, wanted in fields.items():
+        value = row.first(wanted.places)
+        if value is MISSING:
+            raise UserError(
+                f"{path}:{line}: task {declared.name!r} reads {name!r} from "
+                f"{' or '.join(wanted.places)}, which is not there: there are {row.names}"
+            )
+        texts[name] = _text(wanted, value, name, line, path)
+    if classes:
+        return Example(texts, label, str(path), line)
+    options: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
+    if declared.options is not None:
+        options = read_options(declared.options, row.first, line, path)
+    answers = read_answers(declared, options, row.first, line, path)
+    options = tuple(dict.fromkeys(options))
+    if declared.options is not None:
+        shown = read_shown(declared.options, options, row.first, line, path)
+    return Example(texts, joined(answers[0]), str(path), line, options, answers, shown)
+
+
+def _objects(declared: Declaration, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line and columns of each object of a file that is a row or holds rows."""
+    if path.suffix == ".json":
+        return read_document(path, _first_key(declared.rows))
+    return read_rows(path)
+
+
+def _first_key(rows: str) -> str:
+    return rows.split(".")[0].removesuffix("[*]")
 
 
 def _text(wanted: Field, value: Any, name: str, line: int, path: Path) -> str:
@@ -188,10 +209,11 @@ def _label(declared: Declaration, row: _Row, line: int, path: Path) -> str | Non
 
 
 class _Row:
-    """An object of a file, with the items that this row of it is in: path -> item."""
+    """An object of a file, with the items that this row of it is in: path -> item; `at` is its place in there."""
 
-    def __init__(self, items: dict[str, Any]) -> None:
+    def __init__(self, items: dict[str, Any], at: str = "") -> None:
         self.items = items  # the innermost last
+        self.at = at
 
     def first(self, places: Sequence[str]) -> Any:
         """What stands at the first of the places that is there."""
@@ -225,7 +247,7 @@ def _walk(value: Any, path: str) -> Any:
 def _inner_rows(outer: dict[str, Any], path: str, line: int, file: Path) -> list[_Row]:
     """One row for each item of the lists on the path: an object without the first is a row itself."""
     rows = [_Row({"": outer})]
-    if not path or path.split(".")[0].removesuffix("[*]") not in outer:
+    if not path or _first_key(path) not in outer:
         return rows
     steps = path.split("[*]")
     done = ""
@@ -239,7 +261,10 @@ def _inner_rows(outer: dict[str, Any], path: str, line: int, file: Path) -> list
                     f"{file}:{line}: {place} is not a list, of which each item is a row: "
                     "give the file as it was published"
                 )
-            deeper += [_Row({**row.items, f"{place}[*]": item}) for item in items]
+            deeper += [
+                _Row({**row.items, f"{place}[*]": item}, f"{row.at}{step}[{i}]")
+                for i, item in enumerate(items)
+            ]
         rows, done = deeper, f"{place}[*]"
     return rows
 

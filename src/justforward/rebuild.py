@@ -56,13 +56,14 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
         folder.check_run()
         run = folder.read_config()
     source, base, data, task, name = _inputs(config, run)
+    quantize = config.quantize if run is None else run.quantize
     use_threads(config.threads)
     examples, digest = read_data(name, data, task, note)
     split, rows, dropped = _rows(config, folder, run, data, examples, digest)
     if base is None:
-        model, tokenizer = load_model(source, notify=note)
+        model, tokenizer = load_model(source, note, quantize)
     else:
-        model, tokenizer = load_adapter(source, base, note)
+        model, tokenizer = load_adapter(source, base, note, quantize)
     if folder is not None and run is not None:
         model = attach(model, tokenizer, run, folder.start)
     max_length = config.max_length
@@ -135,6 +136,11 @@ def _inputs(
     if run is not None and config.base is not None:
         raise UserError(
             f"--base is {config.base!r}: a run's base is its --model: give that, or leave out --run"
+        )
+    if run is not None and config.quantize not in (None, run.quantize):
+        raise UserError(
+            f"--quantize is {config.quantize!r}, and the run's base model was "
+            f"{'not quantised' if run.quantize is None else f'quantised as {run.quantize!r}'}: leave it out"
         )
     base = None if run is not None else base_of(choose("model"), config.base)
     task = make_task(
@@ -212,8 +218,12 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
         raise UserError(
             f"{folder.path}: --merge adds a LoRA into the weights, and the run's tuner is {run.tuner!r}: leave it out"
         )
+    if config.merge and run.quantize is not None:
+        raise UserError(
+            f"{folder.path}: --merge adds a LoRA into the weights, and the run's are quantised ({run.quantize}): leave it out"
+        )
     use_threads(config.threads)
-    model, tokenizer = load_model(config.model or run.model, notify=note)
+    model, tokenizer = load_model(config.model or run.model, note, run.quantize)
     model = attach(model, tokenizer, run, folder.start)
     clock = time.monotonic()
     replay_log(model, folder.log, steps)

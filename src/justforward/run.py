@@ -128,7 +128,7 @@ def _reopen(
     if torn or len(kept) < len(metrics):
         progress.note("note: metrics.jsonl was cut back to the end of the log")
         folder.keep_metrics(kept)
-    now = environment_now()
+    now = environment_now(config.quantize)
     for name, was in environment["versions"].items():
         if now["versions"].get(name) != was:
             progress.note(

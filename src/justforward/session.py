@@ -134,7 +134,9 @@ class Session:
 
     def _load_base(self, rows: bool = True) -> None:
         self.model = self.scorer = self.trunk = None  # before a second one is loaded
-        model, self.tokenizer = load_model(self.config.model, notify=self.progress.note)
+        model, self.tokenizer = load_model(
+            self.config.model, self.progress.note, self.config.quantize
+        )
         begins = rows and self.log is None
         start = None if begins else self.folder.start
         self.model = attach(model, self.tokenizer, self.config, start)
@@ -270,7 +272,11 @@ class Session:
             folder.lock()
             base = read_log(folder.log).header["base"]
             folder.write_environment(
-                {**environment_now(), "base_fingerprint": base, "data_sha256": self.data_sha256}
+                {
+                    **environment_now(config.quantize),
+                    "base_fingerprint": base,
+                    "data_sha256": self.data_sha256,
+                }
             )
             folder.write_seen(self.splits.train, self.splits.validation)
             folder.keep_metrics(self.metrics)

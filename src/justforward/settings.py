@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from justforward import catalog, rules
-from justforward.config import FREE, NOT_KEPT, RankConfig, TrainConfig
+from justforward.config import FREE, NOT_KEPT, BaselineConfig, RankConfig, TrainConfig
 from justforward.errors import UserError
 from justforward.ranges import check_ranges
 from justforward.tasks import Loss, Task, Truncation, parse_labels
@@ -115,6 +115,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
                 f"--{field.name.replace('_', '-')} is {value!r}: it belongs to --tuner {owner}, "
                 f"and --tuner is {config.tuner!r}: leave it out"
             )
+    check_frozen(config.quantize, config.tuner)
     modified, blocks = variants_of(config)
     check_variants(config.looks, config.estimator, rules.parse(config.rule), modified, blocks)
     if modified is not None and modified.by == "gradient" and config.objective != "loss":
@@ -153,6 +154,49 @@ def resolved(config: TrainConfig) -> TrainConfig:
         eval_every=config.eval_every or max(2, config.max_forwards // 8),
         split_seed=config.seed if config.split_seed is None else config.split_seed,
     )
+
+
+def check_frozen(quantize: str | None, tuner: str) -> None:
+    """Refuse a tuner that moves the weights of a quantised model, or that is saved with them.
+
+    Raises:
+        UserError: naming those that do not.
+    """
+    if quantize is not None and tuner in ("full", "head"):
+        raise UserError(
+            f"--quantize is {quantize!r}: quantised weights are frozen, and --tuner is {tuner!r}: "
+            "choose --tuner lora, prefix or prompt"
+        )
+
+
+# Options of `baseline` that only some methods have a use for.
+_BELONGS = {
+    "demonstrations": ("icl",),
+    "draws": ("icl",),
+    "calibrate": ("zero-shot", "icl"),
+    "out": ("probe", "first-order"),
+    **dict.fromkeys(
+        ("tuner", "lora_rank", "lora_alpha", "lora_targets", "prefix_length", "prompt_length", "tune", "lr", "max_steps",
+         "max_minutes", "batch_size", "eval_every", "gradient_checkpointing"),
+        ("first-order",),
+    ),
+}  # fmt: skip
+
+
+def check_belongs(config: BaselineConfig) -> None:
+    """Refuse options of another method of `baseline` than the one that is asked for.
+
+    Raises:
+        UserError: naming the option and the methods that have a use for it.
+    """
+    for field in fields(config):
+        methods = _BELONGS.get(field.name)
+        value = getattr(config, field.name)
+        if methods is not None and config.method not in methods and value != field.default:
+            raise UserError(
+                f"--{field.name.replace('_', '-')} is {value!r}: it belongs to --method {' or '.join(methods)}, "
+                f"and --method is {config.method!r}: leave it out"
+            )
 
 
 def variants_of(config: TrainConfig) -> tuple[Modified | None, Blocks | None]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from justforward.models import inner_model
+from justforward.playback import fingerprint
 from justforward.store import Store
 
 # Arguments with which a text's outputs depend on its tokens alone.
@@ -256,13 +257,10 @@ class Trunk:
         said = [torch.__version__, torch.get_num_threads(), str(self._model.device), self.depth]
         digest.update(json.dumps([*said, config], sort_keys=True, default=str).encode())
         for name, module in self._model.named_modules():
-            if id(module) in moving:
-                continue
-            for values in (module._parameters, module._buffers):
-                for own, tensor in values.items():
-                    if tensor is not None and not tensor.requires_grad:
-                        digest.update(f"{name}.{own} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                        digest.update(_bytes(tensor))
+            own = [*module._parameters.values(), *module._buffers.values()]
+            kept = [tensor for tensor in own if tensor is not None]
+            if id(module) not in moving and kept and not any(t.requires_grad for t in kept):
+                digest.update(f"{name}\0{fingerprint(module)}\0".encode())
         return digest.hexdigest()
 
 
