@@ -168,10 +168,15 @@ def rebuilt(asked: TrainConfig, steps: int | None = None) -> Any:
     return model
 
 
+UPPER = {"gpt2": r"h\.1\.", "llama": r"layers\.1\.", "roberta": r"layer\.1\."}
+
+
+@pytest.mark.parametrize("tuner", ["head", "full", "upper"])
 @pytest.mark.parametrize("estimator", ["activation", "weight"])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "roberta"])
-def test_a_run(settings: Any, architecture: str, estimator: str) -> None:
-    asked = settings(architecture, estimator=estimator, keep="last")
+def test_a_run(settings: Any, architecture: str, estimator: str, tuner: str) -> None:
+    tune = {"tuner": "full", "tune": UPPER[architecture]} if tuner == "upper" else {"tuner": tuner}
+    asked = settings(architecture, estimator=estimator, keep="last", **tune)
     result = quiet(train, asked)
     folder = RunFolder(asked.out)
     assert folder.start.name == "start.safetensors"
@@ -208,6 +213,23 @@ def test_it_starts_where_the_probe_is_and_goes_on(settings: Any) -> None:
     )
     scored = quiet(evaluate, asked_of_it)
     assert (scored["accuracy"], scored["fingerprint"]) == (1.0, zero["fingerprint"])
+
+
+def test_layers_move_and_the_head_stays_where_the_probe_put_it(settings: Any) -> None:
+    asked = settings("gpt2", tuner="full", tune=UPPER["gpt2"], max_forwards=40, keep="last")
+    result = quiet(train, asked)
+    start, tuned = rebuilt(asked, 0), rebuilt(asked)
+    moved = {name for (name, a), b in zip(start.named_parameters(), tuned.parameters(), strict=True)
+             if not torch.equal(a, b)}  # fmt: skip
+    assert moved
+    assert all("h.1." in name for name in moved)
+    base = load_model(asked.model)[0]
+    assert base.lm_head.weight is base.transformer.wte.weight
+    assert start.lm_head.weight is not start.transformer.wte.weight
+    assert torch.equal(start.transformer.wte.weight, base.transformer.wte.weight)
+    differ = (start.lm_head.weight != base.lm_head.weight).any(dim=1).nonzero()[:, 0].tolist()
+    assert len(differ) == 2  # the label words' rows
+    assert result["loss"] < result["before_loss"]
 
 
 def test_what_is_kept(settings: Any, tmp_path: Path) -> None:
@@ -267,8 +289,8 @@ def test_from_the_command_line(settings: Any, capsys: pytest.CaptureFixture[str]
 def test_bad_options() -> None:
     with pytest.raises(UserError, match="--start is 'prob': it must be one of base, probe"):
         resolved(head_config(start="prob"))
-    for tuner in ("full", "lora", "prefix", "prompt"):
-        with pytest.raises(UserError, match=f"--tuner head.*and this is --tuner {tuner}"):
+    for tuner in ("lora", "prefix", "prompt"):
+        with pytest.raises(UserError, match=f"--tuner head or full.*and this is --tuner {tuner}"):
             resolved(head_config(tuner=tuner))
     with pytest.raises(UserError, match="this is a task of kind 'choice': leave it out"):
         resolved(head_config(task="copa", template=None, labels=None))

@@ -71,7 +71,7 @@ class TrainConfig:
         batch_size: rows a step.
         seed: of the directions and the order of the rows.
         tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), embeddings before it (prompt), the output head (head).
-        start: with --tuner head: from the base model, or from a linear probe fitted on the training rows first.
+        start: with --tuner head or full: the output head from the base model, or from a linear probe fitted on the training rows first.
         lora_rank: rank of the additions.
         lora_alpha: their scale: alpha / sqrt(rank), which makes a look equally strong for every rank.
         lora_targets: regular expression; linear maps whose name it finds get LoRA (default the attention's queries and values).

@@ -145,10 +145,11 @@ class Session:
         if rows:  # tokenised now, so that a bad row is found before anything is written
             for split in (self.splits.test, self.splits.validation, self.splits.train):
                 self.scorer.prepare(split)
-        if begins and self.config.start == "probe":
-            self._start_head(self.scorer)
         if rows and self.config.reuse:
             self._find_trunk(self.model, self.scorer)
+        if begins and self.config.start == "probe":
+            with self._spared():
+                self._start_head(self.scorer)
 
     def _find_trunk(self, model: PreTrainedModel, scorer: Scorer) -> None:
         """Spare the layers below what is tuned, if the losses come out the same."""

@@ -137,13 +137,12 @@ def resolved(config: TrainConfig) -> TrainConfig:
             f"--shots is {config.shots}: it is for the rows of a --task: give --train-size"
         )
     task = task_of(config)
-    if config.start == "probe" and (config.tuner != "head" or task.kind != "classification"):
-        what = (
-            f"a task of kind {task.kind!r}" if config.tuner == "head" else f"--tuner {config.tuner}"
-        )
+    whole = config.tuner in ("full", "head")
+    if config.start == "probe" and (not whole or task.kind != "classification"):
+        what = f"a task of kind {task.kind!r}" if whole else f"--tuner {config.tuner}"
         raise UserError(
-            f"--start is 'probe': it fits the output head (--tuner head) to labels that rows share, and this is {what}: "
-            "leave it out"
+            "--start is 'probe': it fits the output head (--tuner head or full) to labels that rows share, and this is "
+            f"{what}: leave it out"
         )
     return replace(
         config,

@@ -52,9 +52,14 @@ def frozen_layers(model: nn.Module) -> int:
 
     0 also where that cannot be told: more stacks than one, or a tuned parameter that is used by no module.
     """
+    return _divided(model)[0]
+
+
+def _divided(model: nn.Module) -> tuple[int, set[int]]:
+    """How many layers have nothing to tune in or before them; ids of the modules behind the stack."""
     layers = stack_of(model)
     if layers is None:
-        return 0
+        return 0, set()
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -67,8 +72,8 @@ def frozen_layers(model: nn.Module) -> int:
         if id(module) in place:
             lowest = min(lowest, place[id(module)])
         elif id(module) not in behind:
-            return 0
-    return lowest
+            return 0, behind
+    return lowest, behind
 
 
 def _behind(model: nn.Module, layers: nn.ModuleList) -> set[int]:
@@ -119,7 +124,7 @@ class Trunk:
     """
 
     def __init__(self, model: nn.Module, store: Callable[[str], Store]) -> None:
-        self.depth = frozen_layers(model)
+        self.depth, behind = _divided(model)
         self.texts = 0
         self._model = inner_model(model)
         found = stack_of(model)
@@ -129,7 +134,7 @@ class Trunk:
         self._hidden: Tensor | None = None  # of the call under way
         self._running = False  # a text through the trunk
         self._tuple = 0  # values that the last layer of the trunk returns; 0: a bare tensor
-        self.store = store(self._name()) if self.depth else None
+        self.store = store(self._name(behind)) if self.depth else None
 
     @contextmanager
     def reused(self) -> Iterator[None]:
@@ -247,9 +252,9 @@ class Trunk:
             self._running = False
         raise AssertionError("a forward pass went round the layers")
 
-    def _name(self) -> str:
+    def _name(self, behind: set[int]) -> str:
         """Digest of all that outputs depend on besides the text, down to the last bit."""
-        moving = {id(part) for layer in self._layers[self.depth :] for part in layer.modules()}
+        above = {id(part) for layer in self._layers[self.depth :] for part in layer.modules()}
         digest = hashlib.sha256()
         config = self._model.config.to_dict()
         for name in ("_name_or_path", "name_or_path"):
@@ -259,7 +264,7 @@ class Trunk:
         for name, module in self._model.named_modules():
             own = [*module._parameters.values(), *module._buffers.values()]
             kept = [tensor for tensor in own if tensor is not None]
-            if id(module) not in moving and kept and not any(t.requires_grad for t in kept):
+            if id(module) not in above | behind and kept and not any(t.requires_grad for t in kept):
                 digest.update(f"{name}\0{fingerprint(module)}\0".encode())
         return digest.hexdigest()
 

@@ -68,8 +68,12 @@ def attach(
         return _prefix(model, tokenizer, config, start)
     if config.tuner == "prompt":
         return _prompt(model, tokenizer, config)
-    if config.tuner == "head":
-        _head(model)
+    if config.tuner == "head" or config.start == "probe":
+        head = _own_head(model, config)
+        if config.tuner == "head":
+            mine = {id(parameter) for parameter in head.parameters()}
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in mine)
         if config.start == "probe" and start is not None:
             put_rows(model, _read_rows(start, model))
     return model
@@ -381,28 +385,27 @@ def _is_tied(model: PreTrainedModel, head: nn.Module | None) -> bool:
     return weight is not None and weight is getattr(model.get_input_embeddings(), "weight", None)
 
 
-def _head(model: PreTrainedModel) -> PreTrainedModel:
-    """Only the output head is tuned. A tied one is given weights of its own first.
+def _own_head(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
+    """The output head; one that is tied to the embeddings is given weights of its own first.
 
     Otherwise the embeddings would move with it. That costs the memory of one more embedding matrix, and the
     tuned model is saved as one whose head is not tied.
     """
     whole: Any = model
-    head = whole.get_output_embeddings()
+    head: Any = whole.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
+        option = "tuner is 'head'" if config.tuner == "head" else "start is 'probe'"
         raise UserError(
-            f"--tuner is 'head': a {model.config.model_type} model has no output head: use --tuner lora"
+            f"--{option}: a {model.config.model_type} model has no output head: use --tuner lora"
         )
     if _is_tied(model, head):
         for name, parameter in list(head.named_parameters(recurse=False)):
             setattr(head, name, nn.Parameter(parameter.detach().clone()))
-        for config in (model.config, model.config.get_text_config()):
-            config.tie_word_embeddings = False
+        for settings in (model.config, model.config.get_text_config()):
+            settings.tie_word_embeddings = False
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    mine = {id(parameter) for parameter in head.parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in mine)
-    return model
+    found: nn.Module = head
+    return found
 
 
 def rows_of(model: Any, tokens: Sequence[int]) -> dict[str, Tensor]:
