@@ -82,6 +82,7 @@ class TrainConfig:
         reuse: run each text once through the layers below what is tuned, and keep what they give.
         cache: folder to keep that in for further runs (default a temporary file beside `out`).
         cache_gb: how much of it is kept at most.
+        backoff: where the loss runs away, take steps back to where it was best and go on at half the rate.
         max_forwards: stop after so many forward passes over a batch (a two-sided step is 2 for each sample).
         max_minutes: stop after so many minutes.
         target_accuracy: stop when validation reaches it (the task's first metric), in (0, 1].
@@ -137,6 +138,7 @@ class TrainConfig:
     reuse: bool = True
     cache: str | None = None
     cache_gb: float = 4.0
+    backoff: bool = True
     max_forwards: int = 400
     max_minutes: float | None = None
     target_accuracy: float | None = None

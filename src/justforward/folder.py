@@ -4,7 +4,8 @@ config.yaml       the resolved TrainConfig
 environment.json  versions, machine, what base model and data were (by hash)
 trajectory.jfl    the log: base + log = the tuned model (`trajectory`)
 start.safetensors where tuning starts, with --tuner prefix or --start probe (`tuners`)
-metrics.jsonl     one object a step (kind "step"), validation ("validation") and the test before ("before")
+metrics.jsonl     one object a step (kind "step"), validation ("validation"), the test before ("before"), and steps
+                  taken back ("rewind": `step` of `taken` were kept, `lost` forwards were in vain)
 seen.txt          a hash of each row trained or validated on, for `eval --run` on another file
 result.json       the outcome, rewritten whenever a session ends
 plot.png          loss and accuracy against forwards
@@ -41,6 +42,7 @@ _NUMBERS = {
     "step": ("loss", "lr"),
     "validation": ("accuracy", "loss"),
     "before": ("accuracy", "loss"),
+    "rewind": ("taken", "lost"),
 }
 _ENVIRONMENT = {"data_sha256": str, "base_fingerprint": str, "versions": dict, "threads": int}
 _RESULT = {"status": str, "stopped_by": str, "seconds": (int, float), "rows": dict}

@@ -14,6 +14,7 @@ from justforward.config import TrainConfig
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
 from justforward.folder import Metric, RunFolder, check_new
+from justforward.guard import lost_forwards
 from justforward.moments import compile_kernels
 from justforward.optim import family_of
 from justforward.prepare import (
@@ -103,7 +104,7 @@ def _load(
     try:
         session.load()
     except BaseException:
-        session.close_outputs()
+        session.spared.close()
         raise
     return session
 
@@ -124,7 +125,7 @@ def _reopen(
             f"note: the log ends in {log.truncated} bytes of a torn step: continued after step {len(log.steps)}"
         )
     metrics, torn = folder.read_metrics()
-    kept = [metric for metric in metrics if metric["step"] <= len(log.steps)]
+    kept = [m for m in metrics if m["kind"] == "rewind" or m["step"] <= len(log.steps)]
     if torn or len(kept) < len(metrics):
         progress.note("note: metrics.jsonl was cut back to the end of the log")
         folder.keep_metrics(kept)
@@ -142,7 +143,7 @@ def _reopen(
     result = folder.read_result()
     if result is not None and result["status"] == "finished":
         steps, seconds, parts = len(log.steps), float(result["seconds"]), len(log.header["groups"])
-        forwards = forwards_until(config, steps, parts)
+        forwards = forwards_until(config, steps, parts) + lost_forwards(kept)
         if stop_reason(config, steps, forwards, seconds, kept, parts) is not None:
             progress.note(
                 f"{folder.path}: the run is finished ({result['stopped_by']}): nothing to do"

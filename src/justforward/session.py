@@ -9,10 +9,7 @@ import contextlib
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from justforward.config import TrainConfig
 from justforward.data import Example, Splits, batches
@@ -20,6 +17,7 @@ from justforward.errors import NonFiniteLoss, UserError
 from justforward.evaluate import Evaluation, Scorer
 from justforward.folder import Metric, RunFolder, best_step, value_of
 from justforward.generate import Sampling
+from justforward.guard import MOST_REWINDS, Guard, lost_forwards, rate_factor, rewinds
 from justforward.interrupts import Shield
 from justforward.models import load_model
 from justforward.objectives import Objective
@@ -37,10 +35,9 @@ from justforward.schedules import (
     validation_due,
 )
 from justforward.settings import variants_of
-from justforward.store import Store
+from justforward.spared import Spared
 from justforward.tasks import Task
-from justforward.trajectory import Log, read_log
-from justforward.trunk import Trunk
+from justforward.trajectory import Log, Writer, read_log
 from justforward.tuners import attach, keep_start
 
 if TYPE_CHECKING:
@@ -88,15 +85,9 @@ class Session:
         if self.config.objective != "loss":
             sampling = Sampling(self.config.temperature, self.config.seed)
             self.objective = Objective(self.config.objective, self.task, sampling)
-            if self.config.estimator == "activation" and self.objective.by_row() is False:
-                raise UserError(
-                    f"--objective is {self.config.objective!r}, one number for a whole batch, and --estimator is "
-                    "'activation', which needs one a row: choose --estimator weight"
-                )
-        self.trunk: Trunk | None = None
-        self._store: tuple[str, Store] | None = (
-            None  # of the trunk's outputs, by what they depend on
-        )
+            if self.config.estimator == "activation":
+                self.objective.check_by_row()
+        self.spared = Spared(self.config, self.progress.note)
         self.opt: MeZO | None = None
         self.parts = 1 if self.log is None else len(self.log.header["groups"])  # parameter groups
         self.steps_taken = 0  # once the optimizer is gone
@@ -130,10 +121,14 @@ class Session:
         except BaseException:
             self._unmake()
             raise
-        self.forwards = forwards_until(self.config, self.steps, self.parts)
+        self.forwards = self._forwards_so_far()
+
+    def _forwards_so_far(self) -> int:
+        """Also of steps that were taken back."""
+        return forwards_until(self.config, self.steps, self.parts) + lost_forwards(self.metrics)
 
     def _load_base(self, rows: bool = True) -> None:
-        self.model = self.scorer = self.trunk = None  # before a second one is loaded
+        self.model = self.scorer = None  # before a second one is loaded
         model, self.tokenizer = load_model(
             self.config.model, self.progress.note, self.config.quantize
         )
@@ -145,53 +140,11 @@ class Session:
         if rows:  # tokenised now, so that a bad row is found before anything is written
             for split in (self.splits.test, self.splits.validation, self.splits.train):
                 self.scorer.prepare(split)
-        if rows and self.config.reuse:
-            self._find_trunk(self.model, self.scorer)
+        if rows:
+            self.spared.find(self.model, self.scorer, self.splits.train)
         if begins and self.config.start == "probe":
-            with self._spared():
+            with self.spared.reused():
                 self._start_head(self.scorer)
-
-    def _find_trunk(self, model: PreTrainedModel, scorer: Scorer) -> None:
-        """Spare the layers below what is tuned, if the losses come out the same."""
-        trunk = Trunk(model, self._outputs)
-        if trunk.depth == 0:
-            return
-        batch = scorer.encode_training(self.splits.train[: self.config.batch_size])
-        plain = scorer.losses(batch)
-        with trunk.reused():
-            spared = scorer.losses(batch)
-        if not torch.allclose(plain, spared, rtol=1e-4, atol=1e-4):
-            self.progress.note(
-                f"note: the first {trunk.depth} layers do not move, but the losses differ when they are left out: "
-                "they are run each time"
-            )
-            return
-        self.trunk = trunk
-        self.progress.note(
-            f"the first {trunk.depth} of {trunk.layers} layers do not move: a text runs through them once"
-        )
-
-    def _outputs(self, name: str) -> Store:
-        config = self.config
-        if self._store is None or self._store[0] != name:
-            self.close_outputs()
-            folder = None if config.cache is None else Path(config.cache)
-            path = None if folder is None else folder / f"{name[:32]}.outputs"
-            beside = next(each for each in self.folder.path.absolute().parents if each.is_dir())
-            store = Store(path, int(config.cache_gb * 2**30), beside)
-            if store.note is not None:
-                self.progress.note(f"note: {store.note}")
-            self._store = name, store
-        return self._store[1]
-
-    def close_outputs(self) -> None:
-        """Close the file of what the trunk gave; a temporary one is gone then."""
-        if self._store is not None:
-            self._store[1].close()
-            self._store = None
-
-    def _spared(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.trunk is None else self.trunk.reused()
 
     def _start_head(self, scorer: Scorer) -> None:
         train, validation = self.splits.train, self.splits.validation
@@ -221,10 +174,11 @@ class Session:
         after = 0
         for step in range(1, len(log.steps) + 1):
             before, after = after, after + forwards_at(self.config, step - 1, self.parts)
-            if step not in have and validation_due(self.config, before, after):
+            lost = lost_forwards(self.metrics, step)
+            if step not in have and validation_due(self.config, before + lost, after + lost):
                 assert self.model is not None
                 replay(self.model, log.path, step)
-                self._remember(self._validation(step, after))
+                self._remember(self._validation(step, after + lost))
                 self._load_base()
         for metric in self.metrics[written:]:
             self.folder.append_metric(metric)
@@ -310,11 +264,41 @@ class Session:
             raise
         finally:
             self.progress.stop()
-            self.close_outputs()
+            self.spared.close()
             self.folder.unlock()
 
     def _train(self, stop: Stop) -> None:
-        config, opt, scorer, train = self.config, self.opt, self.scorer, self.splits.train
+        config = self.config
+        left = None if config.max_minutes is None else 60.0 * config.max_minutes - self.seconds
+        self.progress.start(self.forwards, config.max_forwards, left)
+        self._watch()
+        while self._reason() is None:
+            stop.check()
+            before = self.forwards
+            try:
+                loss = self._step()
+            except NonFiniteLoss as error:
+                if not self._may_rewind():
+                    raise
+                best = best_step(self.validations, self.steps) or {"step": 0}
+                self._rewind(self.guard.best() or best["step"], str(error))
+                continue
+            self.progress.step(self.forwards, loss)
+            found = self.guard.add(loss)
+            if found is not None and self._may_rewind():
+                self._rewind(
+                    found.step,
+                    f"the loss has risen to {found.last:.4f}, from {found.best:.4f} at step {found.step}",
+                )
+            elif validation_due(config, before, self.forwards):
+                self._append(self._validation(self.steps, self.forwards))
+        if not any(m["step"] == self.steps for m in self.validations):
+            self._append(self._validation(self.steps, self.forwards))
+        self.progress.stop()
+
+    def _step(self) -> float:
+        """One step and its line; its loss."""
+        config, opt, scorer = self.config, self.opt, self.scorer
         assert opt is not None
         assert scorer is not None
         by_gradient = opt.modified is not None and opt.modified.by == "gradient"
@@ -322,30 +306,50 @@ class Session:
         encode: Callable[[list[Example]], Batch] = scorer.encode_training
         if self.objective is not None:
             encode = partial(self.objective.batch, scorer)
-        left = None if config.max_minutes is None else 60.0 * config.max_minutes - self.seconds
-        self.progress.start(self.forwards, config.max_forwards, left)
-        while self._reason() is None:
-            stop.check()
-            lr = learning_rate(config, self.forwards)
-            for group in opt.param_groups:
-                group["lr"] = lr
-            rows = batches(len(train), config.batch_size, config.seed, opt.steps)
-            batch = encode([train[row] for row in rows])
-            if self.objective is not None:
-                closure = self.objective.closure(scorer, opt.steps)
-            before, clock = self.forwards, time.monotonic()
-            with Shield() as shield, self._spared():  # a step and its line: both or neither
-                loss = opt.step(partial(shield.call, closure), batch)
-                self.forwards += forwards_at(config, opt.steps - 1, self.parts)
-                took = round(time.monotonic() - clock, 4)
-                values = {"loss": loss, "lr": lr, "step_seconds": took}
-                self._append(self._metric("step", self.steps, self.forwards, **values))
-            self.progress.step(self.forwards, loss)
-            if validation_due(config, before, self.forwards):
-                self._append(self._validation(self.steps, self.forwards))
-        if not any(m["step"] == self.steps for m in self.validations):
-            self._append(self._validation(self.steps, self.forwards))
-        self.progress.stop()
+            closure = self.objective.closure(scorer, opt.steps)
+        lr = learning_rate(config, self.forwards) * rate_factor(self.metrics)
+        for group in opt.param_groups:
+            group["lr"] = lr
+        train = self.splits.train
+        rows = batches(len(train), config.batch_size, config.seed, opt.steps)
+        batch = encode([train[row] for row in rows])
+        clock = time.monotonic()
+        with Shield() as shield, self.spared.reused():  # a step and its line: both or neither
+            loss = opt.step(partial(shield.call, closure), batch)
+            self.forwards += forwards_at(config, opt.steps - 1, self.parts)
+            took = round(time.monotonic() - clock, 4)
+            values = {"loss": loss, "lr": lr, "step_seconds": took}
+            self._append(self._metric("step", self.steps, self.forwards, **values))
+        return loss
+
+    # ------------------------------------------------------------------------------------ going back
+
+    def _watch(self) -> None:
+        self.guard = Guard(m["loss"] for m in self.metrics if m["kind"] == "step")
+
+    def _may_rewind(self) -> bool:
+        return self.config.backoff and len(rewinds(self.metrics)) < MOST_REWINDS
+
+    def _rewind(self, step: int, why: str) -> None:
+        """Take the steps after the first `step` back, and go on from there at a lower rate."""
+        taken = self.steps
+        self._close()
+        self.opt, self.steps_taken = None, step
+        lost = self.forwards - self._forwards_so_far()
+        line = {**self._metric("rewind", step, self.forwards), "taken": taken, "lost": lost}
+        self.metrics = [m for m in self.metrics if m["kind"] == "rewind" or m["step"] <= step]
+        self.metrics.append(line)
+        self.validations = [m for m in self.metrics if m["kind"] == "validation"]
+        with Shield():  # if only the first is done, the very same rewind follows again
+            Writer.rewind(read_log(self.folder.log), step)
+            self.folder.keep_metrics(self.metrics)
+        self.progress.note(
+            f"{why}: back to step {step} of {taken}, at {rate_factor(self.metrics):g} of the learning rate"
+        )
+        self.log = read_log(self.folder.log)
+        self._load_base()
+        self._make_optimizer()
+        self._watch()
 
     def _validation(self, step: int, forwards: int) -> Metric:
         try:
@@ -418,7 +422,9 @@ class Session:
             "validation_value": value_of(best) if best else None,
             "best_step": best["step"] if best else None,
             "steps": steps,
-            "forwards": forwards_until(self.config, steps, self.parts),
+            "forwards": forwards_until(self.config, steps, self.parts)
+            + lost_forwards(self.metrics),
+            "rewinds": len(rewinds(self.metrics)),
             "seconds": round(self.seconds, 3),
             "train_seconds": round(sum(m.get("step_seconds", 0.0) for m in self.metrics), 3),
             "rows": {
@@ -453,7 +459,7 @@ class Session:
         return replace(found, metric=self.objective.name, value=value)
 
     def _validate(self) -> Evaluation:
-        with self._spared():
+        with self.spared.reused():
             return self._evaluate(self.splits.validation)
 
     def _metric(self, kind: str, step: int, forwards: int, **values: float) -> Metric:

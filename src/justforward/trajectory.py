@@ -427,6 +427,25 @@ class Writer:
         """Go on after the last whole step of a log; a torn end is cut off."""
         return cls(log.path, log._words, log.size)
 
+    @classmethod
+    def rewind(cls, log: Log, steps: int) -> None:
+        """Make a log that nobody writes to end after its first `steps` steps; it has all or those at any moment.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        short = log.path.with_name(f".{log.path.name}.rewound")
+        short.unlink(missing_ok=True)
+        writer = cls.create(short, log.header)
+        try:
+            for step in log.steps[:steps]:
+                writer.append(step)
+            writer.close()
+            os.replace(short, log.path)
+        finally:
+            writer._file.close()
+            short.unlink(missing_ok=True)
+
     def append(self, step: Step) -> None:
         """Write one step.
 

@@ -1,0 +1,107 @@
+"""Whether a run has gone astray, from its scalars alone, and where to go back to. No torch in here.
+
+A step's loss is that of a few rows, so it is judged by means over windows of steps: when the last window is above the
+best one by more than both can err, the weights have been carried off, by a rate that is too large or by a run of bad
+luck. The log rewinds for nothing to the end of the best window; from there the rate is halved. The error allowed is wide,
+since the best of many windows is a lucky one: of a run of 10,000 steps that has come to rest fewer than one in a
+hundred is rewound (`tests/test_guard.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+WINDOW = 32  # steps
+ERRORS = 6.0  # standard errors of the difference of two windows
+MOST_REWINDS = 8
+BACKOFF = 0.5
+
+
+@dataclass(frozen=True)
+class Astray:
+    """Where to go back to.
+
+    Attributes:
+        step: so many steps are kept.
+        best: mean loss of the window that ends there.
+        last: mean loss of the last window.
+    """
+
+    step: int
+    best: float
+    last: float
+
+
+class Guard:
+    """Watches the losses of a run's steps, in order.
+
+    Args:
+        losses: of the steps that there are already.
+    """
+
+    def __init__(self, losses: Iterable[float] = ()) -> None:
+        self._losses: list[float] = []
+        self._means: list[float] = []  # of windows, by their first step
+        self._variances: list[float] = []
+        self._spread = 0.0  # sum of the variances of the windows that do not overlap the last one
+        self._best = 0  # the best of those
+        for loss in losses:
+            self.add(loss)
+
+    def add(self, loss: float) -> Astray | None:
+        """The loss of a further step; where to go back to, if the run has gone astray."""
+        self._losses.append(loss)
+        if len(self._losses) < WINDOW:
+            return None
+        part = self._losses[-WINDOW:]
+        mean = math.fsum(part) / WINDOW
+        self._means.append(mean)
+        self._variances.append(math.fsum((x - mean) ** 2 for x in part) / (WINDOW - 1))
+        apart = len(self._means) - WINDOW  # windows that do not overlap the last one
+        if apart < 1:
+            return None
+        self._spread += self._variances[apart - 1]
+        if self._means[apart - 1] < self._means[self._best]:
+            self._best = apart - 1
+        error = math.sqrt(2.0 * self._spread / apart / WINDOW)
+        best = self._means[self._best]
+        return (
+            Astray(self._best + WINDOW, best, mean) if mean - best > ERRORS * error > 0.0 else None
+        )
+
+    def best(self) -> int:
+        """After how many steps the best window of all ends; 0 before there is one."""
+        return self._means.index(min(self._means)) + WINDOW if self._means else 0
+
+
+# ----------------------------------------------------------------------- what a run's lines say of it
+
+
+def rewinds(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a run's rewinds, in order."""
+    return [metric for metric in metrics if metric["kind"] == "rewind"]
+
+
+def rate_factor(metrics: Sequence[dict[str, Any]]) -> float:
+    """What the learning rate is times, after a run's rewinds."""
+    return BACKOFF ** len(rewinds(metrics))
+
+
+def lost_forwards(metrics: Sequence[dict[str, Any]], step: int | None = None) -> int:
+    """Forwards of the steps that a run has taken back: all, or of those before it took step `step` as it stands."""
+    lines = rewinds(metrics)
+    if step is not None:
+        after = [i for i, line in enumerate(lines) if line["step"] < step]
+        lines = lines[: after[-1] + 1] if after else []
+    return sum(int(line["lost"]) for line in lines)
+
+
+def is_flat(validations: Sequence[tuple[float, float]], patience: int) -> bool:
+    """Whether none of the last `patience` validations (value, loss) is better than the best before them."""
+    if len(validations) <= patience:
+        return False
+    ranked = [(-value, loss) for value, loss in validations]
+    return min(ranked[-patience:]) >= min(ranked[:-patience])

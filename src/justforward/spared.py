@@ -1,0 +1,79 @@
+"""A run's trunk: found, checked against the whole model, its outputs kept in the run's or the user's place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from justforward.config import TrainConfig
+from justforward.data import Example
+from justforward.evaluate import Scorer
+from justforward.store import Store
+from justforward.trunk import Trunk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Spared:
+    """Spares a run the layers below what it tunes (`trunk`), where it may and can.
+
+    Args:
+        config: says whether, and where outputs are kept.
+        note: called with a sentence on what was found.
+    """
+
+    def __init__(self, config: TrainConfig, note: Callable[[str], None]) -> None:
+        self._config = config
+        self._note = note
+        self._trunk: Trunk | None = None
+        self._store: tuple[str, Store] | None = None  # by what its outputs depend on
+
+    def find(self, model: PreTrainedModel, scorer: Scorer, rows: Sequence[Example]) -> None:
+        """Take the model's trunk from now on, if the losses of some rows come out the same without it."""
+        self._trunk = None
+        if not self._config.reuse:
+            return
+        trunk = Trunk(model, self._outputs)
+        if trunk.depth == 0:
+            return
+        batch = scorer.encode_training(rows[: self._config.batch_size])
+        plain = scorer.losses(batch)
+        with trunk.reused():
+            spared = scorer.losses(batch)
+        if not torch.allclose(plain, spared, rtol=1e-4, atol=1e-4):
+            self._note(
+                f"note: the first {trunk.depth} layers do not move, but the losses differ when they are left out: "
+                "they are run each time"
+            )
+            return
+        self._trunk = trunk
+        self._note(
+            f"the first {trunk.depth} of {trunk.layers} layers do not move: a text runs through them once"
+        )
+
+    def reused(self) -> contextlib.AbstractContextManager[None]:
+        """While inside, the trunk is spared."""
+        return contextlib.nullcontext() if self._trunk is None else self._trunk.reused()
+
+    def close(self) -> None:
+        """Close the file of what the trunk gave; a temporary one is gone then."""
+        if self._store is not None:
+            self._store[1].close()
+            self._store = None
+
+    def _outputs(self, name: str) -> Store:
+        config = self._config
+        if self._store is None or self._store[0] != name:
+            self.close()
+            path = None if config.cache is None else Path(config.cache) / f"{name[:32]}.outputs"
+            beside = next(each for each in Path(config.out).absolute().parents if each.is_dir())
+            store = Store(path, int(config.cache_gb * 2**30), beside)
+            if store.note is not None:
+                self._note(f"note: {store.note}")
+            self._store = name, store
+        return self._store[1]

@@ -1,0 +1,245 @@
+"""A run that goes astray is seen from its losses, one that rests is left alone; what a run's lines say of rewinds.
+
+Reading order: losses, lines, runs.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import justforward as jf
+from justforward.config import ReplayConfig, TrainConfig
+from justforward.errors import NonFiniteLoss
+from justforward.folder import RunFolder
+from justforward.guard import WINDOW, Astray, Guard, lost_forwards, rate_factor, rewinds
+from justforward.models import load_model
+from justforward.optim import MeZO
+from justforward.progress import Progress
+from justforward.rebuild import rebuild
+from justforward.run import train
+from justforward.session import Interrupted
+from justforward.trajectory import Writer, read_log
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+def watched(losses: list[float]) -> tuple[int, Astray] | None:
+    """After how many steps a run was found astray, and what was found."""
+    guard = Guard()
+    for step, loss in enumerate(losses, start=1):
+        found = guard.add(loss)
+        if found is not None:
+            return step, found
+    return None
+
+
+def noisy(means: list[float], spread: float, seed: int) -> list[float]:
+    draw = random.Random(seed)
+    return [draw.gauss(mean, spread) for mean in means]
+
+
+@given(st.integers(0, 2**32), st.floats(1e-3, 10.0), st.floats(-5.0, 5.0))
+def test_a_run_at_rest_is_left_alone(seed: int, spread: float, mean: float) -> None:
+    assert watched(noisy([mean] * 400, spread, seed)) is None
+
+
+@given(st.integers(0, 2**32), st.floats(0.01, 0.5))
+def test_a_run_that_learns_is_left_alone(seed: int, spread: float) -> None:
+    assert watched(noisy([2.0 * 0.99**i + 0.3 for i in range(400)], spread, seed)) is None
+
+
+def test_a_long_run_at_rest_is_hardly_ever_rewound() -> None:
+    found = [watched(noisy([0.5] * 10_000, 0.2, seed)) for seed in range(20)]
+    assert sum(each is not None for each in found) == 0
+
+
+@given(st.integers(0, 2**32), st.integers(2 * WINDOW, 200), st.floats(0.01, 0.3))
+def test_a_run_that_is_carried_off_is_seen_and_taken_back(
+    seed: int, turn: int, spread: float
+) -> None:
+    rises = [0.5 + 0.1 * max(0, i - turn) for i in range(turn + 4 * WINDOW)]
+    seen = watched(noisy(rises, spread, seed))
+    assert seen is not None
+    at, found = seen
+    assert turn < at <= turn + 2 * WINDOW
+    assert WINDOW <= found.step <= at - WINDOW  # its window and the last one are apart
+    assert found.step <= turn + WINDOW
+    assert found.last > found.best
+
+
+def test_where_all_losses_are_equal_nothing_is_astray() -> None:
+    assert watched([1.0] * 300) is None
+
+
+@given(st.lists(st.floats(-3, 3), max_size=200), st.integers(0, 200))
+def test_watching_again_from_the_lines_is_the_same(losses: list[float], cut: int) -> None:
+    whole, again = Guard(), Guard(losses[:cut])
+    found = [whole.add(loss) for loss in losses]
+    assert found[cut:] == [again.add(loss) for loss in losses[cut:]]
+    assert whole.best() == again.best()
+
+
+def test_the_best_window_of_all() -> None:
+    assert Guard([1.0] * (WINDOW - 1)).best() == 0
+    assert Guard([1.0] * WINDOW).best() == WINDOW
+    assert Guard([2.0] * 10 + [1.0] * WINDOW + [3.0] * 50).best() == WINDOW + 10
+
+
+# ------------------------------------------------------------------------------------------- lines
+
+
+def test_forwards_in_vain_belong_to_the_steps_after_them() -> None:
+    lines = [
+        {"kind": "step", "step": 3},
+        {"kind": "rewind", "step": 50, "lost": 10},
+        {"kind": "rewind", "step": 30, "lost": 60},
+    ]
+    assert [line["step"] for line in rewinds(lines)] == [50, 30]
+    assert rate_factor(lines) == 0.25
+    assert lost_forwards(lines) == 70
+    # step 31 and all after it were taken anew after both; the first 30 before either
+    assert [lost_forwards(lines, step) for step in (1, 30, 31, 51, 80)] == [0, 0, 70, 70, 70]
+    assert [lost_forwards(lines[:2], step) for step in (50, 51)] == [0, 10]
+
+
+def test_a_log_is_cut(tmp_path: Path, tiny_gpt2: Any) -> None:
+    path = tmp_path / "run.jfl"
+    opt = MeZO(tiny_gpt2, lr=1e-3, log=path)
+    for _ in range(6):
+        opt.step(lambda: sum(p.square().sum() for p in tiny_gpt2.parameters()))
+    opt.close()
+    whole = read_log(path)
+    Writer.rewind(whole, 4)
+    cut = read_log(path)
+    assert cut.sealed
+    assert cut.steps == whole.steps[:4]
+    assert cut.header == whole.header
+    assert [each.name for each in tmp_path.iterdir()] == ["run.jfl"]
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConfig:
+    """A rate that carries the weights off."""
+    return TrainConfig(
+        model=str(model_folder), data=str(sentiment_csv), template="{text} It was",
+        labels={"neg": "great", "pos": "terrible"}, out=str(tmp_path / "run"), max_forwards=400,
+        eval_every=50, lr=0.3, lr_schedule="constant", threads=1, train_size=32, keep="last",
+    )  # fmt: skip
+
+
+def go(config: TrainConfig) -> tuple[dict[str, Any], str]:
+    out = io.StringIO()
+    return train(config, Progress(out)), out.getvalue()
+
+
+def lines(config: TrainConfig) -> list[dict[str, Any]]:
+    metrics, _ = RunFolder(config.out).read_metrics()
+    return [{k: v for k, v in m.items() if "seconds" not in k} for m in metrics]
+
+
+def test_a_run_goes_back_and_on_at_half_the_rate(config: TrainConfig, tmp_path: Path) -> None:
+    result, said = go(config)
+    assert result["rewinds"] >= 1
+    assert "the loss has risen to" in said
+    assert "at 0.5 of the learning rate" in said
+    assert result["forwards"] == 400  # what was in vain counts
+    metrics = lines(config)
+    steps = [m for m in metrics if m["kind"] == "step"]
+    assert [m["step"] for m in steps] == list(range(1, result["steps"] + 1))
+    assert 2 * result["steps"] + lost_forwards(metrics) == 400
+    assert steps[0]["lr"] == 0.3
+    assert steps[-1]["lr"] == 0.3 * 0.5 ** result["rewinds"]
+    plain, _ = go(replace(config, out=str(tmp_path / "plain"), backoff=False))
+    assert plain["rewinds"] == 0
+    assert result["validation_loss"] < plain["validation_loss"]
+    # base + log is the tuned model, as ever
+    model = load_model(config.model)[0]
+    assert jf.replay(model, RunFolder(config.out).log) == result["steps"]
+    assert jf.fingerprint(model) == result["fingerprint"]
+    made = rebuild(ReplayConfig(config.out, str(tmp_path / "made")), Progress(io.StringIO()))
+    assert made["fingerprint"] == result["fingerprint"]
+
+
+def test_stopped_anywhere_and_continued_to_the_same_bits(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    whole, _ = go(config)
+    first = next(m for m in lines(config) if m["kind"] == "rewind")
+    assert first["taken"] > first["step"]
+    for forwards in (2 * first["taken"] - 6, first["forwards"] + 2, 300):
+        part = replace(config, out=str(tmp_path / f"part{forwards}"), max_forwards=forwards)
+        go(part)
+        again, _ = go(replace(part, max_forwards=400, resume=True))
+        for key in ("fingerprint", "steps", "forwards", "rewinds", "validation_loss"):
+            assert again[key] == whole[key]
+        stepped = [m for m in lines(part) if m["kind"] in ("step", "rewind")]
+        assert stepped == [m for m in lines(config) if m["kind"] in ("step", "rewind")]
+
+
+def test_cut_off_between_log_and_lines(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    whole, _ = go(config)
+    part = replace(config, out=str(tmp_path / "part"))
+    real = RunFolder.keep_metrics
+
+    def killed(self: RunFolder, metrics: list[Any]) -> None:
+        if any(m["kind"] == "rewind" for m in metrics):
+            shutil.copytree(part.out, tmp_path / "left")  # as a SIGKILL would leave it
+            raise KeyboardInterrupt
+        real(self, metrics)
+
+    monkeypatch.setattr(RunFolder, "keep_metrics", killed)
+    with pytest.raises(Interrupted):
+        go(part)
+    monkeypatch.setattr(RunFolder, "keep_metrics", real)
+    again, said = go(replace(part, out=str(tmp_path / "left"), resume=True))
+    assert "metrics.jsonl was cut back" in said
+    for key in ("fingerprint", "steps", "forwards", "rewinds"):
+        assert again[key] == whole[key]
+
+
+@pytest.mark.parametrize("backoff", [True, False])
+def test_a_loss_that_is_no_number(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, backoff: bool) -> None:  # fmt: skip
+    """At a rate that breaks the weights there is no second step; halved a few times there is."""
+    real: Callable[..., float] = MeZO.step
+    calls = 0
+
+    def broken(self: MeZO, *args: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise NonFiniteLoss(self.steps, float("nan"), "at +eps")
+        return real(self, *args)
+
+    monkeypatch.setattr(MeZO, "step", broken)
+    config = replace(config, lr=1e-3, max_forwards=20, backoff=backoff)
+    if not backoff:
+        with pytest.raises(NonFiniteLoss):
+            go(config)
+        return
+    result, said = go(config)
+    assert (result["rewinds"], result["steps"], result["forwards"]) == (1, 8, 20)
+    assert "back to step 0 of 2, at 0.5 of the learning rate" in said
+    assert {m["lr"] for m in lines(config) if m["kind"] == "step"} == {5e-4}
+
+
+def test_it_gives_up_in_the_end(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: MeZO, *args: Any) -> float:
+        raise NonFiniteLoss(self.steps, float("nan"), "at +eps")
+
+    monkeypatch.setattr(MeZO, "step", broken)
+    with pytest.raises(NonFiniteLoss):
+        go(config)
+    assert len(rewinds(lines(config))) == 8
