@@ -361,7 +361,7 @@ def test_a_loss_that_becomes_nan(
         return losses(self, batch) * (float("nan") if len(calls) == 8 else 1.0)
 
     monkeypatch.setattr(Scorer, "losses", spoiled)
-    code, out, err = run("train", *flat(options, estimator=estimator), "--json")
+    code, out, err = run("train", *flat(options, estimator=estimator, backoff="false"), "--json")
     line = err.splitlines()[-1]
     assert (code, out) == (2, "")
     assert re.match(

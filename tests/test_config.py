@@ -158,6 +158,8 @@ def test_kept_values_are_a_config_without_its_place() -> None:
 
 CHANGED: dict[str, Any] = {
     "reuse": False,
+    "probe_rows": 7,
+    "layers": 0.5,
     "backoff": False,
     "template": "{text} So",
     "labels": {"pos": "great", "neg": "terrible"},  # the order of the choices

@@ -18,7 +18,7 @@ Order = Literal["cyclic", "random"]
 Keep = Literal["best", "last"]
 Split = Literal["train", "validation", "test", "all"]
 Tuner = Literal["full", "lora", "prefix", "prompt", "head"]
-Start = Literal["base", "probe"]
+Start = Literal["auto", "base", "probe"]
 Prompting = Literal["both", "with", "without"]
 Quantize = Literal["int8", "bnb8", "bnb4"]
 Method = Literal["zero-shot", "icl", "probe", "first-order"]
@@ -29,6 +29,7 @@ NOT_KEPT = ("out", "resume", "json")
 FREE = (
     "max_minutes",
     "target_accuracy",
+    "patience",
     "threads",
     "cache",
     "cache_gb",
@@ -71,7 +72,9 @@ class TrainConfig:
         batch_size: rows a step.
         seed: of the directions and the order of the rows.
         tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), embeddings before it (prompt), the output head (head).
-        start: with --tuner head or full: the output head from the base model, or from a linear probe fitted on the training rows first.
+        start: with --tuner head or full: the output head from the base model, or from a linear probe fitted on training rows first (auto: a probe where task and model allow it).
+        probe_rows: rows that the probe is fitted on (default a quarter of what max_forwards reads, or all if there are fewer).
+        layers: the last layers are tuned and what is behind them, this share of all (default all, or where the head starts as a probe of a whole model a third, and the head stays).
         lora_rank: rank of the additions.
         lora_alpha: their scale: alpha / sqrt(rank), which makes a look equally strong for every rank.
         lora_targets: regular expression; linear maps whose name it finds get LoRA (default the attention's queries and values).
@@ -85,6 +88,7 @@ class TrainConfig:
         backoff: where the loss runs away, take steps back to where it was best and go on at half the rate.
         max_forwards: stop after so many forward passes over a batch (a two-sided step is 2 for each sample).
         max_minutes: stop after so many minutes.
+        patience: stop when so many validations in a row were no better than one before (0: go on).
         target_accuracy: stop when validation reaches it (the task's first metric), in (0, 1].
         eval_every: forwards between validations (default an eighth of max_forwards).
         eval_batch_size: rows a forward in validation and test.
@@ -128,6 +132,8 @@ class TrainConfig:
     seed: int = 0
     tuner: Tuner = "full"
     start: Start = "base"
+    probe_rows: int | None = None
+    layers: float | None = None
     lora_rank: int = 8
     lora_alpha: float = 16.0
     lora_targets: str | None = None
@@ -141,6 +147,7 @@ class TrainConfig:
     backoff: bool = True
     max_forwards: int = 400
     max_minutes: float | None = None
+    patience: int = 0
     target_accuracy: float | None = None
     eval_every: int | None = None
     eval_batch_size: int = 32

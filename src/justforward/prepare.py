@@ -22,6 +22,7 @@ from justforward.data import Example, Splits, read_examples, split_examples
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
 from justforward.folder import Metric, best_step, data_hash, value_of
+from justforward.guard import is_flat
 from justforward.hub import HUB, downloaded
 from justforward.optim import ESTIMATORS
 from justforward.published import TEST_SIZE, Published, deal, read_published
@@ -160,6 +161,10 @@ def stop_reason(
         return "max_forwards"
     if config.max_minutes is not None and seconds >= 60.0 * config.max_minutes:
         return "max_minutes"
+    checks = [m for m in validations if m["kind"] == "validation" and m["step"] <= steps]
+    found = [(value_of(m), float(m["loss"])) for m in checks]
+    if config.patience and is_flat(found, config.patience):
+        return "flat"
     return None
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from justforward.data import Example
+from justforward.data import Example, batches
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.metrics import figures
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 # Inverse strengths of the penalty, of which validation chooses; on standardised features.
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 MOST_ITERATIONS = 5000
+WORSE = (
+    2  # weaker penalties in a row that are no better end the search: they take the longest to fit
+)
 
 
 @dataclass(frozen=True)
@@ -143,15 +146,21 @@ def fit_probe(
     Raises:
         UserError: as `probe_weights`.
     """
-    probes = [probe_weights(*train, labels, c, intercept) for c in sorted(grid)]
 
-    def rating(probe: Probe) -> tuple[float, float, float]:
+    def rating(probe: Probe) -> tuple[float, float]:
         accuracy, loss = probe.judged(*validation)
         worth = accuracy if value is None else value(probe.predictions(validation[0]))
-        return -worth, loss, probe.c
+        return -worth, loss
 
-    best = min(probes, key=rating)
-    return replace(best, seconds=math.fsum(probe.seconds for probe in probes))
+    probes: list[Probe] = []
+    best = 0
+    for c in sorted(grid):  # of equals the first, with the stronger penalty
+        probes.append(probe_weights(*train, labels, c, intercept))
+        if rating(probes[-1]) < rating(probes[best]):
+            best = len(probes) - 1
+        if len(probes) - 1 - best >= WORSE:
+            break
+    return replace(probes[best], seconds=math.fsum(probe.seconds for probe in probes))
 
 
 # ----------------------------------------------------------------------------------------- features
@@ -236,6 +245,53 @@ class Started:
     probe: Probe
     accuracy: float
     forwards: int
+
+
+def hindrance(scorer: Scorer, train: Sequence[Example], count: int) -> str | None:
+    """Why a head cannot start as a probe of `count` training rows; None if it can, as far as can be told beforehand."""
+    if inner_model(scorer.model).get_output_embeddings() is None:
+        return f"a {scorer.model.config.model_type} model has no output head"
+    for word, tokens in zip(scorer.task.labels.values(), scorer.prompts.words, strict=True):
+        if len(tokens) != 1:
+            return f"label word {word!r} is {len(tokens)} tokens, and a probe has the scores of one"
+    present = {example.label for example in train}
+    for label in scorer.labels:
+        if label not in present:
+            return f"label {label!r} has no training row"
+    if count < 2 * len(scorer.labels):
+        return f"{count} rows are too few to fit a probe on"
+    if not _is_linear(scorer, train[0]):
+        return f"a {scorer.model.config.model_type} model does more to its logits than its head's matrix"
+    return None
+
+
+@torch.no_grad()
+def _is_linear(scorer: Scorer, example: Example) -> bool:
+    """Whether logits are what the head's matrix gives, neither capped nor scaled."""
+    model = inner_model(scorer.model)
+    tokens = torch.tensor([scorer.prompts.rows([example])[0].prompt], device=model.device)
+    with eval_mode(model), _seen_by_head(scorer.model) as seen:
+        logits = model(input_ids=tokens).logits
+        states = seen.pop()
+        wanted = model.get_output_embeddings()(states)
+    return torch.allclose(logits, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def rows_to_fit(train: Sequence[Example], count: int, batch_size: int, seed: int) -> list[Example]:
+    """The training rows that a probe sees: the first `count` that steps would, and one of each label among them."""
+    order = dict.fromkeys(
+        row
+        for step in range(math.ceil(len(train) / batch_size))
+        for row in batches(len(train), batch_size, seed, step)
+    )
+    rows = [train[row] for row in order]
+    chosen = rows[:count]
+    present = {example.label for example in chosen}
+    for example in rows[count:]:
+        if example.label not in present:
+            present.add(example.label)
+            chosen.append(example)
+    return chosen
 
 
 @torch.no_grad()

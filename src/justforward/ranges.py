@@ -38,6 +38,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (_not_negative, "finite and at least 0"),
     "lora_alpha": (_positive, "positive and finite"),
     "max_minutes": (_positive, "positive and finite"),
+    "layers": (_share, "above 0 and at most 1"),
+    "patience": (lambda value: value >= 0, "at least 0"),
     "target_accuracy": (_share, "above 0 and at most 1"),
     "seed": (_seed, "at least 0 and below 2^64"),
     "split_seed": (_seed, "at least 0 and below 2^64"),
@@ -51,6 +53,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         name: (lambda value: value >= 1, "at least 1")
         for name in (
             "num_samples",
+            "probe_rows",
             "batch_size",
             "max_forwards",
             "max_steps",

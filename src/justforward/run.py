@@ -65,8 +65,15 @@ def _open(config: TrainConfig, progress: Progress) -> Session | Result:
         old = folder.read_config()
         filled = {
             name: getattr(old, name)
-            for name in ("eval_every", "test_size", "validation_size")
-            if getattr(config, name) is None
+            for name in (
+                "eval_every",
+                "test_size",
+                "validation_size",
+                "probe_rows",
+                "layers",
+                "start",
+            )
+            if getattr(config, name) in (None, "auto")
         }
         config = replace(config, **filled)
     config = resolved(config)

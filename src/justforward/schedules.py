@@ -36,8 +36,10 @@ def forwards_at(config: TrainConfig, step: int, parts: int = 1) -> int:
 
 
 def forwards_until(config: TrainConfig, steps: int, parts: int = 1) -> int:
-    """Forwards that the first `steps` steps take."""
+    """Forwards that the first `steps` steps take, and a probe before them."""
     measured = _modified(config).forwards_until(steps, parts) if config.modified else 0
+    if config.start == "probe" and config.probe_rows is not None:
+        measured += math.ceil(config.probe_rows / config.batch_size)
     if config.sample_schedule == "constant":
         return forwards_of(config.looks, config.num_samples) * steps + measured
     looks = (forwards_of(config.looks, samples_at(config, step)) for step in range(steps))

@@ -23,8 +23,7 @@ from justforward.models import load_model
 from justforward.objectives import Objective
 from justforward.optim import MeZO
 from justforward.playback import fingerprint, replay
-from justforward.prepare import Stop, choose_tuned, environment_now, stop_reason
-from justforward.probe import start_head
+from justforward.prepare import Stop, environment_now, stop_reason
 from justforward.progress import Progress
 from justforward.prompts import Batch
 from justforward.schedules import (
@@ -36,6 +35,7 @@ from justforward.schedules import (
 )
 from justforward.settings import variants_of
 from justforward.spared import Spared
+from justforward.starting import begin_head, choose_layers, decided
 from justforward.tasks import Task
 from justforward.trajectory import Log, Writer, read_log
 from justforward.tuners import attach, keep_start
@@ -104,10 +104,7 @@ class Session:
 
     def load(self) -> None:
         """Load the model, score what must be scored before training, make the folder and the optimizer."""
-        self._load_base()
-        for note in self.splits.notes:
-            self.progress.note(f"note: {note}")
-        self.progress.note(f"rows: {_spell_rows(self.splits)}")
+        self._load_base(first=True)
         if self.log is not None:
             self._repair(self.log)
         else:
@@ -127,43 +124,47 @@ class Session:
         """Also of steps that were taken back."""
         return forwards_until(self.config, self.steps, self.parts) + lost_forwards(self.metrics)
 
-    def _load_base(self, rows: bool = True) -> None:
+    def _load_base(self, rows: bool = True, first: bool = False) -> None:
         self.model = self.scorer = None  # before a second one is loaded
         model, self.tokenizer = load_model(
             self.config.model, self.progress.note, self.config.quantize
         )
         begins = rows and self.log is None
+        if begins:
+            self.config = decided(
+                self.config, self._scorer(model), self.splits.train, self.progress.note
+            )
         start = None if begins else self.folder.start
         self.model = attach(model, self.tokenizer, self.config, start)
-        self.scorer = Scorer(self.model, self.tokenizer, self.task, self.config.max_length)
-        choose_tuned(self.model, self.config.tune)
+        self.scorer = self._scorer(self.model)
+        choose_layers(self.model, self.config)
         if rows:  # tokenised now, so that a bad row is found before anything is written
             for split in (self.splits.test, self.splits.validation, self.splits.train):
                 self.scorer.prepare(split)
+        if first:
+            for note in self.splits.notes:
+                self.progress.note(f"note: {note}")
+            self.progress.note(f"rows: {_spell_rows(self.splits)}")
+        if begins:
+            self._score_before("before")
         if rows:
             self.spared.find(self.model, self.scorer, self.splits.train)
         if begins and self.config.start == "probe":
             with self.spared.reused():
-                self._start_head(self.scorer)
+                begin_head(self.config, self.scorer, self.splits, self.progress.note)
 
-    def _start_head(self, scorer: Scorer) -> None:
-        train, validation = self.splits.train, self.splits.validation
-        self.progress.note(f"fitting a linear probe on the hidden states of {len(train)} rows")
-        found = start_head(scorer, train, validation, self.config.eval_batch_size)
-        self.progress.note(
-            f"the head starts as a linear probe: C = {found.probe.c:g}, validation accuracy {found.accuracy:.1%}, "
-            f"{found.forwards} forwards"
-        )
-        if not found.probe.converged:
-            self.progress.note("note: its fit did not converge")
+    def _scorer(self, model: PreTrainedModel) -> Scorer:
+        assert self.tokenizer is not None
+        return Scorer(model, self.tokenizer, self.task, self.config.max_length)
 
-    def _score_before(self) -> None:
+    def _score_before(self, *kinds: str) -> None:
         have = {metric["kind"] for metric in self.metrics if metric["step"] == 0}
         for kind, rows in (("before", self.splits.test), ("validation", self.splits.validation)):
-            if kind not in have:
+            if kind not in have and kind in (kinds or ("before", "validation")):
                 self.progress.note(f"scoring {len(rows)} {_WHAT[kind]}")
                 found = self._validate() if kind == "validation" else self._evaluate(rows)
-                self._remember(self._metric(kind, 0, 0, **_worth(found)))
+                forwards = 0 if kind == "before" else forwards_until(self.config, 0)
+                self._remember(self._metric(kind, 0, forwards, **_worth(found)))
 
     def _repair(self, log: Log) -> None:
         """Score again what the last session did not live to write down."""
@@ -171,7 +172,7 @@ class Session:
         written = len(self.metrics)
         self._score_before()
         have = {metric["step"] for metric in self.validations}
-        after = 0
+        after = forwards_until(self.config, 0, self.parts)
         for step in range(1, len(log.steps) + 1):
             before, after = after, after + forwards_at(self.config, step - 1, self.parts)
             lost = lost_forwards(self.metrics, step)
@@ -217,7 +218,7 @@ class Session:
             resume=self.log is not None,
         )
         self.parts = len(self.opt.param_groups)
-        first = forwards_at(config, 0, self.parts)
+        first = forwards_at(config, 0, self.parts) + forwards_until(config, 0, self.parts)
         if first > config.max_forwards:
             raise UserError(
                 f"--max-forwards is {config.max_forwards}: the first step takes {first} forwards, with what it measures "
@@ -479,9 +480,6 @@ class Session:
         return stop_reason(
             self.config, self.steps, self.forwards, self.seconds, self.validations, self.parts
         )
-
-
-# ------------------------------------------------------------------------------------------ helpers
 
 
 def _worth(found: Evaluation) -> dict[str, float]:

@@ -144,11 +144,23 @@ def resolved(config: TrainConfig) -> TrainConfig:
             "--start is 'probe': it fits the output head (--tuner head or full) to labels that rows share, and this is "
             f"{what}: leave it out"
         )
+    start = config.start
+    if start == "auto" and (not whole or task.kind != "classification" or config.tune is not None):
+        start = "base"
+    if config.probe_rows is not None and start == "base":
+        raise UserError(
+            f"--probe-rows is {config.probe_rows}: it is for --start probe, and the run starts from the base: leave it out"
+        )
+    if config.layers is not None and config.tuner not in ("full", "lora"):
+        raise UserError(
+            f"--layers is {config.layers}: it is for --tuner full or lora, and this is {config.tuner}: leave it out"
+        )
     return replace(
         config,
         template=task.template,
         labels=task.labels,
         loss=task.loss,
+        start=start,
         rule=rules.parse(config.rule).spec,
         eval_every=config.eval_every or max(2, config.max_forwards // 8),
         split_seed=config.seed if config.split_seed is None else config.split_seed,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from justforward.errors import UserError
 from justforward.models import inner_model
 from justforward.playback import fingerprint
 from justforward.store import Store
@@ -53,6 +54,28 @@ def frozen_layers(model: nn.Module) -> int:
     0 also where that cannot be told: more stacks than one, or a tuned parameter that is used by no module.
     """
     return _divided(model)[0]
+
+
+def rest_below(model: nn.Module, share: float) -> None:
+    """Freeze all but the last layers, this share of all, and what is behind them; what is frozen already stays so.
+
+    Raises:
+        UserError: the model has no single stack of layers, or nothing is left to tune.
+    """
+    layers = stack_of(model)
+    if layers is None:
+        raise UserError(
+            f"--layers is {share}: {type(inner_model(model)).__name__} has no single stack of layers: say what is tuned "
+            "with --tune"
+        )
+    first = len(layers) - max(1, round(share * len(layers)))
+    above = {id(part) for layer in layers[first:] for part in layer.modules()}
+    above |= _behind(model, layers)
+    below = [p for m in model.modules() if id(m) not in above for p in m.parameters(recurse=False)]
+    for parameter in below:  # also what is used above, too: a head that is tied to the embeddings
+        parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"--layers is {share}: nothing is left to tune: give more, or leave it out")
 
 
 def _divided(model: nn.Module) -> tuple[int, set[int]]:
