@@ -1,0 +1,157 @@
+"""What "auto" comes to, and which layers move then."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import justforward as jf
+from conftest import make_model, make_tokenizer
+from justforward.config import TrainConfig
+from justforward.data import Example
+from justforward.errors import UserError
+from justforward.evaluate import Scorer
+from justforward.folder import RunFolder
+from justforward.models import load_model
+from justforward.prepare import stop_reason
+from justforward.probe import hindrance, rows_to_fit
+from justforward.progress import Progress
+from justforward.run import train
+from justforward.settings import resolved
+from justforward.tasks import Task
+from justforward.trunk import rest_below
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConfig:
+    return TrainConfig(
+        model=str(model_folder), data=str(sentiment_csv), template="{text} It was",
+        labels={"neg": "great", "pos": "terrible"}, out=str(tmp_path / "run"), max_forwards=20,
+        eval_every=6, lr=3e-3, threads=1, start="auto",
+    )  # fmt: skip
+
+
+def go(config: TrainConfig) -> tuple[dict[str, Any], TrainConfig, str]:
+    out = io.StringIO()
+    result = train(config, Progress(out))
+    return result, RunFolder(config.out).read_config(), out.getvalue()
+
+
+def test_a_probe_of_a_quarter_of_the_budget_and_the_last_third(config: TrainConfig) -> None:
+    result, kept, said = go(config)
+    assert (kept.start, kept.probe_rows, kept.layers) == ("probe", 40, 0.333)  # 20 x 8 / 4
+    assert "fitting a linear probe on the hidden states of 40 rows" in said
+    assert result["steps"] == 7  # 5 of 20 forwards are the probe's
+    assert result["forwards"] == 19
+    names = [t[0] for t in jf.read_log(RunFolder(config.out).log).header["tensors"]]
+    assert all(name.startswith(("transformer.h.1.", "transformer.ln_f.")) for name in names)
+
+
+def test_it_goes_on_as_it_began(config: TrainConfig) -> None:
+    config = replace(config, lr_schedule="constant", keep="last", probe_rows=40)
+    whole, _, _ = go(config)
+    part = replace(config, out=f"{config.out}-part", max_forwards=12)
+    go(part)
+    again, kept, _ = go(replace(part, max_forwards=20, resume=True, probe_rows=None))
+    assert again["fingerprint"] == whole["fingerprint"]
+    assert (kept.start, kept.probe_rows, kept.layers) == ("probe", 40, 0.333)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"labels": {"neg": "not good", "pos": "great"}}, "label word 'not good' is 2 tokens"),
+        ({"max_forwards": 2, "batch_size": 4, "eval_every": 2}, "2 rows are too few"),
+    ],
+)
+def test_where_a_probe_cannot_be_the_base_starts(config: TrainConfig, options: Any, said: str) -> None:  # fmt: skip
+    _, kept, told = go(replace(config, **options))
+    assert f"not as a linear probe: {said}" in told
+    assert (kept.start, kept.probe_rows, kept.layers) == ("base", None, None)
+
+
+@pytest.mark.parametrize("options", [{"tuner": "lora"}, {"tune": "mlp"}])
+def test_what_is_asked_for_by_name_starts_from_the_base(config: TrainConfig, options: Any) -> None:
+    assert resolved(replace(config, **options)).start == "base"
+
+
+def test_bad_options(config: TrainConfig) -> None:
+    with pytest.raises(UserError, match="--probe-rows is 4000: there are 42 training rows"):
+        go(replace(config, probe_rows=4000))
+    with pytest.raises(UserError, match="--probe-rows is 4: it is for --start probe"):
+        resolved(replace(config, start="base", probe_rows=4))
+    with pytest.raises(UserError, match=r"--layers is 0\.5: it is for --tuner full or lora"):
+        resolved(replace(config, tuner="head", layers=0.5))
+    assert not Path(config.out).exists()
+
+
+def test_logits_that_are_capped_are_a_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("gpt2")
+    scorer = Scorer(model, make_tokenizer("bytelevel"), Task("{text} It was", {"n": "bad", "p": "good"}))  # fmt: skip
+    rows = [Example({"text": f"film {i}"}, "np"[i % 2], "r.csv", i + 2) for i in range(8)]
+    assert hindrance(scorer, rows, 8) is None
+    forward: Callable[..., Any] = model.forward
+
+    def capped(**arguments: Any) -> Any:
+        output = forward(**arguments)
+        output.logits = 0.1 * torch.tanh(output.logits / 0.1)
+        return output
+
+    monkeypatch.setattr(model, "forward", capped)
+    assert "does more to its logits" in str(hindrance(scorer, rows, 8))
+    assert "label 'p' has no training row" in str(hindrance(scorer, rows[::2], 8))
+
+
+def test_rows_to_fit_are_the_first_steps_rows_and_one_of_each_label() -> None:
+    rows = [Example({"text": str(i)}, "b" if i == 39 else "a", "r.csv", i) for i in range(40)]
+    chosen = rows_to_fit(rows, 10, 8, seed=3)
+    assert len(chosen) in (10, 11)
+    assert {row.label for row in chosen} == {"a", "b"}
+    assert len({id(row) for row in chosen}) == len(chosen)
+    assert rows_to_fit(rows, 40, 8, seed=3)[:10] == chosen[:10]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "behind"),
+    [("gpt2", {"ln_f"}), ("llama", {"norm", "lm_head"}), ("opt", {"final_layer_norm"})],
+)
+def test_layers_from_the_last(architecture: str, behind: set[str]) -> None:
+    model = make_model(architecture)
+    rest_below(model, 0.5)
+    tuned = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert tuned
+    assert all(".1." in name or any(part in name for part in behind) for name in tuned)
+    assert any(".1." in name for name in tuned)
+    whole = make_model(architecture)
+    rest_below(whole, 1.0)
+    frozen = [name for name, p in whole.named_parameters() if not p.requires_grad]
+    assert frozen
+    assert all("emb" in name or "wte" in name or "wpe" in name for name in frozen)
+
+
+def test_layers_of_a_run_without_a_probe(config: TrainConfig) -> None:
+    result, kept, said = go(replace(config, start="base", layers=0.5))
+    assert (kept.start, kept.layers) == ("base", 0.5)
+    assert "the first 1 of 2 layers do not move" in said
+    model = load_model(config.model)[0]
+    jf.replay(model, RunFolder(config.out).log, result["kept_step"])
+    assert jf.fingerprint(model) == result["fingerprint"]
+
+
+def test_patience(config: TrainConfig) -> None:
+    asked = resolved(replace(config, patience=2, max_forwards=1000))
+    flat = [
+        {"kind": "validation", "step": i, "accuracy": 0.5, "loss": loss, "forwards": 0}
+        for i, loss in enumerate((1.0, 0.8, 0.9, 0.85))
+    ]
+    assert stop_reason(asked, 3, 6, 0.0, flat[:3]) is None
+    assert stop_reason(asked, 3, 6, 0.0, flat) == "flat"
+    assert stop_reason(replace(asked, patience=0), 3, 6, 0.0, flat) is None
+    better = [*flat[:3], {**flat[3], "accuracy": 0.6, "loss": 2.0}]
+    assert stop_reason(asked, 3, 6, 0.0, better) is None
