@@ -402,3 +402,14 @@ def test_best_step(metrics: list[dict[str, Any]], steps: int) -> None:
         assert not better
         if (other["accuracy"], other["loss"]) == (best["accuracy"], best["loss"]):
             assert best["step"] <= other["step"]
+
+
+@pytest.mark.parametrize("name", ["seed", "patience", "eval_every"])
+def test_a_config_without_one_of_its_settings_is_refused(folder: RunFolder, name: str) -> None:
+    """A default in its place might not be what the run had."""
+    folder.write_config(CONFIG)
+    path = folder.path / "config.yaml"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(x for x in lines if not x.startswith(f"{name}:")), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"config\.yaml: incomplete: {name} is missing"):
+        folder.read_config()

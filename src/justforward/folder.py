@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import yaml
 
-from justforward.config import TrainConfig
+from justforward.config import NOT_KEPT, TrainConfig
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.ranges import check_ranges
@@ -232,6 +232,9 @@ class RunFolder:
             raise UserError(f"{self._config}: incomplete: {said}") from error
         except UserError as error:
             raise UserError(f"{self._config}: {error}") from error
+        lacking = sorted(names - set(values) - set(NOT_KEPT))
+        if lacking:  # its default may not be what the run had
+            raise UserError(f"{self._config}: incomplete: {lacking[0]} is missing: copy it again")
         return config
 
     def write_environment(self, environment: dict[str, Any]) -> None:
