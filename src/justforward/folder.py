@@ -333,10 +333,16 @@ class RunFolder:
         return result
 
 
+def validated(metrics: Iterable[Metric], steps: int) -> list[Metric]:
+    """The validations up to a step."""
+    return [m for m in metrics if m["kind"] == "validation" and m["step"] <= steps]
+
+
 def best_step(metrics: Iterable[Metric], steps: int) -> Metric | None:
     """The best validation up to a step: highest value, then lowest loss, then the earliest."""
-    found = [m for m in metrics if m["kind"] == "validation" and m["step"] <= steps]
-    return min(found, key=lambda m: (-value_of(m), m["loss"], m["step"]), default=None)
+    return min(
+        validated(metrics, steps), key=lambda m: (-value_of(m), m["loss"], m["step"]), default=None
+    )
 
 
 def value_of(metric: Metric) -> float:

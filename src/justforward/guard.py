@@ -3,8 +3,8 @@
 A step's loss is that of a few rows, so it is judged by means over windows of steps: when the last window is above the
 best one by more than both can err, the weights have been carried off, by a rate that is too large or by a run of bad
 luck. The log rewinds for nothing to the end of the best window; from there the rate is halved. The error allowed is wide,
-since the best of many windows is a lucky one: of a run of 10,000 steps that has come to rest fewer than one in a
-hundred is rewound (`tests/test_guard.py`).
+since the best of many windows is a lucky one: of twenty runs of 10,000 steps that have come to rest none is rewound
+(`tests/test_guard.py`).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from justforward.config import TrainConfig
 from justforward.data import Example, Splits, read_examples, split_examples
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
-from justforward.folder import Metric, best_step, data_hash, value_of
+from justforward.folder import Metric, best_step, data_hash, validated, value_of
 from justforward.guard import is_flat
 from justforward.hub import HUB, downloaded
 from justforward.optim import ESTIMATORS
@@ -161,10 +161,10 @@ def stop_reason(
         return "max_forwards"
     if config.max_minutes is not None and seconds >= 60.0 * config.max_minutes:
         return "max_minutes"
-    checks = [m for m in validations if m["kind"] == "validation" and m["step"] <= steps]
-    found = [(value_of(m), float(m["loss"])) for m in checks]
-    if config.patience and is_flat(found, config.patience):
-        return "flat"
+    if config.patience:
+        found = [(value_of(m), float(m["loss"])) for m in validated(validations, steps)]
+        if is_flat(found, config.patience):
+            return "flat"
     return None
 
 

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 # Inverse strengths of the penalty, of which validation chooses; on standardised features.
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 MOST_ITERATIONS = 5000
-WORSE = (
-    2  # weaker penalties in a row that are no better end the search: they take the longest to fit
-)
+# So many weaker penalties in a row that are no better end the search: they take the longest to fit.
+WORSE = 2
 
 
 @dataclass(frozen=True)
@@ -251,17 +250,28 @@ def hindrance(scorer: Scorer, train: Sequence[Example], count: int) -> str | Non
     """Why a head cannot start as a probe of `count` training rows; None if it can, as far as can be told beforehand."""
     if inner_model(scorer.model).get_output_embeddings() is None:
         return f"a {scorer.model.config.model_type} model has no output head"
-    for word, tokens in zip(scorer.task.labels.values(), scorer.prompts.words, strict=True):
-        if len(tokens) != 1:
-            return f"label word {word!r} is {len(tokens)} tokens, and a probe has the scores of one"
-    present = {example.label for example in train}
-    for label in scorer.labels:
-        if label not in present:
-            return f"label {label!r} has no training row"
+    unfit = _unfit(scorer, train)
+    if unfit is not None:
+        return unfit[0]
     if count < 2 * len(scorer.labels):
         return f"{count} rows are too few to fit a probe on"
     if not _is_linear(scorer, train[0]):
         return f"a {scorer.model.config.model_type} model does more to its logits than its head's matrix"
+    return None
+
+
+def _unfit(scorer: Scorer, train: Sequence[Example]) -> tuple[str, str] | None:
+    """Which label word or label cannot have a probe, and what to do; None if all can."""
+    for word, tokens in zip(scorer.task.labels.values(), scorer.prompts.words, strict=True):
+        if len(tokens) != 1:
+            return (
+                f"label word {word!r} is {len(tokens)} tokens, and a probe has the scores of one",
+                "choose words that the tokenizer has whole, or --start base",
+            )
+    present = {example.label for example in train}
+    for label in scorer.labels:
+        if label not in present:
+            return f"label {label!r} has no training row to fit it on", "give rows of it"
     return None
 
 
@@ -313,18 +323,9 @@ def start_head(
         UserError: a label word of several tokens, a label without training rows, or a model that does more to its logits than
             its head's matrix.
     """
-    for word, tokens in zip(scorer.task.labels.values(), scorer.prompts.words, strict=True):
-        if len(tokens) != 1:
-            raise UserError(
-                f"--start is 'probe': label word {word!r} is {len(tokens)} tokens, and a probe has the scores of "
-                "one: choose words that the tokenizer has whole, or --start base"
-            )
-    present = {example.label for example in train}
-    for label in scorer.labels:
-        if label not in present:
-            raise UserError(
-                f"--start is 'probe': label {label!r} has no training row to fit it on: give rows of it"
-            )
+    unfit = _unfit(scorer, train)
+    if unfit is not None:
+        raise UserError(f"--start is 'probe': {': '.join(unfit)}")
     seen, chosen = (hidden_states(scorer, rows, batch_size) for rows in (train, validation))
     rows = rows_of(scorer.model, [word[0] for word in scorer.prompts.words])
 

@@ -172,10 +172,10 @@ class Session:
         written = len(self.metrics)
         self._score_before()
         have = {metric["step"] for metric in self.validations}
-        after = forwards_until(self.config, 0, self.parts)
+        after, taken_back = forwards_until(self.config, 0, self.parts), rewinds(self.metrics)
         for step in range(1, len(log.steps) + 1):
             before, after = after, after + forwards_at(self.config, step - 1, self.parts)
-            lost = lost_forwards(self.metrics, step)
+            lost = lost_forwards(taken_back, step)
             if step not in have and validation_due(self.config, before + lost, after + lost):
                 assert self.model is not None
                 replay(self.model, log.path, step)
@@ -308,7 +308,7 @@ class Session:
         if self.objective is not None:
             encode = partial(self.objective.batch, scorer)
             closure = self.objective.closure(scorer, opt.steps)
-        lr = learning_rate(config, self.forwards) * rate_factor(self.metrics)
+        lr = learning_rate(config, self.forwards) * self.factor
         for group in opt.param_groups:
             group["lr"] = lr
         train = self.splits.train
@@ -327,6 +327,7 @@ class Session:
 
     def _watch(self) -> None:
         self.guard = Guard(m["loss"] for m in self.metrics if m["kind"] == "step")
+        self.factor = rate_factor(self.metrics)
 
     def _may_rewind(self) -> bool:
         return self.config.backoff and len(rewinds(self.metrics)) < MOST_REWINDS

@@ -14,7 +14,6 @@ import struct
 import tempfile
 import zlib
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from justforward.errors import UserError
@@ -123,17 +122,6 @@ class Store:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _digest(key: bytes) -> bytes:

@@ -53,7 +53,7 @@ def frozen_layers(model: nn.Module) -> int:
 
     0 also where that cannot be told: more stacks than one, or a tuned parameter that is used by no module.
     """
-    return _divided(model)[0]
+    return _divided(model, stack_of(model))[0]
 
 
 def rest_below(model: nn.Module, share: float) -> None:
@@ -78,9 +78,8 @@ def rest_below(model: nn.Module, share: float) -> None:
         raise UserError(f"--layers is {share}: nothing is left to tune: give more, or leave it out")
 
 
-def _divided(model: nn.Module) -> tuple[int, set[int]]:
+def _divided(model: nn.Module, layers: nn.ModuleList | None) -> tuple[int, set[int]]:
     """How many layers have nothing to tune in or before them; ids of the modules behind the stack."""
-    layers = stack_of(model)
     if layers is None:
         return 0, set()
     owners: dict[int, list[nn.Module]] = {}
@@ -147,10 +146,10 @@ class Trunk:
     """
 
     def __init__(self, model: nn.Module, store: Callable[[str], Store]) -> None:
-        self.depth, behind = _divided(model)
+        found = stack_of(model)
+        self.depth, behind = _divided(model, found)
         self.texts = 0
         self._model = inner_model(model)
-        found = stack_of(model)
         self._layers: list[Any] = [*(found or ())]
         self.layers = len(self._layers)
         self.share = 1.0 - self.depth / max(1, self.layers)
@@ -251,7 +250,7 @@ class Trunk:
         if data is not None and self._known_shape():
             return torch.frombuffer(data, dtype=dtype).view(len(tokens), -1).to(device)
         one = self._run(torch.from_numpy(tokens)[None].to(device), kwargs)
-        self.store.put(key, _bytes(one).tobytes())
+        self.store.put(key, one.contiguous().view(torch.uint8).cpu().numpy().tobytes())
         return one
 
     def _known_shape(self) -> bool:
@@ -290,7 +289,3 @@ class Trunk:
             if id(module) not in above | behind and kept and not any(t.requires_grad for t in kept):
                 digest.update(f"{name}\0{fingerprint(module)}\0".encode())
         return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
