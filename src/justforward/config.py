@@ -18,7 +18,8 @@ Order = Literal["cyclic", "random"]
 Keep = Literal["best", "last"]
 Split = Literal["train", "validation", "test", "all"]
 Tuner = Literal["full", "lora", "prefix", "prompt", "head"]
-Start = Literal["auto", "base", "probe"]
+Start = Literal["auto", "base", "probe", "deep"]
+PROBED = ("probe", "deep")  # the head starts as a probe of training rows
 Prompting = Literal["both", "with", "without"]
 Quantize = Literal["int8", "bnb8", "bnb4"]
 Method = Literal["zero-shot", "icl", "probe", "first-order"]
@@ -72,7 +73,7 @@ class TrainConfig:
         batch_size: rows a step.
         seed: of the directions and the order of the rows.
         tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), embeddings before it (prompt), the output head (head).
-        start: with --tuner head or full: the output head from the base model, or from a linear probe fitted on training rows first (auto: a probe where task and model allow it).
+        start: with --tuner head or full: the output head from the base model, or from a linear probe of training rows (probe), or with full one of all that the upper layers compute, written into them (deep); auto: deep, probe or base, the first that task and model allow.
         probe_rows: rows that the probe is fitted on (default a quarter of what max_forwards reads, or all if there are fewer).
         layers: the last layers are tuned and what is behind them, this share of all (default all, or where the head starts as a probe of a whole model a third, and the head stays).
         lora_rank: rank of the additions.
@@ -131,7 +132,7 @@ class TrainConfig:
     batch_size: int = 8
     seed: int = 0
     tuner: Tuner = "full"
-    start: Start = "base"
+    start: Start = "auto"
     probe_rows: int | None = None
     layers: float | None = None
     lora_rank: int = 8
@@ -147,7 +148,7 @@ class TrainConfig:
     backoff: bool = True
     max_forwards: int = 400
     max_minutes: float | None = None
-    patience: int = 0
+    patience: int = 2
     target_accuracy: float | None = None
     eval_every: int | None = None
     eval_batch_size: int = 32

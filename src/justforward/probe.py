@@ -12,12 +12,13 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from justforward.data import Example, batches
 from justforward.errors import UserError
@@ -29,6 +30,8 @@ from justforward.tuners import put_rows, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Spared = Callable[[], AbstractContextManager[None]]
 
 # Inverse strengths of the penalty, of which validation chooses; on standardised features.
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
@@ -75,7 +78,12 @@ class Probe:
 
 
 def probe_weights(
-    features: Tensor, answers: Tensor, labels: int, c: float = 1.0, intercept: bool = True
+    features: Tensor,
+    answers: Tensor,
+    labels: int,
+    c: float = 1.0,
+    intercept: bool = True,
+    standardise: bool = True,
 ) -> Probe:
     """The multinomial logistic regression on some rows, for features as they come.
 
@@ -89,6 +97,7 @@ def probe_weights(
         labels: how many there are, at least 2.
         c: inverse strength of the penalty, positive.
         intercept: whether there is a bias; without, it is zero, and features are scaled about zero.
+        standardise: whether features are standardised first; if not, they are taken as they are.
 
     Raises:
         UserError: a label has no row, or a feature is not finite.
@@ -104,7 +113,9 @@ def probe_weights(
         raise UserError(
             "a hidden state is not finite: the model's weights are broken: load another model"
         )
-    if intercept:
+    if not standardise:
+        mean, scale = torch.zeros_like(x[0]), torch.ones_like(x[0])
+    elif intercept:
         mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
     else:
         mean, scale = torch.zeros_like(x[0]), x.square().mean(dim=0).sqrt()
@@ -131,6 +142,7 @@ def fit_probe(
     grid: Sequence[float] = GRID,
     value: Callable[[list[int]], float] | None = None,
     intercept: bool = True,
+    standardise: bool = True,
 ) -> Probe:
     """The best probe of a grid, by the rule that keeps a step: value in validation, loss, the stronger penalty.
 
@@ -141,6 +153,7 @@ def fit_probe(
         grid: inverse strengths of the penalty.
         value: of the labels predicted for the validation rows, the higher the better (default accuracy).
         intercept: as `probe_weights` has it.
+        standardise: likewise.
 
     Raises:
         UserError: as `probe_weights`.
@@ -154,7 +167,7 @@ def fit_probe(
     probes: list[Probe] = []
     best = 0
     for c in sorted(grid):  # of equals the first, with the stronger penalty
-        probes.append(probe_weights(*train, labels, c, intercept))
+        probes.append(probe_weights(*train, labels, c, intercept, standardise))
         if rating(probes[-1]) < rating(probes[best]):
             best = len(probes) - 1
         if len(probes) - 1 - best >= WORSE:
@@ -167,11 +180,18 @@ def fit_probe(
 
 @dataclass(frozen=True)
 class Features:
-    """Of some rows, in order: features [N, hidden] float32 on the CPU, answers [N], and the forward passes of it."""
+    """Of some rows, in order: features [N, hidden] float32 on the CPU, answers [N], and the forward passes of it.
+
+    Attributes:
+        inputs: of modules that were asked for, in order: what entered them where the features are from, [N, in].
+        outputs: likewise what left them, [N, out].
+    """
 
     features: Tensor
     answers: Tensor
     forwards: int
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
 
     @property
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -179,8 +199,21 @@ class Features:
 
 
 @torch.no_grad()
-def hidden_states(scorer: Scorer, examples: Sequence[Example], batch_size: int) -> Features:
+def hidden_states(
+    scorer: Scorer,
+    examples: Sequence[Example],
+    batch_size: int,
+    inputs: Sequence[nn.Module] = (),
+    outputs: Sequence[nn.Module] = (),
+) -> Features:
     """What the output head's matrix sees at the position that predicts the answer's first token.
+
+    Args:
+        scorer: of the model.
+        examples: the rows.
+        batch_size: rows a forward.
+        inputs: modules of which what enters them there is returned, too.
+        outputs: modules of which what leaves them there is.
 
     Raises:
         UserError: no rows, a model without an output head; or as `Scorer.prepare`.
@@ -192,23 +225,28 @@ def hidden_states(scorer: Scorer, examples: Sequence[Example], batch_size: int) 
     asked = [Row(row.prompt, [row.choices[row.right][:1]], 0) for row in prompts.rows(examples)]
     # longest first, rows of like length together, as `Scorer.evaluate` has them
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt), reverse=True)
-    found: list[Tensor] = [torch.empty(0)] * len(asked)
+    watched = [(_head_of(scorer.model), True), *((m, True) for m in inputs), *((m, False) for m in outputs)]  # fmt: skip
+    found: list[list[Tensor]] = [[torch.empty(0)] * len(asked) for _ in watched]
     forwards = 0
-    with eval_mode(scorer.model), _seen_by_head(scorer.model) as seen:
+    with eval_mode(scorer.model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = prompts.batch([asked[i] for i in rows])
-            prompts.scores(batch)
+            with _seen(watched, partial(_where_answered, batch=batch, count=len(rows))) as seen:
+                prompts.scores(batch)
             forwards += 1
-            states = _where_answered(seen.pop(), batch).float().cpu()
-            for i, state in zip(rows, states, strict=True):
-                found[i] = state
+            for of_one, states in zip(found, seen, strict=True):
+                for i, state in zip(rows, states, strict=True):
+                    of_one[i] = state
     answers = torch.tensor([scorer.labels.index(example.label) for example in examples])
-    return Features(torch.stack(found), answers, forwards)
+    stacked = [torch.stack(of_one) for of_one in found]
+    split = 1 + len(inputs)
+    return Features(stacked[0], answers, forwards, stacked[1:split], stacked[split:])
 
 
-def _where_answered(states: Tensor, batch: Batch) -> Tensor:
-    """[B, hidden]: of states [B, L, hidden] the last of a prompt, or the one at the mask."""
+def _where_answered(states: Tensor, batch: Batch, count: int) -> Tensor:
+    """[B, n]: of states [B, L, n], or [B * L, n], the last of a prompt, or the one at the mask."""
+    states = states.reshape(count, -1, states.shape[-1])
     at = batch.get("mask_position")
     if (
         at is None or states.shape[1] == 1
@@ -217,21 +255,37 @@ def _where_answered(states: Tensor, batch: Batch) -> Tensor:
     return states[torch.arange(len(at), device=at.device), at]
 
 
-@contextmanager
-def _seen_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """While inside, the inputs [B, L, hidden] of the matrix that gives the logits are put into the list."""
-    head = inner_model(model).get_output_embeddings()
+def _head_of(model: PreTrainedModel) -> nn.Module:
+    head: Any = inner_model(model).get_output_embeddings()
     if head is None:
         raise UserError(
             f"--method is 'probe': a {model.config.model_type} model has no output head, whose input is "
             "what is probed: choose another method"
         )
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    module: nn.Module = head
+    return module
+
+
+@contextmanager
+def _seen(
+    watched: Sequence[tuple[nn.Module, bool]], pick: Callable[[Tensor], Tensor]
+) -> Iterator[list[Tensor]]:
+    """While inside, of each module what enters it (or leaves it, where not that) is picked from and kept, on the CPU."""
+    seen = [torch.empty(0)] * len(watched)
+
+    def keeps(i: int, enters: bool) -> Callable[..., None]:
+        def ran(module: Any, arguments: Any, output: Any) -> None:
+            given = arguments[0] if enters else output[0] if isinstance(output, tuple) else output
+            seen[i] = pick(given).float().cpu().clone()  # not a view of all places
+
+        return ran
+
+    handles = [m.register_forward_hook(keeps(i, enters)) for i, (m, enters) in enumerate(watched)]
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 # ------------------------------------------------------------------------------------- a head's start
@@ -239,11 +293,12 @@ def _seen_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 @dataclass(frozen=True)
 class Started:
-    """How a head was started: the probe, its accuracy in validation, and the forward passes it took."""
+    """How a head was started: the probe, its accuracy in validation, the forward passes it took, the rows (`rows_of`)."""
 
     probe: Probe
     accuracy: float
     forwards: int
+    rows: dict[str, Tensor]
 
 
 def hindrance(scorer: Scorer, train: Sequence[Example], count: int) -> str | None:
@@ -280,10 +335,9 @@ def _is_linear(scorer: Scorer, example: Example) -> bool:
     """Whether logits are what the head's matrix gives, neither capped nor scaled."""
     model = inner_model(scorer.model)
     tokens = torch.tensor([scorer.prompts.rows([example])[0].prompt], device=model.device)
-    with eval_mode(model), _seen_by_head(scorer.model) as seen:
+    with eval_mode(model), _seen([(_head_of(model), True)], lambda states: states) as seen:
         logits = model(input_ids=tokens).logits
-        states = seen.pop()
-        wanted = model.get_output_embeddings()(states)
+    wanted = model.get_output_embeddings()(seen[0].to(logits))
     return torch.allclose(logits, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
@@ -306,7 +360,11 @@ def rows_to_fit(train: Sequence[Example], count: int, batch_size: int, seed: int
 
 @torch.no_grad()
 def start_head(
-    scorer: Scorer, train: Sequence[Example], validation: Sequence[Example], batch_size: int
+    scorer: Scorer,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    batch_size: int,
+    spared: Spared = nullcontext,
 ) -> Started:
     """Make the output head's rows of the label words a linear probe: choices are then scored as the probe scores them.
 
@@ -318,6 +376,7 @@ def start_head(
         train: rows to fit on.
         validation: rows to choose the penalty by.
         batch_size: rows a forward.
+        spared: while inside, layers that do not move are spared; the validation rows, which are scored again and again, run so.
 
     Raises:
         UserError: a label word of several tokens, a label without training rows, or a model that does more to its logits than
@@ -326,24 +385,44 @@ def start_head(
     unfit = _unfit(scorer, train)
     if unfit is not None:
         raise UserError(f"--start is 'probe': {': '.join(unfit)}")
-    seen, chosen = (hidden_states(scorer, rows, batch_size) for rows in (train, validation))
-    rows = rows_of(scorer.model, [word[0] for word in scorer.prompts.words])
+    seen = hidden_states(scorer, train, batch_size)
+    with spared():
+        chosen = hidden_states(scorer, validation, batch_size)
+    probe = fit_head(scorer, seen, chosen, validation)
+    rows = put_probe(scorer, probe)
+    _check_scores(scorer, probe, train[:batch_size], seen.features[:batch_size])
+    return Started(probe, probe.judged(*chosen.pair)[0], seen.forwards + chosen.forwards, rows)
 
-    def value(predicted: list[int]) -> float:
-        names = [scorer.labels[label] for label in predicted]
-        return figures(scorer.task, validation, names)[scorer.task.metric]
 
-    probe = fit_probe(
-        seen.pair, chosen.pair, len(scorer.labels), value=value, intercept="bias" in rows
-    )
+def fit_head(
+    scorer: Scorer, seen: Features, chosen: Features, validation: Sequence[Example]
+) -> Probe:
+    """The probe of the training rows' features that is best on those of the validation rows."""
+    bias = "bias" in _rows_of_words(scorer)
+    value = partial(worth, scorer, validation)
+    return fit_probe(seen.pair, chosen.pair, len(scorer.labels), value=value, intercept=bias)
+
+
+def worth(scorer: Scorer, rows: Sequence[Example], predicted: Sequence[int]) -> float:
+    """The task's metric of the labels predicted for some rows."""
+    names = [scorer.labels[label] for label in predicted]
+    return figures(scorer.task, rows, names)[scorer.task.metric]
+
+
+def put_probe(scorer: Scorer, probe: Probe) -> dict[str, Tensor]:
+    """Make the head's rows of the label words the probe, about the mean that they have; the rows as they are then."""
+    rows = _rows_of_words(scorer)
     for name, new in (("weight", probe.weight), ("bias", probe.bias)):
         if name in rows:
             old = rows[name].double().cpu()
             moved = old.mean(dim=0) + new - new.mean(dim=0)
             rows[name] = moved.to(rows[name])
     put_rows(scorer.model, rows)
-    _check_scores(scorer, probe, train[:batch_size], seen.features[:batch_size])
-    return Started(probe, probe.judged(*chosen.pair)[0], seen.forwards + chosen.forwards)
+    return rows
+
+
+def _rows_of_words(scorer: Scorer) -> dict[str, Tensor]:
+    return rows_of(scorer.model, [word[0] for word in scorer.prompts.words])
 
 
 def _check_scores(scorer: Scorer, probe: Probe, rows: Sequence[Example], features: Tensor) -> None:

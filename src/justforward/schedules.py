@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from justforward.config import TrainConfig
+from justforward.config import PROBED, TrainConfig
 from justforward.variants import Modified, forwards_of
 
 
@@ -38,7 +38,7 @@ def forwards_at(config: TrainConfig, step: int, parts: int = 1) -> int:
 def forwards_until(config: TrainConfig, steps: int, parts: int = 1) -> int:
     """Forwards that the first `steps` steps take, and a probe before them."""
     measured = _modified(config).forwards_until(steps, parts) if config.modified else 0
-    if config.start == "probe" and config.probe_rows is not None:
+    if config.start in PROBED and config.probe_rows is not None:
         measured += math.ceil(config.probe_rows / config.batch_size)
     if config.sample_schedule == "constant":
         return forwards_of(config.looks, config.num_samples) * steps + measured

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from justforward.config import TrainConfig
+from justforward.config import PROBED, TrainConfig
 from justforward.data import Example, Splits, batches
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.evaluate import Evaluation, Scorer
@@ -88,6 +88,7 @@ class Session:
             if self.config.estimator == "activation":
                 self.objective.check_by_row()
         self.spared = Spared(self.config, self.progress.note)
+        self.begun: dict[str, Tensor] = {}  # what the fit of a probe gave
         self.opt: MeZO | None = None
         self.parts = 1 if self.log is None else len(self.log.header["groups"])  # parameter groups
         self.steps_taken = 0  # once the optimizer is gone
@@ -149,9 +150,9 @@ class Session:
             self._score_before("before")
         if rows:
             self.spared.find(self.model, self.scorer, self.splits.train)
-        if begins and self.config.start == "probe":
-            with self.spared.reused():
-                begin_head(self.config, self.scorer, self.splits, self.progress.note)
+        if begins and self.config.start in PROBED:
+            note = self.progress.note
+            self.begun = begin_head(self.config, self.scorer, self.splits, note, self.spared.reused)
 
     def _scorer(self, model: PreTrainedModel) -> Scorer:
         assert self.tokenizer is not None
@@ -198,8 +199,7 @@ class Session:
         assert self.model is not None
         if self.log is None:
             folder.write_config(config)
-            assert self.scorer is not None
-            keep_start(self.model, config, folder.start, self.scorer.prompts.words)
+            keep_start(self.model, config, folder.start, self.begun)
         modified, blocks = variants_of(config)
         self.opt = MeZO(
             self.model,

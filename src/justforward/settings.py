@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from justforward import catalog, rules
-from justforward.config import FREE, NOT_KEPT, BaselineConfig, RankConfig, TrainConfig
+from justforward.config import FREE, NOT_KEPT, PROBED, BaselineConfig, RankConfig, TrainConfig
 from justforward.errors import UserError
 from justforward.ranges import check_ranges
 from justforward.tasks import Loss, Task, Truncation, parse_labels
@@ -138,11 +138,17 @@ def resolved(config: TrainConfig) -> TrainConfig:
         )
     task = task_of(config)
     whole = config.tuner in ("full", "head")
-    if config.start == "probe" and (not whole or task.kind != "classification"):
+    if config.start in PROBED and (not whole or task.kind != "classification"):
         what = f"a task of kind {task.kind!r}" if whole else f"--tuner {config.tuner}"
         raise UserError(
-            "--start is 'probe': it fits the output head (--tuner head or full) to labels that rows share, and this is "
+            f"--start is {config.start!r}: it fits the output head (--tuner head or full) to labels that rows share, and this is "
             f"{what}: leave it out"
+        )
+    if config.start == "deep" and (config.tuner != "full" or config.tune is not None):
+        what = "--tuner head" if config.tuner != "full" else f"--tune {config.tune!r}"
+        raise UserError(
+            f"--start is 'deep': it writes to the upper layers (--layers says to how many), and this is {what}: "
+            "choose --start probe"
         )
     start = config.start
     if start == "auto" and (not whole or task.kind != "classification" or config.tune is not None):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from justforward.config import TrainConfig
+from justforward.config import PROBED, TrainConfig
 from justforward.data import Example, Splits
+from justforward.deep import MOST_ROWS, deep_hindrance, start_deep
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.models import inner_model
 from justforward.prepare import choose_tuned
-from justforward.probe import hindrance, rows_to_fit, start_head
+from justforward.probe import Spared, hindrance, rows_to_fit, start_head
 from justforward.trunk import rest_below
 
 THIRD = 0.333  # of the layers are tuned behind a head that starts as a probe
@@ -29,7 +32,7 @@ def choose_layers(model: torch.nn.Module, config: TrainConfig) -> None:
     choose_tuned(model, config.tune)
     if config.layers is None:
         return
-    head: Any = inner_model(model).get_output_embeddings() if config.start == "probe" else None
+    head: Any = inner_model(model).get_output_embeddings() if config.start in PROBED else None
     if head is not None and config.tuner == "full":
         head.requires_grad_(False)
     rest_below(model, config.layers)
@@ -54,22 +57,45 @@ def decided(
             f"--probe-rows is {given}: there are {len(train)} training rows: give at most that"
         )
     count = given or min(len(train), max(1, config.max_forwards * config.batch_size // 4))
-    if config.start == "auto":
+    layers = config.layers
+    if config.tuner == "full" and config.tune is None and layers is None:
+        layers = THIRD
+    start = config.start
+    if start == "auto":
         why = hindrance(scorer, train, count)
         if why is not None:
             note(f"the head starts as the base has it, not as a linear probe: {why}")
             return replace(config, start="base", probe_rows=None)
+        start = "deep" if config.tuner == "full" and layers is not None else "probe"
+    if start == "deep":
+        assert layers is not None
+        count = count if given else min(count, MOST_ROWS)
+        why = deep_hindrance(scorer, train[0], layers)
+        if why is None and count > MOST_ROWS:
+            why = f"{count} rows are more than the {MOST_ROWS} that it can be fitted on"
+        if why is not None and config.start == "deep":
+            raise UserError(f"--start is 'deep': {why}: choose --start probe")
+        if why is not None:
+            note(f"the head alone starts as a linear probe, not the upper layers, too: {why}")
+            start = "probe"
     rows = rows_to_fit(train, count, config.batch_size, config.seed)
-    layers = config.layers
-    if config.tuner == "full" and config.tune is None and layers is None:
-        layers = THIRD
-    return replace(config, start="probe", probe_rows=given or len(rows), layers=layers)
+    return replace(config, start=start, probe_rows=given or len(rows), layers=layers)
 
 
 def begin_head(
-    config: TrainConfig, scorer: Scorer, splits: Splits, note: Callable[[str], None]
-) -> None:
-    """Fit the output head's rows of the label words to training rows (`start_head`).
+    config: TrainConfig,
+    scorer: Scorer,
+    splits: Splits,
+    note: Callable[[str], None],
+    spared: Spared,
+) -> dict[str, Tensor]:
+    """Fit the output head's rows of the label words to training rows (`start_head`), or upper layers, too (`start_deep`).
+
+    Each training row is seen once here, in batches, which is faster than text by text as the trunk is run; it is run so
+    where its outputs are kept for other runs.
+
+    Returns:
+        What the run keeps as its start.
 
     Raises:
         UserError: as `start_head`.
@@ -77,10 +103,19 @@ def begin_head(
     assert config.probe_rows is not None
     rows = rows_to_fit(splits.train, config.probe_rows, config.batch_size, config.seed)
     note(f"fitting a linear probe on the hidden states of {len(rows)} rows")
-    found = start_head(scorer, rows, splits.validation, config.eval_batch_size)
+    size = config.eval_batch_size
+    with spared() if config.cache is not None else nullcontext():
+        inside = nullcontext if config.cache is not None else spared
+        if config.start == "deep":
+            assert config.layers is not None
+            found = start_deep(scorer, rows, splits.validation, size, config.layers, inside)
+        else:
+            found = start_head(scorer, rows, splits.validation, size, inside)
+    what = "head and upper layers start" if "to" in found.rows else "the head starts"
     note(
-        f"the head starts as a linear probe: C = {found.probe.c:g}, validation accuracy {found.accuracy:.1%}, "
+        f"{what} as a linear probe: C = {found.probe.c:g}, validation accuracy {found.accuracy:.1%}, "
         f"{found.forwards} forwards"
     )
     if not found.probe.converged:
         note("note: its fit did not converge")
+    return found.rows

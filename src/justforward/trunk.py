@@ -56,6 +56,11 @@ def frozen_layers(model: nn.Module) -> int:
     return _divided(model, stack_of(model))[0]
 
 
+def first_above(layers: nn.ModuleList, share: float) -> int:
+    """The number of the first of the last layers, this share of all; one at least."""
+    return len(layers) - max(1, round(share * len(layers)))
+
+
 def rest_below(model: nn.Module, share: float) -> None:
     """Freeze all but the last layers, this share of all, and what is behind them; what is frozen already stays so.
 
@@ -68,7 +73,7 @@ def rest_below(model: nn.Module, share: float) -> None:
             f"--layers is {share}: {type(inner_model(model)).__name__} has no single stack of layers: say what is tuned "
             "with --tune"
         )
-    first = len(layers) - max(1, round(share * len(layers)))
+    first = first_above(layers, share)
     above = {id(part) for layer in layers[first:] for part in layer.modules()}
     above |= _behind(model, layers)
     below = [p for m in model.modules() if id(m) not in above for p in m.parameters(recurse=False)]

@@ -7,7 +7,7 @@
     head     the matrix that turns the last hidden state into logits, untied from the embeddings
 
 Everything here is a function of base model and configuration alone, so base + config + log = the tuned
-model. The exceptions are where a prefix starts, and a head that starts as a linear probe: both come out of
+model. The exceptions are where a prefix starts, and a head (or upper layers) that start as a linear probe: both come out of
 forward passes, whose last bits differ between machines and thread counts, so a run folder keeps them (`keep_start`).
 
 All adapters work with both estimators: peft applies LoRA by two linear maps and looks a prefix up as rows of one
@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from justforward import noise
-from justforward.config import TrainConfig
+from justforward.config import PROBED, TrainConfig
 from justforward.errors import UserError
 from justforward.folder import write_whole
 from justforward.models import inner_model
+from justforward.stream import matrix_of, write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,27 +69,27 @@ def attach(
         return _prefix(model, tokenizer, config, start)
     if config.tuner == "prompt":
         return _prompt(model, tokenizer, config)
-    if config.tuner == "head" or config.start == "probe":
+    if config.tuner == "head" or config.start in PROBED:
         head = _own_head(model, config)
         if config.tuner == "head":
             mine = {id(parameter) for parameter in head.parameters()}
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in mine)
-        if config.start == "probe" and start is not None:
-            put_rows(model, _read_rows(start, model))
+        if config.start in PROBED and start is not None:
+            tensors = _read_rows(start, model)
+            put_rows(model, tensors)
+            _write_deep(model, tensors, start)
     return model
 
 
-def keep_start(
-    model: nn.Module, config: TrainConfig, path: Path, words: Sequence[Sequence[int]] = ()
-) -> None:
+def keep_start(model: nn.Module, config: TrainConfig, path: Path, begun: dict[str, Tensor]) -> None:
     """Write where a prefix starts, or a head that starts as a probe; of others nothing needs to be written.
 
     Args:
         model: what `attach` gave, at its start.
         config: its tuner.
         path: the file.
-        words: the tokens of each label word, of which a probe has moved the head's rows.
+        begun: what the fit of a probe gave (`probe.start_head`, `deep.start_deep`).
 
     Raises:
         UserError: the file cannot be written.
@@ -98,8 +99,8 @@ def keep_start(
     if config.tuner == "prefix":
         encoder: Any = model.get_submodule("prompt_encoder.default.embedding")
         write_whole(path, save({_PREFIX: encoder.weight.detach()}))
-    elif config.start == "probe":
-        write_whole(path, save(rows_of(model, [word[0] for word in words])))
+    elif config.start in PROBED:
+        write_whole(path, save(begun))
 
 
 def merged(model: Any) -> PreTrainedModel:
@@ -394,7 +395,7 @@ def _own_head(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
     whole: Any = model
     head: Any = whole.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
-        option = "tuner is 'head'" if config.tuner == "head" else "start is 'probe'"
+        option = "tuner is 'head'" if config.tuner == "head" else f"start is {config.start!r}"
         raise UserError(
             f"--{option}: a {model.config.model_type} model has no output head: use --tuner lora"
         )
@@ -447,3 +448,21 @@ def _read_rows(path: Path, model: Any) -> dict[str, Tensor]:
                 f"{path}: holds {name} {list(held.shape)}, the run's model takes {list(wanted.shape)}: another run's file"
             )
     return rows
+
+
+def _write_deep(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Write what a probe of upper layers has them write (`deep`), if there is any."""
+    what = {n.removeprefix("what."): v for n, v in tensors.items() if n.startswith("what.")}
+    to = tensors.get("to", torch.empty(0, 0))
+    maps = dict(model.named_modules())
+    for name, v in what.items():
+        shape = matrix_of(maps[name]).shape if hasattr(maps.get(name), "weight") else ()
+        if (to.shape[:1] + v.shape[1:], v.shape[:1]) != (shape, to.shape[1:]) or {
+            v.dtype,
+            to.dtype,
+        } != {torch.float32}:
+            raise UserError(
+                f"{path}: {name} is no map {list(v.shape[1:])} of the run's model: another run's file"
+            )
+    for name, v in what.items():
+        write(maps[name], to, v)
