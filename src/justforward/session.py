@@ -151,8 +151,9 @@ class Session:
         if rows:
             self.spared.find(self.model, self.scorer, self.splits.train)
         if begins and self.config.start in PROBED:
-            note = self.progress.note
-            self.begun = begin_head(self.config, self.scorer, self.splits, note, self.spared.reused)
+            self.begun = begin_head(
+                self.config, self.scorer, self.splits, self.progress.note, self.spared.reused
+            )
 
     def _scorer(self, model: PreTrainedModel) -> Scorer:
         assert self.tokenizer is not None
