@@ -71,7 +71,7 @@ def main() -> None:
     print(f"{write_texts(texts)} short texts written to {texts}")
     out = next(p for n in itertools.count(1) if not (p := given.folder / f"demo-{n}").exists())
     task = ["--model", "smollm2", "--data", str(texts), "--template", TEMPLATE, "--labels", LABELS]
-    run("train", *task, "--start", "auto", "--out", str(out), "--seed", str(given.seed), *more)
+    run("train", *task, "--out", str(out), "--seed", str(given.seed), *more)
     rebuilt = out / "model"
     run("replay", str(out), "--out", str(rebuilt))
 

@@ -38,12 +38,18 @@ def forwards_at(config: TrainConfig, step: int, parts: int = 1) -> int:
 def forwards_until(config: TrainConfig, steps: int, parts: int = 1) -> int:
     """Forwards that the first `steps` steps take, and a probe before them."""
     measured = _modified(config).forwards_until(steps, parts) if config.modified else 0
-    if config.start in PROBED and config.probe_rows is not None:
-        measured += math.ceil(config.probe_rows / config.batch_size)
+    measured += probe_steps(config)
     if config.sample_schedule == "constant":
         return forwards_of(config.looks, config.num_samples) * steps + measured
     looks = (forwards_of(config.looks, samples_at(config, step)) for step in range(steps))
     return sum(looks) + measured
+
+
+def probe_steps(config: TrainConfig) -> int:
+    """How many batches a probe before the first step has seen; steps go on with the rows after those."""
+    if config.start not in PROBED or config.probe_rows is None:
+        return 0
+    return math.ceil(config.probe_rows / config.batch_size)
 
 
 def _modified(config: TrainConfig) -> Modified:

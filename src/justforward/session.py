@@ -30,6 +30,7 @@ from justforward.schedules import (
     forwards_at,
     forwards_until,
     learning_rate,
+    probe_steps,
     samples_at,
     validation_due,
 )
@@ -313,7 +314,7 @@ class Session:
         for group in opt.param_groups:
             group["lr"] = lr
         train = self.splits.train
-        rows = batches(len(train), config.batch_size, config.seed, opt.steps)
+        rows = batches(len(train), config.batch_size, config.seed, opt.steps + probe_steps(config))
         batch = encode([train[row] for row in rows])
         clock = time.monotonic()
         with Shield() as shield, self.spared.reused():  # a step and its line: both or neither
@@ -401,9 +402,8 @@ class Session:
         steps = self.steps
         self._close()
         result = {
-            "accuracy": None,  # the test rows are scored once, at the end
-            "loss": None,
-            "fingerprint": None,
+            # the test rows are scored once, at the end
+            **dict.fromkeys(("accuracy", "loss", "fingerprint")),
             **self._so_far("failed" if by != "interrupt" else "interrupted", by, steps),
         }
         self.folder.write_result(result)

@@ -168,7 +168,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
         loss=task.loss,
         start=start,
         rule=rules.parse(config.rule).spec,
-        eval_every=config.eval_every or max(2, config.max_forwards // 8),
+        eval_every=config.eval_every
+        or max(2, config.max_forwards // (8 if start == "base" else 16)),
         split_seed=config.seed if config.split_seed is None else config.split_seed,
     )
 
