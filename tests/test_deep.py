@@ -129,6 +129,7 @@ def test_a_start_is_what_is_said_of_it(architecture: str, labels: int) -> None:
     states = hidden_states(scorer, other, 8)
     assert found.loss == pytest.approx(started.probe.judged(*states.pair)[1], abs=1e-4)
     moved = {n for n, p in scorer.model.named_parameters() if not torch.equal(p, weights[n])}
+    assert all(tensor.is_contiguous() for tensor in started.rows.values())  # safetensors insists
     written = {n.removeprefix("what.") for n in started.rows if n.startswith("what.")}
     assert {f"{n}.weight" for n in written} == {n for n in moved if "head" not in n and "wte" not in n}  # fmt: skip
 

@@ -74,7 +74,7 @@ class TrainConfig:
         seed: of the directions and the order of the rows.
         tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), embeddings before it (prompt), the output head (head).
         start: with --tuner head or full: the output head from the base model, or from a linear probe of training rows (probe), or with full one of all that the upper layers compute, written into them (deep); auto: deep, probe or base, the first that task and model allow.
-        probe_rows: rows that the probe is fitted on (default a quarter of what max_forwards reads, or all if there are fewer).
+        probe_rows: rows that the probe is fitted on (default half of what max_forwards reads, up to 512, or a quarter if that is more; all if there are fewer).
         layers: the last layers are tuned and what is behind them, this share of all (default all, or where the head starts as a probe of a whole model a third, and the head stays).
         lora_rank: rank of the additions.
         lora_alpha: their scale: alpha / sqrt(rank), which makes a look equally strong for every rank.

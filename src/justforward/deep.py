@@ -187,7 +187,7 @@ def silent_directions(stream: Stream, norm: Norm, seen: Features, count: int) ->
     if norm.centred:  # the mean is taken off what is written there
         total += 1.0 / width
     vectors: Tensor = torch.linalg.eigh(total.double())[1]
-    return vectors[:, :count].float()
+    return vectors[:, :count].float().contiguous()
 
 
 def _safe(scale: Tensor) -> Tensor:
@@ -239,7 +239,9 @@ def start_deep(
         by = strength * held / fitted.spread
         weight = fitted.head + fitted.mix @ (read / by).T
         bias = torch.zeros(len(weight), dtype=torch.float64)
-        return to * by, Probe(weight.double(), bias, fitted.probe.c, fitted.probe.converged, 0.0)
+        return (to * by).contiguous(), Probe(
+            weight.double(), bias, fitted.probe.c, fitted.probe.converged, 0.0
+        )
 
     def under(strength: float, rows: Sequence[Example]) -> Features:
         with spared(), writing_too(stream.writers, made(strength)[0], fitted.what):
@@ -263,7 +265,10 @@ def start_deep(
     tensors = put_probe(scorer, deep)
     for name, module in stream.writers.items():
         write(module, directions, fitted.what[name])
-    tensors |= {"to": directions, **{f"what.{name}": v for name, v in fitted.what.items()}}
+    tensors |= {
+        "to": directions,
+        **{f"what.{name}": v.contiguous() for name, v in fitted.what.items()},
+    }
     return Started(deep, deep.judged(*actual.pair)[0], forwards, tensors)
 
 

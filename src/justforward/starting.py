@@ -22,6 +22,8 @@ from justforward.trunk import rest_below
 
 THIRD = 0.333  # of the layers are tuned behind a head that starts as a probe
 
+MOST_OF_HALF = 512  # rows that a probe sees of a small budget
+
 
 def choose_layers(model: torch.nn.Module, config: TrainConfig) -> None:
     """Freeze what a run does not tune: by name, by layers, and a head that is where a probe has put it.
@@ -56,7 +58,7 @@ def decided(
         raise UserError(
             f"--probe-rows is {given}: there are {len(train)} training rows: give at most that"
         )
-    count = given or min(len(train), max(1, config.max_forwards * config.batch_size // 4))
+    count = given or min(len(train), share_of(config.max_forwards * config.batch_size))
     layers = config.layers
     if config.tuner == "full" and config.tune is None and layers is None:
         layers = THIRD
@@ -80,6 +82,11 @@ def decided(
             start = "probe"
     rows = rows_to_fit(train, count, config.batch_size, config.seed)
     return replace(config, start=start, probe_rows=given or len(rows), layers=layers)
+
+
+def share_of(budget: int) -> int:
+    """How many rows a probe sees of a budget of so many: half up to 512, since rows are worth more there than steps; a quarter beyond."""
+    return max(1, budget // 4, min(budget // 2, MOST_OF_HALF))
 
 
 def begin_head(
