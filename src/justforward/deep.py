@@ -267,7 +267,7 @@ def start_deep(
         write(module, directions, fitted.what[name])
     tensors |= {
         "to": directions,
-        **{f"what.{name}": v.contiguous() for name, v in fitted.what.items()},
+        **{f"what.{name}": v for name, v in fitted.what.items()},
     }
     return Started(deep, deep.judged(*actual.pair)[0], forwards, tensors)
 

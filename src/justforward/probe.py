@@ -416,7 +416,7 @@ def put_probe(scorer: Scorer, probe: Probe) -> dict[str, Tensor]:
         if name in rows:
             old = rows[name].double().cpu()
             moved = old.mean(dim=0) + new - new.mean(dim=0)
-            rows[name] = moved.to(rows[name])
+            rows[name] = moved.to(rows[name]).contiguous()
     put_rows(scorer.model, rows)
     return rows
 
