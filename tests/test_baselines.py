@@ -125,7 +125,7 @@ def test_the_rows_of_train(
     seen = watch(monkeypatch)
     trained = train(
         TrainConfig(model=config.model, data=config.data, out=str(tmp_path / "run"), threads=1,
-                    max_forwards=2, **TASK, **options),
+                    max_forwards=2, start="base", **TASK, **options),
         Progress(io.StringIO()),
     )  # fmt: skip
     test, validation = seen[0], seen[1]
@@ -155,7 +155,7 @@ def test_the_rows_of_a_task(
         "split_seed": 2,
     }
     trained = train(
-        TrainConfig(model=config.model, out=str(tmp_path / "run"), threads=1, max_forwards=2, **options),
+        TrainConfig(model=config.model, out=str(tmp_path / "run"), threads=1, max_forwards=2, start="base", **options),
         Progress(io.StringIO()),
     )  # fmt: skip
     test, validation = seen[0], seen[1]
@@ -181,7 +181,7 @@ def test_a_tuner_starts_where_it_does_in_train(config: BaselineConfig, tmp_path:
         options: dict[str, Any] = {"tuner": tuner, "seed": 7}
         trained = train(
             TrainConfig(model=config.model, data=config.data, out=str(tmp_path / tuner), threads=1,
-                        max_forwards=2, lr=1e-30, **TASK, **options),
+                        max_forwards=2, lr=1e-30, start="base", **TASK, **options),
             Progress(io.StringIO()),
         )  # fmt: skip
         found = first_order(config, lr=1e-30, max_steps=1, **options)
@@ -195,7 +195,7 @@ def test_zero_shot_is_eval_on_the_test_rows(config: BaselineConfig, tmp_path: Pa
     found = go(config)
     trained = train(
         TrainConfig(model=config.model, data=config.data, out=str(tmp_path / "run"), threads=1,
-                    max_forwards=2, **TASK),
+                    max_forwards=2, start="base", **TASK),
         Progress(io.StringIO()),
     )  # fmt: skip
     assert (found["accuracy"], found["loss"]) == (

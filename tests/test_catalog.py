@@ -652,7 +652,22 @@ def test_train_eval_resume_replay(
 
     out = tmp_path / "run"
     given = ["--model", model_folder, "--task", "sst2", "--data", films, "--threads", 1]
-    train = ["train", *given, "--lr", 3e-2, "--shots", 8, "--test-size", 30, "--split-seed", 13]
+    train = [
+        "train",
+        *given,
+        "--start",
+        "base",
+        "--patience",
+        0,
+        "--lr",
+        3e-2,
+        "--shots",
+        8,
+        "--test-size",
+        30,
+        "--split-seed",
+        13,
+    ]
     whole = last(*train, "--max-forwards", 12, "--lr-schedule", "constant", "--out", tmp_path / "w")
     part = [*train, "--max-forwards", 6, "--lr-schedule", "constant", "--eval-every", 2]
     assert last(*part, "--out", out)["steps"] == 3

@@ -53,6 +53,8 @@ def options(model_folder: Path, sentiment_csv: Path, tmp_path: Path) -> dict[str
         "--eval-every": 6,
         "--lr": 3e-2,
         "--threads": 1,
+        "--start": "base",
+        "--patience": 0,
     }
 
 

@@ -589,7 +589,14 @@ def test_cells_of_our_own_command_line_one_of_them_killed(
         "template": "{text} It was",
         "labels": "neg=great,pos=terrible",
     }
-    mezo = {"max_forwards": 240, "eval_every": 60, "lr": 1e-3, "estimator": "weight"}
+    mezo = {
+        "max_forwards": 240,
+        "eval_every": 60,
+        "lr": 1e-3,
+        "estimator": "weight",
+        "start": "base",
+        "patience": 0,
+    }
     given: dict[str, Any] = {
         "model": str(model_folder),
         "tasks": {"films": films},

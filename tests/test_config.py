@@ -18,7 +18,9 @@ from justforward.ranges import check_ranges
 from justforward.schedules import forwards_until, learning_rate, samples_at, validation_due
 from justforward.settings import check_same, kept_values, labels_of, resolved, task_of
 
-BASE = TrainConfig("m", "d.csv", "out", template="{text} It was", labels="neg=terrible,pos=great")
+BASE = TrainConfig(
+    "m", "d.csv", "out", template="{text} It was", labels="neg=terrible,pos=great", start="base"
+)
 
 
 def config(**values: Any) -> TrainConfig:

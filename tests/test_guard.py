@@ -137,6 +137,7 @@ def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConf
         model=str(model_folder), data=str(sentiment_csv), template="{text} It was",
         labels={"neg": "great", "pos": "terrible"}, out=str(tmp_path / "run"), max_forwards=400,
         eval_every=50, lr=0.3, lr_schedule="constant", threads=1, train_size=32, keep="last",
+        start="base", patience=0,
     )  # fmt: skip
 
 

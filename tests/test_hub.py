@@ -127,7 +127,7 @@ def test_a_run_from_the_hub(hub: Any, model_folder: Path, tmp_path: Path) -> Non
     asked = hub(SST2)
     config = TrainConfig(
         model=str(model_folder), data="hub", out=str(tmp_path / "run"), task="sst2", max_forwards=4,
-        threads=1, lr_schedule="constant", labels={"negative": "bad", "positive": "good"}, max_length=40,
+        threads=1, lr_schedule="constant", start="base", patience=0, labels={"negative": "bad", "positive": "good"}, max_length=40,
     )  # fmt: skip
     shown = io.StringIO()
     result = train(config, Progress(shown))

@@ -273,7 +273,7 @@ def words(tmp_path: Path, sentiment_csv: Path) -> Callable[[str], list[str]]:
         make_tokenizer().save_pretrained(tmp_path / kind)
         return ["train", "--model", str(tmp_path / kind), "--data", str(sentiment_csv), "--template",
                 "{text} It was", "--labels", "neg=bad,pos=good", "--out", str(tmp_path / "run"),
-                "--max-forwards", "4", "--threads", "1", "--lr", "1e-2", "--keep", "last"]  # fmt: skip
+                "--max-forwards", "4", "--threads", "1", "--lr", "1e-2", "--keep", "last", "--start", "base"]  # fmt: skip
 
     return make
 

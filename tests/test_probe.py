@@ -120,9 +120,7 @@ def test_validation_chooses_the_penalty(monkeypatch: pytest.MonkeyPatch) -> None
     x, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
     seen: list[Any] = []
 
-    def scripted(
-        features: Tensor, answers: Tensor, labels: int, c: float, intercept: bool
-    ) -> Probe:
+    def scripted(features: Tensor, answers: Tensor, labels: int, c: float, *scaling: bool) -> Probe:
         seen.append((features, answers))
         weight = scale[c] * torch.eye(2).double()
         return Probe(weight if c != 1.0 else -weight, torch.zeros(2).double(), c, True, 0.25)

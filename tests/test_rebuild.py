@@ -48,6 +48,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Res
         eval_every=6,
         lr=3e-2,
         threads=1,
+        start="base",
+        patience=0,
     )
     result = quiet(train, config)
     folder = RunFolder(config.out)
@@ -96,6 +98,7 @@ def test_eval_says_what_train_said(model_folder: Path, sentiment_csv: Path, tmp_
             model=str(model_folder), data=str(sentiment_csv), template="{text} It was",
             labels="neg=great,pos=terrible", out=str(tmp_path / keep), max_forwards=12, lr=3e-2,
             keep=keep, estimator=estimator, loss="vocabulary", max_length=20,
+            start="base", patience=0,
         )  # fmt: skip
         result = quiet(train, config)
         found = quiet(evaluate, EvalConfig(run=config.out))

@@ -58,6 +58,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[
         max_forwards=20,
         eval_every=6,
         lr=3e-2,
+        start="base",
+        patience=0,
     )
     result = train(config, Progress(io.StringIO()))
     return RunFolder(config.out), result

@@ -58,6 +58,8 @@ def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConf
         eval_every=6,
         lr=3e-2,
         threads=1,
+        start="base",
+        patience=0,
     )
 
 
@@ -722,6 +724,8 @@ def killer() -> Iterator[Callable[..., int]]:
                 "eval_every",
                 "lr",
                 "threads",
+                "start",
+                "patience",
             ):
                 argv += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
             argv += ["--labels", labels, "--estimator", config.estimator]

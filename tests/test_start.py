@@ -42,7 +42,7 @@ ROWS = [Example({"text": text}, ("pos", "neg")[i % 2], "rows.csv", i + 2) for i,
 def head_config(**values: Any) -> TrainConfig:
     base: dict[str, Any] = {
         "model": "m", "data": "d.csv", "template": "{text} It was", "labels": WORDS, "out": "out",
-        "tuner": "head", "start": "probe",
+        "tuner": "head", "start": "probe", "patience": 0,
     }  # fmt: skip
     return TrainConfig(**{**base, **values})
 

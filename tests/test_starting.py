@@ -33,7 +33,7 @@ def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConf
     return TrainConfig(
         model=str(model_folder), data=str(sentiment_csv), template="{text} It was",
         labels={"neg": "great", "pos": "terrible"}, out=str(tmp_path / "run"), max_forwards=20,
-        eval_every=6, lr=3e-3, threads=1, start="auto",
+        eval_every=6, lr=3e-3, threads=1, start="auto", patience=0,
     )  # fmt: skip
 
 
@@ -45,10 +45,14 @@ def go(config: TrainConfig) -> tuple[dict[str, Any], TrainConfig, str]:
 
 def test_a_probe_of_a_quarter_of_the_budget_and_the_last_third(config: TrainConfig) -> None:
     result, kept, said = go(config)
-    assert (kept.start, kept.probe_rows, kept.layers) == ("probe", 40, 0.333)  # 20 x 8 / 4
-    assert "fitting a linear probe on the hidden states of 40 rows" in said
-    assert result["steps"] == 7  # 5 of 20 forwards are the probe's
-    assert result["forwards"] == 19
+    assert (kept.start, kept.probe_rows, kept.layers) == (
+        "deep",
+        42,
+        0.333,
+    )  # half of 20 x 8, or all that there are
+    assert "fitting a linear probe on the hidden states of 42 rows" in said
+    assert result["steps"] == 7  # 6 of 20 forwards are the probe's
+    assert result["forwards"] == 20
     names = [t[0] for t in jf.read_log(RunFolder(config.out).log).header["tensors"]]
     assert all(name.startswith(("transformer.h.1.", "transformer.ln_f.")) for name in names)
 
@@ -60,14 +64,14 @@ def test_it_goes_on_as_it_began(config: TrainConfig) -> None:
     go(part)
     again, kept, _ = go(replace(part, max_forwards=20, resume=True, probe_rows=None))
     assert again["fingerprint"] == whole["fingerprint"]
-    assert (kept.start, kept.probe_rows, kept.layers) == ("probe", 40, 0.333)
+    assert (kept.start, kept.probe_rows, kept.layers) == ("deep", 40, 0.333)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"labels": {"neg": "not good", "pos": "great"}}, "label word 'not good' is 2 tokens"),
-        ({"max_forwards": 2, "batch_size": 4, "eval_every": 2}, "2 rows are too few"),
+        ({"max_forwards": 2, "batch_size": 3, "eval_every": 2}, "3 rows are too few"),
     ],
 )
 def test_where_a_probe_cannot_be_the_base_starts(config: TrainConfig, options: Any, said: str) -> None:  # fmt: skip

@@ -331,6 +331,7 @@ def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConf
         model=str(model_folder), data=str(sentiment_csv), template="{text} It was",
         labels={"neg": "great", "pos": "terrible"}, out=str(tmp_path / "run"), max_forwards=24,
         eval_every=6, lr=3e-2, threads=1, tune=r"h\.1\.", train_size=16,
+        start="base", patience=0,
     )  # fmt: skip
 
 

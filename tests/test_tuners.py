@@ -52,7 +52,7 @@ ROWS = [Example({"text": text}, ("neg", "pos")[i % 2], "rows.csv", i + 2) for i,
 def config(tuner: Any = "lora", **values: Any) -> TrainConfig:
     base: dict[str, Any] = {
         "model": "m", "data": "d.csv", "template": "{text} It was", "labels": "neg=bad,pos=good",
-        "out": "out", "tuner": tuner,
+        "out": "out", "tuner": tuner, "start": "base",
     }  # fmt: skip
     return TrainConfig(**{**base, **values})
 
@@ -448,6 +448,7 @@ def settings(tmp_path: Path, sentiment_csv: Path) -> Callable[..., TrainConfig]:
             "model": str(folder), "data": str(sentiment_csv), "template": "{text} It was",
             "labels": {"neg": "great", "pos": "terrible"}, "out": str(tmp_path / "run"), "tuner": tuner,
             "max_forwards": 20, "eval_every": 6, "lr": 3e-2, "threads": 1, "lr_schedule": "constant",
+            "start": "base", "patience": 0,
         }  # fmt: skip
         return TrainConfig(**{**base, **values})
 

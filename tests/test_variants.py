@@ -820,6 +820,8 @@ def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConf
         eval_every=10,
         lr=1e-3,
         threads=1,
+        start="base",
+        patience=0,
     )
 
 

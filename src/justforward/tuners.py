@@ -100,6 +100,7 @@ def keep_start(model: nn.Module, config: TrainConfig, path: Path, begun: dict[st
         encoder: Any = model.get_submodule("prompt_encoder.default.embedding")
         write_whole(path, save({_PREFIX: encoder.weight.detach()}))
     elif config.start in PROBED:
+        assert begun is not None
         write_whole(path, save(begun))
 
 
