@@ -82,7 +82,9 @@ def attach(
     return model
 
 
-def keep_start(model: nn.Module, config: TrainConfig, path: Path, begun: dict[str, Tensor]) -> None:
+def keep_start(
+    model: nn.Module, config: TrainConfig, path: Path, begun: dict[str, Tensor] | None = None
+) -> None:
     """Write where a prefix starts, or a head that starts as a probe; of others nothing needs to be written.
 
     Args:
