@@ -233,6 +233,7 @@ def start_deep(
     to = silent_directions(stream, norm, seen, len(fitted.spread))
     read = to / _safe(norm.scale)[:, None]
     held = (seen.features @ read).square().mean(0).sqrt()
+    held = held.clamp_min(1e-4 * float(seen.features.square().mean().sqrt()))  # not nothing at all
 
     def made(strength: float) -> tuple[Tensor, Probe]:
         """The directions as they are written, and the head that reads them."""
