@@ -18,6 +18,7 @@ from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder
+from justforward.guard import is_flat
 from justforward.models import load_model
 from justforward.prepare import stop_reason
 from justforward.probe import hindrance, rows_to_fit
@@ -159,3 +160,10 @@ def test_patience(config: TrainConfig) -> None:
     assert stop_reason(replace(asked, patience=0), 3, 6, 0.0, flat) is None
     better = [*flat[:3], {**flat[3], "accuracy": 0.6, "loss": 2.0}]
     assert stop_reason(asked, 3, 6, 0.0, better) is None
+
+
+def test_a_loss_that_falls_by_less_than_a_hundredth_is_flat() -> None:
+    assert is_flat([(0.8, 0.3), (0.8, 0.298), (0.8, 0.2975)], 2)
+    assert not is_flat([(0.8, 0.3), (0.8, 0.298), (0.8, 0.296)], 2)
+    assert not is_flat([(0.8, 0.3), (0.8, 0.298), (0.81, 0.5)], 2)  # the value counts first
+    assert not is_flat([(0.8, 0.3), (0.8, 0.4)], 2)  # too few to tell

@@ -89,7 +89,7 @@ class TrainConfig:
         backoff: where the loss runs away, take steps back to where it was best and go on at half the rate.
         max_forwards: stop after so many forward passes over a batch (a two-sided step is 2 for each sample).
         max_minutes: stop after so many minutes.
-        patience: stop when so many validations in a row were no better than one before (0: go on).
+        patience: stop when so many validations in a row were no better than one before, by value or by a hundredth of the loss (0: go on).
         target_accuracy: stop when validation reaches it (the task's first metric), in (0, 1].
         eval_every: forwards between validations (default an eighth of max_forwards; a sixteenth with --start auto, probe or deep, where lower layers are spared).
         eval_batch_size: rows a forward in validation and test.

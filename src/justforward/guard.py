@@ -18,6 +18,7 @@ WINDOW = 32  # steps
 ERRORS = 6.0  # standard errors of the difference of two windows
 MOST_REWINDS = 8
 BACKOFF = 0.5
+WORTH = 0.01  # of a loss: less is not worth waiting for
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,12 @@ def lost_forwards(metrics: Sequence[dict[str, Any]], step: int | None = None) ->
 
 
 def is_flat(validations: Sequence[tuple[float, float]], patience: int) -> bool:
-    """Whether none of the last `patience` validations (value, loss) is better than the best before them."""
+    """Whether none of the last `patience` validations (value, loss) is better than the best before them.
+
+    Better is a higher value, or the same and a loss that is lower by `WORTH` of it.
+    """
     if len(validations) <= patience:
         return False
     ranked = [(-value, loss) for value, loss in validations]
-    return min(ranked[-patience:]) >= min(ranked[:-patience])
+    value, loss = min(ranked[:-patience])
+    return min(ranked[-patience:]) >= (value, loss - WORTH * abs(loss))
