@@ -187,6 +187,19 @@ def test_what_it_does_not_go_with(config: TrainConfig, options: Any, said: str) 
         resolved(replace(config, **options))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"labels": {"neg": "not good", "pos": "great"}}, "label word 'not good' is 2 tokens"),
+        ({"probe_rows": 3}, "3 rows are too few"),
+    ],
+)
+def test_what_is_in_its_way(config: TrainConfig, options: Any, said: str) -> None:
+    with pytest.raises(UserError, match=f"--start is 'deep': {said}.*: choose --start base"):
+        go(replace(config, **options))
+    assert not Path(config.out).exists()
+
+
 def test_too_many_rows(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("justforward.starting.MOST_ROWS", 30)
     with pytest.raises(UserError, match=r"40 rows are more than the 30 .*: choose --start probe"):

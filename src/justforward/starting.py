@@ -63,12 +63,15 @@ def decided(
     if config.tuner == "full" and config.tune is None and layers is None:
         layers = THIRD
     start = config.start
-    if start == "auto":
+    if start != "probe":  # that says itself what is in its way
         why = hindrance(scorer, train, count)
+        if why is not None and start == "deep":
+            raise UserError(f"--start is 'deep': {why}: choose --start base")
         if why is not None:
             note(f"the head starts as the base has it, not as a linear probe: {why}")
             return replace(config, start="base", probe_rows=None)
-        start = "deep" if config.tuner == "full" and layers is not None else "probe"
+        if start == "auto":
+            start = "deep" if config.tuner == "full" and layers is not None else "probe"
     if start == "deep":
         assert layers is not None
         count = count if given else min(count, MOST_ROWS)
