@@ -91,7 +91,7 @@ class TrainConfig:
         max_minutes: stop after so many minutes.
         patience: stop when so many validations in a row were no better than one before, by value or by a hundredth of the loss (0: go on).
         target_accuracy: stop when validation reaches it (the task's first metric), in (0, 1].
-        eval_every: forwards between validations (default an eighth of max_forwards; a sixteenth with --start auto, probe or deep, where lower layers are spared).
+        eval_every: forwards between validations (default an eighth of max_forwards; a sixteenth, but 16 at least, with --start auto, probe or deep, where lower layers are spared).
         eval_batch_size: rows a forward in validation and test.
         test_size: rows, or a fraction, set aside for the final figure (default a fifth, at most 400; with --task at most 1000 of the task's test rows).
         validation_size: rows, or a fraction, for choosing the best step (default a tenth, at most 200).

@@ -168,10 +168,16 @@ def resolved(config: TrainConfig) -> TrainConfig:
         loss=task.loss,
         start=start,
         rule=rules.parse(config.rule).spec,
-        eval_every=config.eval_every
-        or max(2, config.max_forwards // (8 if start == "base" else 16)),
+        eval_every=config.eval_every or _eval_every(start, config.max_forwards),
         split_seed=config.seed if config.split_seed is None else config.split_seed,
     )
+
+
+def _eval_every(start: str, forwards: int) -> int:
+    """Forwards between validations, which cost less where lower layers are spared; not after every few steps, either."""
+    if start == "base":
+        return max(2, forwards // 8)
+    return max(2, min(16, forwards // 4), forwards // 16)
 
 
 def check_frozen(quantize: str | None, tuner: str) -> None:
