@@ -127,6 +127,27 @@ def test_resolved_fills_in_what_depends_on_other_values() -> None:
     assert task_of(out).prompt({"text": "A"}) == "A It was"
 
 
+def test_where_a_run_starts_and_how_patient_it_is_unless_told() -> None:
+    plain = TrainConfig("m", "d.csv", "out", template="{text} It was", labels="neg=bad,pos=good")
+    assert (plain.start, plain.patience) == ("auto", 2)
+    assert resolved(plain).start == "auto"  # until model and rows are there
+    given: tuple[dict[str, Any], ...] = (
+        {"tuner": "lora"}, {"tuner": "prefix"}, {"tuner": "prompt"}, {"tune": "mlp"},
+    )  # fmt: skip
+    for options in given:
+        assert resolved(replace(plain, **options)).start == "base", options
+    assert resolved(replace(plain, tuner="head")).start == "auto"
+
+
+@pytest.mark.parametrize("start", ["auto", "probe", "deep"])
+@pytest.mark.parametrize(
+    ("forwards", "every"),
+    [(2, 2), (8, 2), (40, 10), (64, 16), (240, 16), (256, 16), (400, 25), (4000, 250)],
+)
+def test_validations_are_not_after_every_few_steps(start: Any, forwards: int, every: int) -> None:
+    assert resolved(config(start=start, max_forwards=forwards)).eval_every == every
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

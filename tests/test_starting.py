@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import justforward as jf
-from conftest import make_model, make_tokenizer
+from conftest import MASKED, make_model, make_tokenizer
 from justforward.config import TrainConfig
-from justforward.data import Example
+from justforward.data import Example, batches
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder
@@ -25,6 +25,7 @@ from justforward.probe import hindrance, rows_to_fit
 from justforward.progress import Progress
 from justforward.run import train
 from justforward.settings import resolved
+from justforward.starting import share_of
 from justforward.tasks import Task
 from justforward.trunk import rest_below
 
@@ -44,18 +45,79 @@ def go(config: TrainConfig) -> tuple[dict[str, Any], TrainConfig, str]:
     return result, RunFolder(config.out).read_config(), out.getvalue()
 
 
-def test_a_probe_of_a_quarter_of_the_budget_and_the_last_third(config: TrainConfig) -> None:
+def test_a_probe_of_half_a_small_budget_and_the_last_third(config: TrainConfig) -> None:
+    result, kept, said = go(replace(config, max_forwards=10, eval_every=4))
+    assert (kept.start, kept.probe_rows, kept.layers) == ("deep", 40, 0.333)  # 10 x 8 / 2
+    assert "fitting a linear probe on the hidden states of 40 rows" in said
+    assert result["steps"] == 2  # 5 of 10 forwards are the probe's
+    assert result["forwards"] == 9
+    names = [t[0] for t in jf.read_log(RunFolder(config.out).log).header["tensors"]]
+    assert all(name.startswith(("transformer.h.1.", "transformer.ln_f.")) for name in names)
+
+
+def test_a_probe_of_all_the_rows_that_there_are(config: TrainConfig) -> None:
     result, kept, said = go(config)
-    assert (kept.start, kept.probe_rows, kept.layers) == (
-        "deep",
-        42,
-        0.333,
-    )  # half of 20 x 8, or all that there are
+    assert (kept.start, kept.probe_rows, kept.layers) == ("deep", 42, 0.333)  # not 20 x 8 / 2
     assert "fitting a linear probe on the hidden states of 42 rows" in said
     assert result["steps"] == 7  # 6 of 20 forwards are the probe's
     assert result["forwards"] == 20
-    names = [t[0] for t in jf.read_log(RunFolder(config.out).log).header["tensors"]]
-    assert all(name.startswith(("transformer.h.1.", "transformer.ln_f.")) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("budget", "rows"),
+    [(1, 1), (2, 1), (3, 1), (160, 80), (1024, 512), (1026, 512), (2048, 512), (2052, 513), (8000, 2000)],
+)  # fmt: skip
+def test_half_of_a_small_budget_and_a_quarter_of_a_large_one(budget: int, rows: int) -> None:
+    assert share_of(budget) == rows
+
+
+def elsewhere(
+    config: TrainConfig, architecture: str, tokenizer: str, **options: Any
+) -> TrainConfig:
+    folder = Path(config.out).parent / architecture
+    make_model(architecture).save_pretrained(folder)
+    make_tokenizer(tokenizer).save_pretrained(folder)
+    labels = {"neg": "bad", "pos": "great"}
+    return replace(config, model=str(folder), labels=labels, max_forwards=12, **options)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [("gpt2", "bytelevel"), ("opt", "metaspace"), ("llama", "metaspace")],
+)
+def test_what_auto_comes_to(config: TrainConfig, architecture: str, words: str) -> None:
+    config = elsewhere(config, architecture, words)
+    _, kept, said = go(config)
+    assert (kept.start, kept.layers) == ("deep", 0.333)
+    assert "the head alone" not in said
+    _, kept, said = go(replace(config, tuner="head", out=f"{config.out}-head"))
+    assert (kept.start, kept.layers) == ("probe", None)
+    assert "the head starts as a linear probe" in said
+
+
+@pytest.mark.parametrize("architecture", sorted(MASKED))
+def test_auto_where_layers_write_by_more_than_linear_maps(config: TrainConfig, architecture: str) -> None:  # fmt: skip
+    template = "{text} It was {mask}."
+    _, kept, said = go(elsewhere(config, architecture, MASKED[architecture], template=template))
+    assert (kept.start, kept.layers) == ("probe", 0.333)
+    assert "the head alone starts as a linear probe, not the upper layers, too: the layers" in said
+
+
+def test_steps_go_on_with_rows_that_the_probe_has_not_seen(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dealt: list[int] = []
+
+    def watched(count: int, size: int, seed: int, step: int) -> list[int]:
+        dealt.append(step)
+        return batches(count, size, seed, step)
+
+    monkeypatch.setattr("justforward.session.batches", watched)
+    for start, first in (("deep", 3), ("probe", 3), ("base", 0)):
+        rows = None if start == "base" else 20  # 3 batches of 8, the last not full
+        dealt.clear()
+        result, *_ = go(replace(config, start=start, probe_rows=rows, out=f"{config.out}-{start}"))  # type: ignore[arg-type]
+        assert dealt == list(range(first, first + result["steps"])), start
 
 
 def test_it_goes_on_as_it_began(config: TrainConfig) -> None:
