@@ -1,4 +1,4 @@
-"""Forwards and seconds that each method of a race takes to the validation loss at which tuned MeZO ends.
+"""Forwards and seconds that each method of a race takes to the best validation loss of tuned MeZO.
 
     justforward compare --config benchmarks/race/race.yaml --out race
     python benchmarks/race/report.py race
@@ -19,22 +19,20 @@ from typing import Any
 BASELINE = "mezo"
 
 
-def curve(run: Path) -> list[tuple[int, float, float, float]]:
-    """Forwards, seconds, validation loss and value of each validation of a run, in order."""
+def curve(run: Path) -> list[tuple[int, float, float]]:
+    """Forwards, seconds and loss of each validation of a run, in order."""
     lines: list[dict[str, Any]] = [
         json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
     begun = next(line["seconds"] for line in lines if line["kind"] == "before")
     return [
-        (m["forwards"], m["seconds"] - begun, m["loss"], m.get("value", m["accuracy"]))
-        for m in lines
-        if m["kind"] == "validation"
+        (m["forwards"], m["seconds"] - begun, m["loss"]) for m in lines if m["kind"] == "validation"
     ]
 
 
-def reached(points: list[tuple[int, float, float, float]], loss: float) -> tuple[int, float] | None:
+def reached(points: list[tuple[int, float, float]], loss: float) -> tuple[int, float] | None:
     """Forwards and seconds at the first validation with at most this loss."""
-    return next(((f, s) for f, s, at, _ in points if at <= loss), None)
+    return next(((f, s) for f, s, at in points if at <= loss), None)
 
 
 def row(task: str, seed: int, method: str, folder: Path) -> tuple[str, float | None, float | None]:
@@ -42,7 +40,7 @@ def row(task: str, seed: int, method: str, folder: Path) -> tuple[str, float | N
     cells = folder / "cells" / task
     base = curve(cells / BASELINE / str(seed) / "run")
     own = curve(cells / method / str(seed) / "run")
-    goal = min(loss for _, _, loss, _ in base)
+    goal = min(loss for _, _, loss in base)
     full = reached(base, goal)
     assert full is not None
     found = reached(own, goal)

@@ -29,8 +29,10 @@ from justforward.probe import (
     Started,
     fit_head,
     fit_probe,
+    head_of,
     hidden_states,
     put_probe,
+    seen_at,
 )
 from justforward.prompts import eval_mode
 from justforward.stream import Norm, Stream, find_norm, find_stream, matrix_of, write, writing_too
@@ -66,26 +68,10 @@ def _tokens(scorer: Scorer, row: Example) -> Tensor:
 @torch.no_grad()
 def _everywhere(scorer: Scorer, stream: Stream, row: Example) -> tuple[Tensor, Tensor]:
     """What leaves the last layer and what the head sees, [L, hidden] each, at every place of a text."""
-    model = inner_model(scorer.model)
-    kept: list[Tensor] = []
-
-    def leaves(module: object, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        kept.append((output[0] if isinstance(output, tuple) else output)[0])
-
-    def enters(module: object, args: tuple[Tensor, ...]) -> None:
-        kept.append(args[0][0])
-
-    handles = [
-        stream.layers[-1].register_forward_hook(leaves),
-        model.get_output_embeddings().register_forward_pre_hook(enters),
-    ]
-    try:
-        with eval_mode(model):
-            model(input_ids=_tokens(scorer, row))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return kept[0].cpu(), kept[1].cpu()
+    watched = [(stream.layers[-1], False), (head_of(scorer.model), True)]
+    with eval_mode(scorer.model), seen_at(watched, lambda states: states[0]) as seen:
+        inner_model(scorer.model)(input_ids=_tokens(scorer, row))
+    return seen[0], seen[1]
 
 
 # ------------------------------------------------------------------------------------------ the fit
@@ -100,14 +86,12 @@ class Fitted:
         head: [labels, hidden].
         what: for each linear map that writes to the stream, [J, in].
         mix: [labels, J]: of two labels J is 1, of more one each.
-        spread: [J]: standard deviations of what is summed, on the training rows.
     """
 
     probe: Probe
     head: Tensor
     what: dict[str, Tensor]
     mix: Tensor
-    spread: Tensor
 
     def signals(self, states: Features, sizes: Tensor) -> Tensor:
         """[N, J]: what is summed over the maps."""
@@ -158,9 +142,7 @@ def _fit(
         for name, x, scale in zip(names, blocks[:-1], scales[:-1], strict=True)
     }
     head = ((by_row @ (blocks[-1] / scales[-1]).double()) / scales[-1]).float()
-    fitted = Fitted(probe, head, what, mix, torch.ones(mix.shape[1]))
-    spread = fitted.signals(seen, sizes).std(0).clamp_min(1e-12)
-    return Fitted(probe, head, what, mix, spread)
+    return Fitted(probe, head, what, mix)
 
 
 @torch.no_grad()
@@ -230,14 +212,16 @@ def start_deep(
     assert norm is not None
     plain = fit_head(scorer, seen, chosen, validation)
     fitted = _fit(scorer, list(stream.writers), seen, chosen, norm)
-    to = silent_directions(stream, norm, seen, len(fitted.spread))
+    to = silent_directions(stream, norm, seen, fitted.mix.shape[1])
     read = to / _safe(norm.scale)[:, None]
+    sizes = norm.sizes(seen.outputs[-1])
+    spread = fitted.signals(seen, sizes).std(0).clamp_min(1e-12)
     held = (seen.features @ read).square().mean(0).sqrt()
     held = held.clamp_min(1e-4 * float(seen.features.square().mean().sqrt()))  # not nothing at all
 
     def made(strength: float) -> tuple[Tensor, Probe]:
         """The directions as they are written, and the head that reads them."""
-        by = strength * held / fitted.spread
+        by = strength * held / spread
         weight = fitted.head + fitted.mix @ (read / by).T
         bias = torch.zeros(len(weight), dtype=torch.float64)
         return (to * by).contiguous(), Probe(
@@ -249,7 +233,7 @@ def start_deep(
             return hidden_states(scorer, rows, batch_size)
 
     few = train[:TRIED]
-    wanted = fitted.scores(_first(seen, TRIED), norm.sizes(seen.outputs[-1][:TRIED]))
+    wanted = fitted.scores(seen, sizes)[:TRIED]
 
     def apart(strength: float) -> float:
         found = made(strength)[1].scores(under(strength, few).features)
@@ -271,9 +255,3 @@ def start_deep(
         **{f"what.{name}": v for name, v in fitted.what.items()},
     }
     return Started(deep, deep.judged(*actual.pair)[0], forwards, tensors)
-
-
-def _first(states: Features, count: int) -> Features:
-    return Features(
-        states.features[:count], states.answers[:count], 0, [x[:count] for x in states.inputs]
-    )

@@ -225,14 +225,14 @@ def hidden_states(
     asked = [Row(row.prompt, [row.choices[row.right][:1]], 0) for row in prompts.rows(examples)]
     # longest first, rows of like length together, as `Scorer.evaluate` has them
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt), reverse=True)
-    watched = [(_head_of(scorer.model), True), *((m, True) for m in inputs), *((m, False) for m in outputs)]  # fmt: skip
+    watched = [(head_of(scorer.model), True), *((m, True) for m in inputs), *((m, False) for m in outputs)]  # fmt: skip
     found: list[list[Tensor]] = [[torch.empty(0)] * len(asked) for _ in watched]
     forwards = 0
     with eval_mode(scorer.model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = prompts.batch([asked[i] for i in rows])
-            with _seen(watched, partial(_where_answered, batch=batch, count=len(rows))) as seen:
+            with seen_at(watched, partial(_where_answered, batch=batch, count=len(rows))) as seen:
                 prompts.scores(batch)
             forwards += 1
             for of_one, states in zip(found, seen, strict=True):
@@ -255,7 +255,12 @@ def _where_answered(states: Tensor, batch: Batch, count: int) -> Tensor:
     return states[torch.arange(len(at), device=at.device), at]
 
 
-def _head_of(model: PreTrainedModel) -> nn.Module:
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """The matrix that gives the logits.
+
+    Raises:
+        UserError: there is none.
+    """
     head: Any = inner_model(model).get_output_embeddings()
     if head is None:
         raise UserError(
@@ -267,7 +272,7 @@ def _head_of(model: PreTrainedModel) -> nn.Module:
 
 
 @contextmanager
-def _seen(
+def seen_at(
     watched: Sequence[tuple[nn.Module, bool]], pick: Callable[[Tensor], Tensor]
 ) -> Iterator[list[Tensor]]:
     """While inside, of each module what enters it (or leaves it, where not that) is picked from and kept, on the CPU."""
@@ -335,7 +340,7 @@ def _is_linear(scorer: Scorer, example: Example) -> bool:
     """Whether logits are what the head's matrix gives, neither capped nor scaled."""
     model = inner_model(scorer.model)
     tokens = torch.tensor([scorer.prompts.rows([example])[0].prompt], device=model.device)
-    with eval_mode(model), _seen([(_head_of(model), True)], lambda states: states) as seen:
+    with eval_mode(model), seen_at([(head_of(model), True)], lambda states: states) as seen:
         logits = model(input_ids=tokens).logits
     wanted = model.get_output_embeddings()(seen[0].to(logits))
     return torch.allclose(logits, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))

@@ -63,13 +63,13 @@ def find_stream(model: nn.Module, ids: Tensor, share: float) -> Stream | None:
     if stack is None:
         return None
     layers = list(stack)[first_above(stack, share) :]
-    maps = [{n: m for n, m in layer.named_modules() if _is_linear(m)} for layer in layers]
+    maps = [[m for m in layer.modules() if _is_linear(m)] for layer in layers]
     enters: dict[int, Tensor] = {}
     leaves: dict[int, Tensor] = {}
     with ExitStack() as hooks:
-        for layer in layers:
+        for layer, linear in zip(layers, maps, strict=True):
             hooks.enter_context(_ends(layer, enters, leaves))
-            for module in (m for m in layer.modules() if _is_linear(m)):
+            for module in linear:
                 hooks.enter_context(_ends(module, None, leaves))
         inner(input_ids=ids)
     names = {id(module): name for name, module in model.named_modules()}
@@ -78,12 +78,12 @@ def find_stream(model: nn.Module, ids: Tensor, share: float) -> Stream | None:
     for layer, linear in zip(layers, maps, strict=True):
         entered = enters[id(layer)]
         width = entered.shape[-1]
-        own = [m for m in linear.values() if id(m) in leaves and leaves[id(m)].shape[-1] == width]
+        own = [m for m in linear if id(m) in leaves and leaves[id(m)].shape[-1] == width]
         found = _adding_up(own, leaves, leaves[id(layer)] - entered)
         if found is None:
             return None
         writers |= {names[id(module)]: module for module in found}
-        others = [m for m in linear.values() if m not in found and matrix_of(m).shape[1] == width]
+        others = [m for m in linear if m not in found and matrix_of(m).shape[1] == width]
         readers.append((others, _scale_before(layer, width)))
     return Stream(layers, writers, readers)
 
