@@ -74,6 +74,7 @@ ROOMS = [
     "tuners",
     "probe",
     "deep",
+    "last",
     "progress",
     "guard",
     "prepare",

@@ -151,7 +151,7 @@ def test_what_is_asked_for_by_name_starts_from_the_base(config: TrainConfig, opt
 def test_bad_options(config: TrainConfig) -> None:
     with pytest.raises(UserError, match="--probe-rows is 4000: there are 42 training rows"):
         go(replace(config, probe_rows=4000))
-    with pytest.raises(UserError, match="--probe-rows is 4: it is for --start probe"):
+    with pytest.raises(UserError, match="--probe-rows is 4: it is for what is fitted"):
         resolved(replace(config, start="base", probe_rows=4))
     with pytest.raises(UserError, match=r"--layers is 0\.5: it is for --tuner full or lora"):
         resolved(replace(config, tuner="head", layers=0.5))

@@ -18,8 +18,9 @@ Order = Literal["cyclic", "random"]
 Keep = Literal["best", "last"]
 Split = Literal["train", "validation", "test", "all"]
 Tuner = Literal["full", "lora", "prefix", "prompt", "head"]
-Start = Literal["auto", "base", "probe", "deep"]
+Start = Literal["auto", "base", "probe", "deep", "last"]
 PROBED = ("probe", "deep")  # the head starts as a probe of training rows
+FITTED = (*PROBED, "last")  # something is fitted to training rows before the first step
 Prompting = Literal["both", "with", "without"]
 Quantize = Literal["int8", "bnb8", "bnb4"]
 Method = Literal["zero-shot", "icl", "probe", "first-order"]
@@ -73,9 +74,9 @@ class TrainConfig:
         batch_size: rows a step.
         seed: of the directions and the order of the rows.
         tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), embeddings before it (prompt), the output head (head).
-        start: with --tuner head or full: the output head from the base model, or from a linear probe of training rows (probe), or with full one of all that the upper layers compute, written into them (deep); auto: deep, probe or base, the first that task and model allow.
-        probe_rows: rows that the probe is fitted on (default half of what max_forwards reads, up to 512, or a quarter if that is more; all if there are fewer).
-        layers: the last layers are tuned and what is behind them, this share of all (default all, or where the head starts as a probe of a whole model a third, and the head stays).
+        start: with --tuner head or full: the output head from the base model, or from a linear probe of training rows (probe), or with full one of all that the upper layers compute, written into them (deep); for answers that are written, with full, the last layer's last linear map fitted to their tokens (last); auto: last or deep, probe or base, the first that task and model allow.
+        probe_rows: rows that the probe, or the last map, is fitted on (default half of what max_forwards reads, up to 512, or a quarter if that is more; all if there are fewer).
+        layers: the last layers are tuned and what is behind them, this share of all (default all, or where a whole model starts fitted to training rows a third, and a head that is a probe stays).
         lora_rank: rank of the additions.
         lora_alpha: their scale: alpha / sqrt(rank), which makes a look equally strong for every rank.
         lora_targets: regular expression; linear maps whose name it finds get LoRA (default the attention's queries and values).
@@ -91,7 +92,7 @@ class TrainConfig:
         max_minutes: stop after so many minutes.
         patience: stop when so many validations in a row were no better than one before, by value or by a hundredth of the loss (0: go on).
         target_accuracy: stop when validation reaches it (the task's first metric), in (0, 1].
-        eval_every: forwards between validations (default an eighth of max_forwards; a sixteenth, but 16 at least, with --start auto, probe or deep, where lower layers are spared).
+        eval_every: forwards between validations (default an eighth of max_forwards; a sixteenth, but 16 at least, with a --start other than base, where lower layers are spared).
         eval_batch_size: rows a forward in validation and test.
         test_size: rows, or a fraction, set aside for the final figure (default a fifth, at most 400; with --task at most 1000 of the task's test rows).
         validation_size: rows, or a fraction, for choosing the best step (default a tenth, at most 200).

@@ -315,7 +315,7 @@ def hindrance(scorer: Scorer, train: Sequence[Example], count: int) -> str | Non
         return unfit[0]
     if count < 2 * len(scorer.labels):
         return f"{count} rows are too few to fit a probe on"
-    if not _is_linear(scorer, train[0]):
+    if not gives_logits(scorer, train[0]):
         return f"a {scorer.model.config.model_type} model does more to its logits than its head's matrix"
     return None
 
@@ -336,8 +336,8 @@ def _unfit(scorer: Scorer, train: Sequence[Example]) -> tuple[str, str] | None:
 
 
 @torch.no_grad()
-def _is_linear(scorer: Scorer, example: Example) -> bool:
-    """Whether logits are what the head's matrix gives, neither capped nor scaled."""
+def gives_logits(scorer: Scorer, example: Example) -> bool:
+    """Whether a model's logits are what its head's matrix gives, neither capped nor scaled."""
     model = inner_model(scorer.model)
     tokens = torch.tensor([scorer.prompts.rows([example])[0].prompt], device=model.device)
     with eval_mode(model), seen_at([(head_of(model), True)], lambda states: states) as seen:
@@ -347,7 +347,7 @@ def _is_linear(scorer: Scorer, example: Example) -> bool:
 
 
 def rows_to_fit(train: Sequence[Example], count: int, batch_size: int, seed: int) -> list[Example]:
-    """The training rows that a probe sees: the first `count` that steps would, and one of each label among them."""
+    """The training rows that a fit sees: the first `count` that steps would, and one of each label that rows share among them."""
     order = dict.fromkeys(
         row
         for step in range(math.ceil(len(train) / batch_size))
@@ -355,10 +355,10 @@ def rows_to_fit(train: Sequence[Example], count: int, batch_size: int, seed: int
     )
     rows = [train[row] for row in order]
     chosen = rows[:count]
-    present = {example.label for example in chosen}
+    present = {example.stratum for example in chosen}
     for example in rows[count:]:
-        if example.label not in present:
-            present.add(example.label)
+        if example.stratum not in present:
+            present.add(example.stratum)
             chosen.append(example)
     return chosen
 

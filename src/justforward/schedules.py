@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from justforward.config import PROBED, TrainConfig
+from justforward.config import FITTED, TrainConfig
 from justforward.variants import Modified, forwards_of
 
 
@@ -36,7 +36,7 @@ def forwards_at(config: TrainConfig, step: int, parts: int = 1) -> int:
 
 
 def forwards_until(config: TrainConfig, steps: int, parts: int = 1) -> int:
-    """Forwards that the first `steps` steps take, and a probe before them."""
+    """Forwards that the first `steps` steps take, and what is fitted before them."""
     measured = _modified(config).forwards_until(steps, parts) if config.modified else 0
     measured += probe_steps(config)
     if config.sample_schedule == "constant":
@@ -46,8 +46,8 @@ def forwards_until(config: TrainConfig, steps: int, parts: int = 1) -> int:
 
 
 def probe_steps(config: TrainConfig) -> int:
-    """How many batches a probe before the first step has seen; steps go on with the rows after those."""
-    if config.start not in PROBED or config.probe_rows is None:
+    """How many batches what was fitted before the first step has seen; steps go on with the rows after those."""
+    if config.start not in FITTED or config.probe_rows is None:
         return 0
     return math.ceil(config.probe_rows / config.batch_size)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from justforward.config import PROBED, TrainConfig
+from justforward.config import FITTED, TrainConfig
 from justforward.data import Example, Splits, batches
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.evaluate import Evaluation, Scorer
@@ -36,7 +36,7 @@ from justforward.schedules import (
 )
 from justforward.settings import variants_of
 from justforward.spared import Spared
-from justforward.starting import begin_head, choose_layers, decided
+from justforward.starting import begin, choose_layers, decided
 from justforward.tasks import Task
 from justforward.trajectory import Log, Writer, read_log
 from justforward.tuners import attach, keep_start
@@ -89,7 +89,7 @@ class Session:
             if self.config.estimator == "activation":
                 self.objective.check_by_row()
         self.spared = Spared(self.config, self.progress.note)
-        self.begun: dict[str, Tensor] = {}  # what the fit of a probe gave
+        self.begun: dict[str, Tensor] = {}  # what was fitted before the first step
         self.opt: MeZO | None = None
         self.parts = 1 if self.log is None else len(self.log.header["groups"])  # parameter groups
         self.steps_taken = 0  # once the optimizer is gone
@@ -151,8 +151,8 @@ class Session:
             self._score_before("before")
         if rows:
             self.spared.find(self.model, self.scorer, self.splits.train)
-        if begins and self.config.start in PROBED:
-            self.begun = begin_head(
+        if begins and self.config.start in FITTED:
+            self.begun = begin(
                 self.config, self.scorer, self.splits, self.progress.note, self.spared.reused
             )
 

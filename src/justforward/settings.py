@@ -150,12 +150,22 @@ def resolved(config: TrainConfig) -> TrainConfig:
             f"--start is 'deep': it writes to the upper layers (--layers says to how many), and this is {what}: "
             "choose --start probe"
         )
+    if config.start == "last":
+        what = "" if task.kind == "generation" else f"a task of kind {task.kind!r}"
+        what = what if config.tuner == "full" else f"--tuner {config.tuner}"
+        what = what or ("" if config.tune is None else f"--tune {config.tune!r}")
+        if what:
+            raise UserError(
+                f"--start is 'last': it fits the whole model's last map to answers that are written, and this is {what}: "
+                "leave it out"
+            )
     start = config.start
-    if start == "auto" and (not whole or task.kind != "classification" or config.tune is not None):
+    fits = {"classification": whole, "generation": config.tuner == "full"}.get(task.kind, False)
+    if start == "auto" and (not fits or config.tune is not None):
         start = "base"
     if config.probe_rows is not None and start == "base":
         raise UserError(
-            f"--probe-rows is {config.probe_rows}: it is for --start probe, and the run starts from the base: leave it out"
+            f"--probe-rows is {config.probe_rows}: it is for what is fitted before the first step, and the run starts from the base: leave it out"
         )
     if config.layers is not None and config.tuner not in ("full", "lora"):
         raise UserError(

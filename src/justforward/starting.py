@@ -1,4 +1,4 @@
-"""Where a run starts: what "auto" comes to, which layers move, the head fitted as a probe."""
+"""Where a run starts: what "auto" comes to, which layers move, what is fitted to training rows before the first step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from justforward.data import Example, Splits
 from justforward.deep import MOST_ROWS, deep_hindrance, start_deep
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
+from justforward.last import last_hindrance, start_last
 from justforward.models import inner_model
 from justforward.prepare import choose_tuned
 from justforward.probe import Spared, hindrance, rows_to_fit, start_head
+from justforward.settings import task_of
 from justforward.trunk import rest_below
 
-THIRD = 0.333  # of the layers are tuned behind a head that starts as a probe
+THIRD = 0.333  # of the layers are tuned behind what was fitted
 
-MOST_OF_HALF = 512  # rows that a probe sees of a small budget
+MOST_OF_HALF = 512  # rows that a fit sees of a small budget
 
 
 def choose_layers(model: torch.nn.Module, config: TrainConfig) -> None:
@@ -43,13 +45,13 @@ def choose_layers(model: torch.nn.Module, config: TrainConfig) -> None:
 def decided(
     config: TrainConfig, scorer: Scorer, train: Sequence[Example], note: Callable[[str], None]
 ) -> TrainConfig:
-    """A run's configuration with its start settled: what "auto" comes to, how many rows a probe sees, which layers move.
+    """A run's configuration with its start settled: what "auto" comes to, how many rows a fit sees, which layers move.
 
     Args:
         config: resolved.
         scorer: of the base model.
         train: the training rows.
-        note: called with a sentence where there is no probe.
+        note: called with a sentence where there is no fit, or a plainer one.
     """
     if config.start == "base":
         return config
@@ -63,6 +65,15 @@ def decided(
     if config.tuner == "full" and config.tune is None and layers is None:
         layers = THIRD
     start = config.start
+    if task_of(config).kind == "generation":
+        why = last_hindrance(scorer, train[0])
+        if why is not None and start == "last":
+            raise UserError(f"--start is 'last': {why}: choose --start base")
+        if why is not None:
+            note(f"the model starts as it is, its last map is not fitted to answers: {why}")
+            return replace(config, start="base", probe_rows=None)
+        count = count if given else min(count, MOST_ROWS)
+        return replace(config, start="last", probe_rows=count, layers=layers)
     if start != "probe":  # that says itself what is in its way
         why = hindrance(scorer, train, count)
         if why is not None and start == "deep":
@@ -88,18 +99,19 @@ def decided(
 
 
 def share_of(budget: int) -> int:
-    """How many rows a probe sees of a budget of so many: half up to 512, since rows are worth more there than steps; a quarter beyond."""
+    """How many rows a fit sees of a budget of so many: half up to 512, since rows are worth more there than steps; a quarter beyond."""
     return max(1, budget // 4, min(budget // 2, MOST_OF_HALF))
 
 
-def begin_head(
+def begin(
     config: TrainConfig,
     scorer: Scorer,
     splits: Splits,
     note: Callable[[str], None],
     spared: Spared,
 ) -> dict[str, Tensor]:
-    """Fit the output head's rows of the label words to training rows (`start_head`), or upper layers, too (`start_deep`).
+    """Fit the output head's rows of the label words to training rows (`start_head`), or upper layers, too (`start_deep`);
+    or the last map to answers that are written (`start_last`).
 
     Each training row is seen once here, in batches, which is faster than text by text as the trunk is run; it is run so
     where its outputs are kept for other runs.
@@ -112,10 +124,18 @@ def begin_head(
     """
     assert config.probe_rows is not None
     rows = rows_to_fit(splits.train, config.probe_rows, config.batch_size, config.seed)
-    note(f"fitting a linear probe on the hidden states of {len(rows)} rows")
     size = config.eval_batch_size
     with spared() if config.cache is not None else nullcontext():
         inside = nullcontext if config.cache is not None else spared
+        if config.start == "last":
+            note(f"fitting the last linear map to the answers of {len(rows)} rows")
+            written = start_last(scorer, rows, splits.validation, size, inside)
+            note(
+                f"validation loss {written.before:.4f} before, {written.after:.4f} after, {written.forwards} forwards"
+                + ("" if written.tensors else ": it stays as it was")
+            )
+            return written.tensors
+        note(f"fitting a linear probe on the hidden states of {len(rows)} rows")
         if config.start == "deep":
             assert config.layers is not None
             found = start_deep(scorer, rows, splits.validation, size, config.layers, inside)

@@ -152,6 +152,15 @@ class Norm:
     shift: Tensor
     centred: bool
 
+    def of(self, x: Tensor) -> Tensor:
+        """[N, hidden]: what the head is given where x [N, hidden] leaves the last layer."""
+        away = x - x.mean(dim=-1, keepdim=True) if self.centred else x
+        return away / self.sizes(x) * self.scale + self.shift
+
+    def to(self, device: torch.device) -> Norm:
+        """The same there."""
+        return Norm(self.scale.to(device), self.shift.to(device), self.centred)
+
     def sizes(self, x: Tensor) -> Tensor:
         """[N, 1]: what x [N, hidden] is divided by."""
         return _sizes(x, self.centred)

@@ -7,7 +7,7 @@
     head     the matrix that turns the last hidden state into logits, untied from the embeddings
 
 Everything here is a function of base model and configuration alone, so base + config + log = the tuned
-model. The exceptions are where a prefix starts, and a head (or upper layers) that start as a linear probe: both come out of
+model. The exceptions are where a prefix starts, and what is fitted to training rows before the first step: both come out of
 forward passes, whose last bits differ between machines and thread counts, so a run folder keeps them (`keep_start`).
 
 All adapters work with both estimators: peft applies LoRA by two linear maps and looks a prefix up as rows of one
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from justforward import noise
-from justforward.config import PROBED, TrainConfig
+from justforward.config import FITTED, PROBED, TrainConfig
 from justforward.errors import UserError
 from justforward.folder import write_whole
 from justforward.models import inner_model
@@ -54,14 +54,14 @@ def attach(
         tokenizer: its tokenizer: a prefix and a prompt start from ordinary tokens.
         config: tuner and its options, seed.
         start: what `keep_start` has written, of a run that has begun. None, of one that begins: a prefix is
-            computed (as it is where the file is lost), a head is the base's, for `probe.start_head` to fill.
+            computed (as it is where the file is lost), all else is the base's, for `starting.begin` to fit.
 
     Returns:
         The model (full, head), or a peft.PeftModel around it (lora, prefix, prompt).
 
     Raises:
         UserError: the model cannot take the tuner, a pattern finds nothing, or the start is damaged, or lost where it
-            was a probe.
+            came from training rows.
     """
     if config.tuner == "lora":
         return _lora(model, config)
@@ -75,23 +75,30 @@ def attach(
             mine = {id(parameter) for parameter in head.parameters()}
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in mine)
-        if config.start in PROBED and start is not None:
-            tensors = _read_rows(start, model)
+    if config.start in FITTED and start is not None:
+        if not start.exists():
+            raise UserError(
+                f"{start}: is missing: the run started from what was fitted to training rows, which is kept there: copy it "
+                "again"
+            )
+        tensors = _read_start(start, "copy it again")
+        if config.start in PROBED:
+            _check_rows(tensors, model, start)
             put_rows(model, tensors)
-            _write_deep(model, tensors, start)
+        _write_maps(model, tensors, start)
     return model
 
 
 def keep_start(
     model: nn.Module, config: TrainConfig, path: Path, begun: dict[str, Tensor] | None = None
 ) -> None:
-    """Write where a prefix starts, or a head that starts as a probe; of others nothing needs to be written.
+    """Write where a prefix starts, or what was fitted to training rows; of others nothing needs to be written.
 
     Args:
         model: what `attach` gave, at its start.
         config: its tuner.
         path: the file.
-        begun: what the fit of a probe gave (`probe.start_head`, `deep.start_deep`).
+        begun: what was fitted before the first step (`starting.begin`).
 
     Raises:
         UserError: the file cannot be written.
@@ -101,7 +108,7 @@ def keep_start(
     if config.tuner == "prefix":
         encoder: Any = model.get_submodule("prompt_encoder.default.embedding")
         write_whole(path, save({_PREFIX: encoder.weight.detach()}))
-    elif config.start in PROBED:
+    elif config.start in FITTED:
         assert begun is not None
         write_whole(path, save(begun))
 
@@ -430,12 +437,7 @@ def put_rows(model: Any, rows: dict[str, Tensor]) -> None:
         head.bias[rows["tokens"]] = rows["bias"]
 
 
-def _read_rows(path: Path, model: Any) -> dict[str, Tensor]:
-    if not path.exists():
-        raise UserError(
-            f"{path}: is missing: the run started from a linear probe, which is kept there: copy it again"
-        )
-    rows = _read_start(path, "copy it again")
+def _check_rows(rows: dict[str, Tensor], model: Any, path: Path) -> None:
     tokens = rows.get("tokens", torch.empty(0))
     known = len(inner_model(model).get_output_embeddings().weight)
     if (
@@ -450,11 +452,10 @@ def _read_rows(path: Path, model: Any) -> dict[str, Tensor]:
             raise UserError(
                 f"{path}: holds {name} {list(held.shape)}, the run's model takes {list(wanted.shape)}: another run's file"
             )
-    return rows
 
 
-def _write_deep(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Write what a probe of upper layers has them write (`deep`), if there is any."""
+def _write_maps(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Write what linear maps are to write in addition (`deep`, `last`), if there is any."""
     what = {n.removeprefix("what."): v for n, v in tensors.items() if n.startswith("what.")}
     to = tensors.get("to", torch.empty(0, 0))
     maps = dict(model.named_modules())
