@@ -29,9 +29,9 @@ from justforward.errors import UserError
 
 _plain = torch._C.DisableTorchFunctionSubclass
 
-# T5's table (and that of its kin, and MPNet's): looked up by [queries, keys], which no operation can tell from a
-# batch of texts. So it is known by its name.
-_FOR_ALL_ROWS = "relative_attention_bias.weight"
+# T5's table of relative positions is looked up by [queries, keys], which no operation can tell from a batch of texts. So it
+# is known by its name, which its kin share (not LongT5, whose axes are others).
+_FOR_ALL_ROWS = ".SelfAttention.relative_attention_bias.weight"
 
 
 class Look:
