@@ -59,6 +59,26 @@ def roberta(kind: str) -> Any:
     return kinds[kind](config).eval()
 
 
+def pegasus() -> Any:
+    """Its positions are looked up as [L], without an axis for rows."""
+    from transformers import PegasusConfig, PegasusForConditionalGeneration
+
+    return PegasusForConditionalGeneration(
+        PegasusConfig(
+            vocab_size=96,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=CONTEXT,
+            init_std=0.2,
+        )
+    ).eval()
+
+
 def mixtral() -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -137,6 +157,7 @@ MODELS: dict[str, tuple[Callable[[], Any], LossFn]] = {
     "t5": (lambda: make_model("t5", vocab_size=96), answer_loss),
     "t5 untied": (lambda: untied(make_model("t5", vocab_size=96)), answer_loss),
     "bart": (lambda: make_model("bart", vocab_size=96), answer_loss),
+    "pegasus": (pegasus, answer_loss),
     "roberta classifier": (lambda: roberta("classifier"), class_loss),
 }
 

@@ -107,7 +107,12 @@ def oracle(
     prompt = f"{text} It was"
     labels = torch.tensor([labels_of(kind, answer, end)])
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-    output = jf.models.inner_model(scorer.model)(input_ids=ids, labels=labels)
+    model: Any = jf.models.inner_model(scorer.model)
+    given = {"labels": labels}
+    if model.config.model_type == "mbart":  # it would take the last of the labels for the first
+        start = torch.tensor([[model.config.decoder_start_token_id]])
+        given = {"decoder_input_ids": torch.cat([start, labels[:, :-1]], dim=1)}
+    output = model(input_ids=ids, **given)
     logs = output.logits[0].double().log_softmax(-1)
     found = logs.gather(1, labels[0, :, None])[:, 0]
     if kind == "bart":  # <s> is put before every answer, and so is no part of it
@@ -392,7 +397,7 @@ def test_steps_lower_the_loss_and_are_replayed(
     batch = scorer.encode_training(rows())
     log = tmp_path / "run.jfl"
     before = float(scorer.losses(batch).mean())
-    opt = jf.MeZO(model, lr=2e-2, eps=1e-3, estimator=estimator, rule="rms", log=log)
+    opt = jf.MeZO(model, lr=3e-3, eps=1e-3, estimator=estimator, rule="rms", log=log)
     for _ in range(20):
         opt.step(scorer.losses, batch)
     opt.close()
@@ -423,18 +428,15 @@ def test_gradients_are_those_of_the_bare_model(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_probed_is_what_predicts_the_answer(kind: str) -> None:
-    labels = {"neg": "a", "pos": "w"}
+    labels = {"neg": "b", "pos": "w"} if kind == "bart" else {"neg": "bad", "pos": "great"}
     scorer = scorer_of(kind, Task(TEMPLATE, labels))
-    assert {len(word) for word in scorer.prompts.words} == {1} or kind == "t5"
+    assert {len(word) for word in scorer.prompts.words} == {1}
     found = hidden_states(scorer, rows(labels=labels), 2)
     head: Any = scorer.model.get_output_embeddings()
     scores = head(found.features).double().log_softmax(-1)
     first = [word[0] for word in scorer.prompts.words]
     batch = scorer.encode(rows(labels=labels))
-    if kind == "bart":
-        torch.testing.assert_close(
-            scores[:, first].float(), scorer.scores(batch), atol=1e-3, rtol=1e-4
-        )
+    torch.testing.assert_close(scores[:, first].float(), scorer.scores(batch), atol=1e-3, rtol=1e-4)
     prefix = batch["decoder_input_ids"][:, 0, : len(scorer.prompts.prefix)]  # type: ignore[attr-defined]
     with torch.no_grad():
         for i in range(len(TEXTS)):
@@ -589,6 +591,10 @@ def asked(folder: Path, csv: Path) -> list[Any]:
     return ["--model", folder, "--data", csv, "--template", TEMPLATE, "--labels", labels]
 
 
+DEPRECATED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft asks it
+
+
+@pytest.mark.filterwarnings(DEPRECATED)
 @pytest.mark.parametrize("estimator", ["activation", "weight"])
 @pytest.mark.parametrize("tuner", ["full", "lora", "head"])
 def test_train_eval_replay(
@@ -659,13 +665,8 @@ def test_baselines(seq2seq_folder: Path, sentiment_csv: Path, tmp_path: Path, ca
     assert shown["draws"][0]["demonstrations_used"] == 2
     probe = last(capsys, "baseline", "--method", "probe", *task)
     assert probe["accuracy"] == 1.0  # the text says it in as many words
-    for more in (
-        [],
-        ["--tuner", "lora"],
-        ["--tuner", "head"],
-        ["--gradient-checkpointing", "true"],
-    ):
-        steps = ["--max-steps", 8, "--lr", 3e-2, *more]
+    for more in ([], ["--tuner", "lora"], ["--tuner", "head"], ["--gradient-checkpointing"]):
+        steps = ["--max-steps", 8, "--lr", 3e-2 if more == ["--tuner", "lora"] else 3e-3, *more]
         found = last(capsys, "baseline", "--method", "first-order", *steps, *task)
         assert found["loss"] < plain["loss"]
 
@@ -677,8 +678,8 @@ def test_answers_in_its_own_words_are_trained(
     (tmp_path / "rows").mkdir()
     (tmp_path / "own.yaml").write_text(
         "name: own\ntitle: own\nkind: generation\n"
-        "files: {train: [train.jsonl], test: [test.jsonl]}\n"
-        "template: '{text} It was'\nanswers: {from: answers}\nfields: {text: text}\nmax_new_tokens: 4\n"
+        "splits: {train: train.jsonl, test: test.jsonl}\nfields: {text: {from: text}}\n"
+        "template: '{text} It was'\nanswers: {from: answers}\nmax_new_tokens: 4\n"
     )
     for split, count in (("train", 24), ("test", 8)):
         lines = [
@@ -773,6 +774,7 @@ def test_an_encoder_decoder_of_something_else_than_text_is_refused() -> None:
         Scorer(model, make_tokenizer("t5"), Task(TEMPLATE, WORDS))
 
 
+@pytest.mark.filterwarnings(DEPRECATED)
 def test_an_adapter_that_is_put_before_a_text_is_refused(tmp_path: Path, capsys: Any) -> None:
     from peft import PrefixTuningConfig, get_peft_model
 

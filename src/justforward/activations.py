@@ -8,8 +8,8 @@ the result what the perturbed weight of each row would have added:
     lookup   y[r] += c[r] a[r, token] b[r]
     norm     y[r]  = norm(x[r]) * (w + c[r] z[r])   vectors take a dense z[r]
 
-with c[r] = +eps or -eps. T5's table of relative positions is looked up once for all rows: it is looked up once for each
-instead (`_EachRow`). A use of a parameter that is not known here is refused by name: no direction is ever
+with c[r] = +eps or -eps. A table of positions that a model looks up once for all rows is looked up once for each
+instead (`_FOR_ALL_ROWS`). A use of a parameter that is not known here is refused by name: no direction is ever
 half applied in silence. Flipout (arXiv 1803.04386) has the rank-one signs, EGGROLL (arXiv 2511.16652) and GRZO
 (arXiv 2606.02857) the per-example rank-one directions.
 """
@@ -29,9 +29,10 @@ from justforward.errors import UserError
 
 _plain = torch._C.DisableTorchFunctionSubclass
 
-# T5's table of relative positions is looked up by [queries, keys], which no operation can tell from a batch of texts. So it
-# is known by its name, which its kin share (not LongT5, whose axes are others).
-_FOR_ALL_ROWS = ".SelfAttention.relative_attention_bias.weight"
+# Tables that are looked up by so many axes none of which is the rows, which no operation can tell from a batch of texts. So
+# they are known by their names: relative positions by [queries, keys] in T5 and its kin (not LongT5, whose axes are others),
+# positions by [places] in Pegasus, Marian and Blenderbot.
+_FOR_ALL_ROWS = {".SelfAttention.relative_attention_bias.weight": 2, ".embed_positions.weight": 1}
 
 
 class Look:
@@ -271,7 +272,7 @@ def _embedding(
     if max_norm is not None or not isinstance(weight, _Looking):
         return NotImplemented
     look, name = weight._jf_look, _name(weight)
-    for_all = name.endswith(_FOR_ALL_ROWS) and input.dim() == 2
+    for_all = any(name.endswith(n) and input.dim() == axes for n, axes in _FOR_ALL_ROWS.items())
     input = _spread(look, input[None] if for_all else input)
     _group(look, input, weight)
     a, b, c = look.outer(weight._jf_index)
@@ -279,7 +280,8 @@ def _embedding(
     shape = (look.times, len(a), -1)
     picked = a.expand(look.times, -1, -1).gather(2, input.reshape(shape)) * c
     y.view(*shape, y.shape[-1]).addcmul_(picked[..., None], b[:, None, :])
-    return _EachRow(y, name) if for_all else y
+    # a vector a place is added to the text's, rows in front or not; biases go through some hands first
+    return _EachRow(y, name) if for_all and input.dim() == 3 else y
 
 
 def _affine(y: Tensor, weight: Any, bias: Any) -> Tensor:

@@ -116,7 +116,6 @@ def _load(
             AutoTokenizer,
         )
 
-        rounded = {} if quantize is None else quantising(quantize)
         with _one_line(name, "config.json", hint):
             config = AutoConfig.from_pretrained(name, **where)
         kind = _kind_of(name, config)
@@ -124,10 +123,11 @@ def _load(
             raise UserError(
                 f"--quantize is {quantize!r}: {name} is an encoder-decoder, whose layers are not quantised: leave it out"
             )
+        rounded = {} if quantize is None else quantising(quantize)
         with _one_line(name, "the tokenizer", hint):
             tokenizer = AutoTokenizer.from_pretrained(name, **where)
-        # transformers builds one of special tokens alone, or none, where a folder has none
-        if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 1 or len(tokenizer) < 2:
+        # transformers builds one of special tokens alone, or none, where a folder has none; T5's has "\u2581" besides
+        if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:
             raise UserError(f"{name}: no tokenizer in the folder: copy its tokenizer.json there")
         if kind == "masked" and tokenizer.mask_token_id is None:
             raise UserError(
