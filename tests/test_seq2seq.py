@@ -561,6 +561,17 @@ def test_a_head_of_its_own_is_saved_and_loaded(kind: str, tmp_path: Path) -> Non
     assert not torch.allclose(scored[0], scored[2], atol=0.1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_did_not_move_is_tied_again(kind: str, tmp_path: Path) -> None:
+    model, tokenizer = adapted(kind, "head"), make_tokenizer(SEQ2SEQ[kind])
+    save_model(model, tokenizer, tmp_path / "out")
+    again: Any = load_model(tmp_path / "out")[0]
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert jf.fingerprint(again) == jf.fingerprint(lively(kind))
+    one, two = (Scorer(m, tokenizer, Task(TEMPLATE, WORDS)) for m in (model, again))
+    assert torch.equal(one.scores(one.encode(rows())), two.scores(two.encode(rows())))
+
+
 # ------------------------------------------------------------------------------------ the command line
 
 
