@@ -33,6 +33,7 @@ torch.set_num_threads(1)
 CONTEXT = 64
 ARCHITECTURES = ("opt", "gpt2", "llama")
 MASKED = {"bert": "wordpiece", "roberta": "roberta", "distilbert": "wordpiece"}  # and tokenizers
+SEQ2SEQ = {"t5": "t5", "bart": "roberta"}  # and tokenizers
 CORPUS = [
     "a fine film with great acting . It was great",
     "a dull and terrible film , not good at all . It was terrible",
@@ -181,11 +182,36 @@ def _roberta(vocab_size: int) -> Any:
     )
 
 
+def _t5(vocab_size: int) -> Any:
+    """T5's kind: \u2581 before a word, </s> behind a text, <pad> as the first token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast: Any = PreTrainedTokenizerFast
+    inner = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    inner.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<pad>", "</s>", "<unk>"],
+            initial_alphabet=[chr(code) for code in range(33, 127)],
+            show_progress=False,
+        ),
+    )
+    inner.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return fast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+
+
 TOKENIZERS: dict[str, Callable[[int], Any]] = {
     "bytelevel": _bytelevel,
     "metaspace": _metaspace,
     "wordpiece": _wordpiece,
     "roberta": _roberta,
+    "t5": _t5,
 }
 
 
@@ -211,6 +237,8 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Any:
 def make_model(architecture: str, *, vocab_size: int = 1024, seed: int = 0) -> Any:
     """A language model of some ten thousand weights: fp32, eval mode, the head tied or not (Llama)."""
     from transformers import (
+        BartConfig,
+        BartForConditionalGeneration,
         BertConfig,
         BertForMaskedLM,
         DistilBertConfig,
@@ -223,6 +251,8 @@ def make_model(architecture: str, *, vocab_size: int = 1024, seed: int = 0) -> A
         OPTForCausalLM,
         RobertaConfig,
         RobertaForMaskedLM,
+        T5Config,
+        T5ForConditionalGeneration,
     )
 
     encoder: dict[str, Any] = {
@@ -304,6 +334,37 @@ def make_model(architecture: str, *, vocab_size: int = 1024, seed: int = 0) -> A
                     pad_token_id=0,
                 )
             )
+        elif architecture == "t5":
+            model = T5ForConditionalGeneration(
+                T5Config(
+                    vocab_size=vocab_size,
+                    d_model=16,
+                    d_kv=8,
+                    d_ff=32,
+                    num_layers=2,
+                    num_heads=2,
+                    relative_attention_num_buckets=8,
+                    relative_attention_max_distance=16,
+                    decoder_start_token_id=0,
+                )
+            )
+        elif architecture == "bart":
+            model = BartForConditionalGeneration(
+                BartConfig(
+                    vocab_size=vocab_size,
+                    d_model=16,
+                    encoder_layers=2,
+                    decoder_layers=2,
+                    encoder_attention_heads=2,
+                    decoder_attention_heads=2,
+                    encoder_ffn_dim=32,
+                    decoder_ffn_dim=32,
+                    max_position_embeddings=CONTEXT,
+                    init_std=0.2,
+                    pad_token_id=1,
+                    forced_eos_token_id=None,
+                )
+            )
         else:
             raise ValueError(architecture)
     return model.eval()
@@ -354,6 +415,15 @@ def masked_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = tmp_path / "masked"
     make_model(request.param).save_pretrained(folder)
     make_tokenizer(MASKED[request.param]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=sorted(SEQ2SEQ))
+def seq2seq_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The same with each of the encoder-decoders in turn."""
+    folder = tmp_path / "seq2seq"
+    make_model(request.param).save_pretrained(folder)
+    make_tokenizer(SEQ2SEQ[request.param]).save_pretrained(folder)
     return folder
 
 

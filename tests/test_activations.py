@@ -6,6 +6,7 @@ Reading order: models, what a look must give, modules of every kind, what is ref
 from __future__ import annotations
 
 import copy
+import re
 import signal
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import justforward as jf
-from conftest import CONTEXT, MASKED, make_model, make_tokenizer, materialise
-from justforward import NonFiniteLoss, UserError, noise
+from conftest import CONTEXT, MASKED, SEQ2SEQ, make_model, make_tokenizer, materialise
+from justforward import NonFiniteLoss, UserError, causal, noise
 from justforward.activations import repeat_rows
 from justforward.data import Example
 from justforward.directions import FAMILIES, Weights
@@ -56,6 +57,26 @@ def roberta(kind: str) -> Any:
         "classifier": RobertaForSequenceClassification,
     }
     return kinds[kind](config).eval()
+
+
+def pegasus() -> Any:
+    """Its positions are looked up as [L], without an axis for rows."""
+    from transformers import PegasusConfig, PegasusForConditionalGeneration
+
+    return PegasusForConditionalGeneration(
+        PegasusConfig(
+            vocab_size=96,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=CONTEXT,
+            init_std=0.2,
+        )
+    ).eval()
 
 
 def mixtral() -> Any:
@@ -96,6 +117,15 @@ def token_loss(model: Any, batch: Batch) -> Tensor:
     return (losses * mask).sum(1) / mask.sum(1)
 
 
+def answer_loss(model: Any, batch: Batch) -> Tensor:
+    """Cross-entropy of the text itself as the decoder's answer, as one trains an encoder-decoder."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    shown = torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :-1]], dim=1)
+    logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=shown).logits
+    losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+    return (losses * mask).sum(1) / mask.sum(1)
+
+
 def class_loss(model: Any, batch: Batch) -> Tensor:
     arguments = {k: v for k, v in batch.items() if k != "label"}
     return F.cross_entropy(model(**arguments).logits, batch["label"], reduction="none")
@@ -124,6 +154,10 @@ MODELS: dict[str, tuple[Callable[[], Any], LossFn]] = {
     "bert masked": (lambda: make_model("bert", vocab_size=96), token_loss),
     "bert masked untied": (lambda: untied(make_model("bert", vocab_size=96)), token_loss),
     "distilbert masked": (lambda: make_model("distilbert", vocab_size=96), token_loss),
+    "t5": (lambda: make_model("t5", vocab_size=96), answer_loss),
+    "t5 untied": (lambda: untied(make_model("t5", vocab_size=96)), answer_loss),
+    "bart": (lambda: make_model("bart", vocab_size=96), answer_loss),
+    "pegasus": (pegasus, answer_loss),
     "roberta classifier": (lambda: roberta("classifier"), class_loss),
 }
 
@@ -318,6 +352,69 @@ def test_answers_at_a_mask(architecture: str) -> None:
         agree(looked(weights, scorer.losses, batch, two_calls=two_calls), expected)
 
 
+@pytest.mark.parametrize("rows", [3, 7])
+def test_relative_positions_shared_by_all_rows(rows: int) -> None:
+    """T5 looks them up as [queries, keys], which are as many as the rows here: still not rows."""
+    model, loss_fn = build("t5")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("relative_attention_bias" in name)
+    weights, batch = weights_of(model, eps=(1.0,)), token_batch(rows, 7)
+    expected = by_hand(model, weights, loss_fn, batch, eps=(1.0,))
+    for two_calls in (False, True):
+        found = looked(weights, lambda b: loss_fn(model, b), batch, two_calls=two_calls, eps=(1.0,))
+        agree(found, expected)
+
+
+def answering(kind: str) -> tuple[Any, LossFn, Batch]:
+    """An encoder-decoder with several sequences of the decoder's a row, of labels of several tokens."""
+    model, tokenizer = stirred(make_model(kind)), make_tokenizer(SEQ2SEQ[kind])
+    task = Task("{text} It was", {"a": "not good at all", "b": "very good", "c": "great"})
+    texts = ["a fine film", "", "the story is wonderful , the music is great"]
+    examples = [Example({"text": t}, "abc"[i], "rows.csv", i) for i, t in enumerate(texts)]
+
+    def loss_fn(of: Any, batch: Batch) -> Tensor:
+        return Scorer(of, tokenizer, task).losses(batch)
+
+    batch = Scorer(model, tokenizer, task).encode(examples)
+    assert batch["decoder_input_ids"].shape[1] > 1
+    return model, loss_fn, batch
+
+
+@pytest.mark.parametrize("most_logits", [2**26, 1], ids=["at once", "one by one"])
+@pytest.mark.parametrize("kind", sorted(SEQ2SEQ))
+def test_answers_of_a_decoder(monkeypatch: pytest.MonkeyPatch, kind: str, most_logits: int) -> None:
+    monkeypatch.setattr(causal, "MOST_LOGITS", most_logits)
+    model, loss_fn, batch = answering(kind)
+    weights = weights_of(model)
+    expected = by_hand(model, weights, loss_fn, batch)
+    for two_calls in (False, True):
+        agree(looked(weights, lambda b: loss_fn(model, b), batch, two_calls=two_calls), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tuned"),
+    [
+        ("t5", r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias"),
+        ("t5", r"decoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias"),
+        ("t5", r"relative_attention_bias"),
+        ("t5", r"decoder\.block\.1"),
+        ("bart", r"decoder\.embed_positions"),
+        ("bart", r"encoder\.embed_positions"),
+        ("bart", r"embed_positions|layernorm"),
+    ],
+)
+def test_any_part_of_an_encoder_decoder_may_be_frozen(kind: str, tuned: str) -> None:
+    """Nothing else then shows how many rows the encoder has, and how many the decoder."""
+    model, loss_fn, batch = answering(kind)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.search(tuned, name) is not None)
+    weights = weights_of(model, eps=(0.3,))
+    expected = by_hand(model, weights, loss_fn, batch, eps=(0.3,))
+    for two_calls in (False, True):
+        found = looked(weights, lambda b: loss_fn(model, b), batch, two_calls=two_calls, eps=(0.3,))
+        agree(found, expected)
+
+
 def test_segments_are_looked_up_as_given() -> None:
     model, loss_fn = build("bert masked")
     weights, batch = weights_of(model), token_batch()
@@ -507,6 +604,32 @@ def test_unknown_uses_are_refused_by_name(use: str) -> None:
         looked(weights, lambda b: use_loss(model, b), use_batch())
     assert "estimator='weight' or freeze the parameter" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("use", "what"),
+    [
+        (lambda values: values.permute([2, 0, 1]).unsqueeze(1), "unsqueeze"),
+        (lambda values: values.transpose(0, 2), "transpose"),
+        (lambda values: torch.add(1.0, values.permute(2, 0, 1)), "add"),
+        (lambda values: F.softmax(values, -1), "softmax"),
+    ],
+)
+def test_another_use_of_relative_positions_is_refused_by_name(use: Any, what: str) -> None:
+    """Put together as T5 does it and as nobody does."""
+    model: Any = nn.Module()
+    model.SelfAttention = nn.Module()
+    model.SelfAttention.relative_attention_bias = nn.Embedding(8, 2)
+    whole: Any = nn.Module()
+    whole.layer = model
+
+    def loss_fn(batch: Batch) -> Tensor:
+        places = torch.arange(5)[:, None].expand(5, 5)
+        return use(model.SelfAttention.relative_attention_bias(places)).sum() + batch["x"].sum()
+
+    said = rf"layer\.SelfAttention\.relative_attention_bias\.weight gives for all rows at once is used by .*({what})"
+    with pytest.raises(UserError, match=said):
+        looked(weights_of(whole), loss_fn, use_batch())
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])

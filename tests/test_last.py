@@ -203,6 +203,8 @@ class Twice(nn.Module):
 
 
 def test_hindrances() -> None:
+    both = Scorer(make_model("t5"), make_tokenizer("t5"), WRITING)
+    assert last_hindrance(both, rows(1)[0]) == "a t5 model has no single stack of layers"
     scorer = scorer_for("llama")
     model: Any = scorer.model
     model.model.norm = Twice(model.model.norm)

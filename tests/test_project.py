@@ -63,6 +63,7 @@ ROOMS = [
     "cached",
     "causal",
     "masked",
+    "seq2seq",
     "generate",
     "evaluate",
     "objectives",

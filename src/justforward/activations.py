@@ -8,7 +8,8 @@ the result what the perturbed weight of each row would have added:
     lookup   y[r] += c[r] a[r, token] b[r]
     norm     y[r]  = norm(x[r]) * (w + c[r] z[r])   vectors take a dense z[r]
 
-with c[r] = +eps or -eps. A use of a parameter that is not known here is refused by name: no direction is ever
+with c[r] = +eps or -eps. A table of positions that a model looks up once for all rows is looked up once for each
+instead (`_FOR_ALL_ROWS`). A use of a parameter that is not known here is refused by name: no direction is ever
 half applied in silence. Flipout (arXiv 1803.04386) has the rank-one signs, EGGROLL (arXiv 2511.16652) and GRZO
 (arXiv 2606.02857) the per-example rank-one directions.
 """
@@ -27,6 +28,11 @@ from justforward.directions import Weights
 from justforward.errors import UserError
 
 _plain = torch._C.DisableTorchFunctionSubclass
+
+# Tables that are looked up by so many axes none of which is the rows, which no operation can tell from a batch of texts. So
+# they are known by their names: relative positions by [queries, keys] in T5 and its kin (not LongT5, whose axes are others),
+# positions by [places] in Pegasus, Marian and Blenderbot.
+_FOR_ALL_ROWS = {".SelfAttention.relative_attention_bias.weight": 2, ".embed_positions.weight": 1}
 
 
 class Look:
@@ -155,6 +161,43 @@ def _spread(look: Look, x: Tensor) -> Tensor:
     return x
 
 
+class _EachRow:
+    """What a table that is looked up once for all rows holds for each of them, [R k, queries, keys, heads].
+
+    It passes for [queries, keys, heads] until the model itself puts an axis for the rows in front. It can do no more
+    than that, so a model that does something else with it is refused.
+    """
+
+    def __init__(self, values: Tensor, name: str) -> None:
+        self._values = values
+        self._name = name
+
+    def permute(self, *axes: Any) -> _EachRow:
+        given = axes[0] if len(axes) == 1 else axes
+        return _EachRow(self._values.permute(0, *(1 + axis for axis in given)), self._name)
+
+    def unsqueeze(self, dim: int) -> Tensor:
+        if dim != 0:
+            raise self._unknown("unsqueeze")
+        return self._values
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._unknown(name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = (*args, *(kwargs or {}).values())
+        raise next(x for x in given if isinstance(x, cls))._unknown(getattr(func, "__name__", ""))
+
+    def _unknown(self, what: str) -> UserError:
+        return UserError(
+            f"activation space: what parameter {self._name} gives for all rows at once is used by {what}, which it "
+            "does not know: use estimator='weight' or freeze the parameter"
+        )
+
+
 def _add_outer(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, look: Look, p: _Looking
 ) -> Tensor:
@@ -228,15 +271,17 @@ def _embedding(
 ) -> Any:
     if max_norm is not None or not isinstance(weight, _Looking):
         return NotImplemented
-    look = weight._jf_look
-    input = _spread(look, input)
+    look, name = weight._jf_look, _name(weight)
+    for_all = any(name.endswith(n) and input.dim() == axes for n, axes in _FOR_ALL_ROWS.items())
+    input = _spread(look, input[None] if for_all else input)
     _group(look, input, weight)
     a, b, c = look.outer(weight._jf_index)
     y = F.embedding(input, weight)
     shape = (look.times, len(a), -1)
     picked = a.expand(look.times, -1, -1).gather(2, input.reshape(shape)) * c
     y.view(*shape, y.shape[-1]).addcmul_(picked[..., None], b[:, None, :])
-    return y
+    # a vector a place is added to the text's, rows in front or not; biases go through some hands first
+    return _EachRow(y, name) if for_all and input.dim() == 3 else y
 
 
 def _affine(y: Tensor, weight: Any, bias: Any) -> Tensor:
@@ -316,18 +361,33 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 }
 
 
+_under_way: list[Look] = []
+
+
+def entering(rows: int) -> None:
+    """Say that what the model runs next has so many rows: what has no axis of rows of its own is then repeated as often.
+
+    Without, they are taken to be as many as the most that were seen, which is wrong where one look runs parts of a model
+    on batches of different size. Outside of looks nothing happens.
+    """
+    if _under_way:
+        _under_way[-1].leading = rows
+
+
 @contextmanager
 def looking(look: Look) -> Iterator[None]:
     """While inside, every parameter that does not rest adds its rows' directions to the results it takes part in."""
     places = [i for i in range(len(look.weights.tensors)) if look.moves(i)]
     tensors = [look.weights.tensors[i] for i in places]
     classes = [type(tensor) for tensor in tensors]
+    _under_way.append(look)
     try:
         for i, tensor in zip(places, tensors, strict=True):
             tensor.__class__ = _Looking
             tensor._jf_look, tensor._jf_index = look, i  # type: ignore[attr-defined]
         yield
     finally:
+        _under_way.pop()
         for tensor, kind in zip(tensors, classes, strict=True):
             with _plain():
                 tensor.__dict__.pop("_jf_look", None)

@@ -69,6 +69,8 @@ class CausalPrompts(Prompts):
     """The answer follows the prompt. Arguments and errors are those of `Prompts`."""
 
     alone = "the template and the longest label word alone make"
+    unlike_masked = "is a causal one"
+    together = True  # prompt and answer are one sequence
 
     def __init__(
         self,
@@ -81,19 +83,20 @@ class CausalPrompts(Prompts):
         if task.masked:
             raise UserError(
                 f"template {task.template!r} has {{mask}}, which only a masked model such as BERT "
-                f"can fill; {type(inner_model(model)).__name__} is a causal one: end the template "
+                f"can fill; {type(inner_model(model)).__name__} {self.unlike_masked}: end the template "
                 "where the answer follows, as in '{text} It was'"
             )
         super().__init__(model, tokenizer, task, max_length, demonstrations)
-        self.behind = []  # the answer comes there
+        if self.together:
+            self.behind = []  # the answer comes there
         # the template's end says how the word is joined: see _texts
         self._tail = task.tail.rstrip(" ")
         self._join = "" if self._tail and self._tail[-1].isspace() else " "
         self._read_words()
         self._plan = plan(self.words)
-        self.after = max(map(len, self.words), default=1)
-        if task.kind == "generation":
-            self.after = task.max_new_tokens
+        if self.together:
+            longest = max(map(len, self.words), default=1)
+            self.after = task.max_new_tokens if task.kind == "generation" else longest
         self._check_room()
         self._shots = [
             (text, len(self._bare(text))) for text in map(self._shown_row, demonstrations)
@@ -114,8 +117,8 @@ class CausalPrompts(Prompts):
         if start:
             rest = [Row(row.prompt[len(start) :], row.choices, row.right) for row in rows]
             return {**self.batch(rest), "start_ids": self._tensor([start])}
-        plans = [self._plan if row.choices is self.words else plan(row.choices) for row in rows]
-        sequences = max(len(each.shown) for each in plans)
+        plans, shown = self._planned(rows)
+        sequences = len(shown[0])
         longest = max(len(each.shown[-1]) for each in plans)
         saved = sum(
             len(row.prompt) * (len(p.shown) - 1) for row, p in zip(rows, plans, strict=True)
@@ -123,17 +126,21 @@ class CausalPrompts(Prompts):
         several = sequences > 1 and saved >= WORTH_SHARING
         if several and can_share(self.model, self.accepts):
             batch = self._sequences([[row.prompt] for row in rows])
-            # the rows of one batch need as many sequences each: the first again for those that are lacking
-            shown = [p.shown + [p.shown[0]] * (sequences - len(p.shown)) for p in plans]
             batch["shown_ids"], batch["shown_mask"] = self._padded_right(shown, longest)
             first = [[0] * sequences for _ in plans]
         else:
-            shown = [p.shown + [p.shown[0]] * (sequences - len(p.shown)) for p in plans]
             batch = self._sequences(
                 [[row.prompt + s for s in each] for row, each in zip(rows, shown, strict=True)]
             )
             first = [[longest - len(s) for s in each] for each in shown]
         return {**batch, **self._reads(plans, first)}
+
+    def _planned(self, rows: Sequence[Row]) -> tuple[list[Plan], list[list[list[int]]]]:
+        """Each row's plan, and the beginnings of answers that it shows: of every row as many."""
+        plans = [self._plan if row.choices is self.words else plan(row.choices) for row in rows]
+        most = max(len(each.shown) for each in plans)
+        # the first again for those that are lacking
+        return plans, [p.shown + [p.shown[0]] * (most - len(p.shown)) for p in plans]
 
     def _common_start(self, rows: Sequence[Row]) -> list[int]:
         """What all prompts begin with, if reading it once saves enough."""
@@ -229,7 +236,7 @@ class CausalPrompts(Prompts):
             output = self.model(**{k: v for k, v in arguments.items() if k in self.accepts})
         # [B, R, K, V]; a model without logits_to_keep gives all L positions: the last K count
         logits = output.logits[:, -kept:].unflatten(0, (rows, -1)).float()
-        return _log_probabilities(
+        return log_probabilities(
             logits, batch["read_sequence"], batch["read_position"], batch["read_token"]
         )
 
@@ -242,7 +249,7 @@ class CausalPrompts(Prompts):
         )
         zero = torch.zeros_like(sequence)
         logits = prompts.logits.float()[:, None]  # [B, 1, 1, V]
-        found = _log_probabilities(logits, zero, zero, token)
+        found = log_probabilities(logits, zero, zero, token)
         each = max(1, MOST_LOGITS // (rows * length * logits.shape[-1]))
         for start in range(0, sequences, each):
             part = slice(start, min(start + each, sequences))
@@ -253,7 +260,7 @@ class CausalPrompts(Prompts):
             )
             logits = output.logits.unflatten(0, (rows, count)).float()
             here = (position > 0) & (sequence >= start) & (sequence < part.stop)
-            behind = _log_probabilities(
+            behind = log_probabilities(
                 logits,
                 torch.where(here, sequence - start, zero),
                 torch.where(here, position - 1, zero),
@@ -343,7 +350,7 @@ class CausalPrompts(Prompts):
         return self._bare(self._join + word)
 
 
-def _log_probabilities(logits: Tensor, sequence: Tensor, position: Tensor, token: Tensor) -> Tensor:
+def log_probabilities(logits: Tensor, sequence: Tensor, position: Tensor, token: Tensor) -> Tensor:
     """[B, T]: of logits [B, R, K, V] what stands at (sequence, position, token) [B, T], normalised."""
     normaliser = logits.logsumexp(dim=-1)
     row = torch.arange(len(logits), device=logits.device)[:, None].expand_as(token)

@@ -36,6 +36,7 @@ from justforward.probe import (
 )
 from justforward.prompts import eval_mode
 from justforward.stream import Norm, Stream, find_norm, find_stream, matrix_of, write, writing_too
+from justforward.trunk import stack_of
 
 MOST_ROWS = 4000  # that a probe is fitted on: products of all pairs are kept
 # Inverse strengths of the penalty; a row's features are about 1 long.
@@ -48,6 +49,8 @@ READ = 0.1  # how much being read by the layers above counts, against varying
 def deep_hindrance(scorer: Scorer, row: Example, share: float) -> str | None:
     """Why the upper layers of a model, this share of all, cannot be probed; None if they can."""
     kind = scorer.model.config.model_type
+    if stack_of(scorer.model) is None:
+        return f"a {kind} model has no single stack of layers"
     stream = _stream(scorer, row, share)
     if stream is None:
         return f"the layers of a {kind} model write to the residual stream by more than linear maps"

@@ -1,7 +1,8 @@
 """Scores each choice of a row by its log-likelihood, whole batches in one forward pass; or has the model write.
 
 A causal model is asked for what follows the prompt (`causal`), a masked one for what stands at the mask
-(`masked`); what is common to both is here and in `prompts`.
+(`masked`), an encoder-decoder for what its decoder answers to the prompt (`seq2seq`); what is common to them is here and
+in `prompts`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from justforward.errors import UserError
 from justforward.generate import GREEDY, Sampling, generate
 from justforward.masked import MaskedPrompts
 from justforward.metrics import accuracy, exact_match, figures
-from justforward.models import is_masked
+from justforward.models import is_masked, is_seq2seq
 from justforward.prompts import Batch, Prompts, Row, eval_mode
+from justforward.seq2seq import Seq2SeqPrompts
 from justforward.tasks import Task
 
 if TYPE_CHECKING:
@@ -61,11 +63,11 @@ class Scorer:
     """Turns rows into batches and batches into one score a choice, or one loss a row.
 
     Args:
-        model: a causal or masked language model.
+        model: a causal, masked or encoder-decoder language model.
         tokenizer: its tokenizer; it needs no padding token.
         task: template and label words; the template has ``{mask}`` if the model is a masked one.
-        max_length: longest sequence in tokens, prompt and answer together; a longer row has the
-            text of its longest field shortened (the template and the answer stay whole). None
+        max_length: longest sequence in tokens, prompt and answer together (of an encoder-decoder the
+            prompt alone); a longer row has the text of its longest field shortened (the template and the answer stay whole). None
             truncates nothing: a row longer than the model's context is an error.
         demonstrations: rows to show with their answers before each row (in-context learning), as many
             of the last of them as fit.
@@ -98,7 +100,11 @@ class Scorer:
         self.labels = list(task.labels)
         self.max_length = max_length
         self.calibrate = calibrate
-        kind = MaskedPrompts if is_masked(model) else CausalPrompts
+        kind: type[Prompts] = CausalPrompts
+        if is_seq2seq(model):
+            kind = Seq2SeqPrompts
+        elif is_masked(model):
+            kind = MaskedPrompts
         self.prompts: Prompts = kind(model, tokenizer, task, max_length, demonstrations)
         self._numbers: dict[int, int] = {}  # of an example's id
         # The examples are kept too: their ids stay taken as long as the entries live.
@@ -124,7 +130,8 @@ class Scorer:
         """A batch of B rows: every tensor has B as its first dimension.
 
         ``label`` [B] is the index of the right choice, ``row`` [B] what `example` knows a row by; the others
-        are the model's input, as `CausalPrompts.batch` or `MaskedPrompts.batch` has it.
+        are the model's input, as `CausalPrompts.batch`, `MaskedPrompts.batch` or
+        `Seq2SeqPrompts.batch` has it.
 
         Args:
             answers: "all" choices, the "right" one alone (enough for the loss over the vocabulary), or

@@ -17,6 +17,7 @@ from torch import Tensor
 from justforward import noise
 from justforward.cached import Encoded
 from justforward.errors import UserError
+from justforward.seq2seq import Answering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +67,8 @@ def generate(
     """Continue each prompt until a stop string, the end-of-text token, or max_new_tokens.
 
     Args:
-        batch: ``input_ids``, ``attention_mask``, ``position_ids`` [N, L], padded on the left.
+        batch: ``input_ids``, ``attention_mask``, ``position_ids`` [N, L], padded on the left; or as
+            `Seq2SeqPrompts.batch` has it, each row with one sequence of the decoder's.
         accepts: names of the arguments that the model's forward takes.
         stop: strings that end a text; they are not part of it, nor is what follows.
         keys: of each row's randomness (default its place in the batch).
@@ -74,16 +76,12 @@ def generate(
     Raises:
         UserError: the model keeps no keys and values; or its logits are not finite.
     """
-    if not {"past_key_values", "use_cache", "position_ids"} <= accepts:
-        raise UserError(
-            f"{type(model).__name__} keeps no keys and values to write texts with: give another model"
-        )
-    read = Encoded.after(model, batch, accepts)
-    keys = range(len(read.mask)) if keys is None else keys
+    read = _begun(model, batch, accepts)
+    keys = range(len(batch["input_ids"])) if keys is None else keys
     ends = _end_tokens(model, tokenizer)
     tokens: list[list[int]] = [[] for _ in keys]
     texts: list[str | None] = [None] * len(tokens)
-    ones = read.mask.new_ones(len(tokens), 1)
+    ones = batch["attention_mask"].new_ones(len(tokens), 1)
     forwards = 1
     for place in range(max_new_tokens):
         chosen = _next(read.logits[:, -1].float(), sampling, keys, place)
@@ -100,6 +98,19 @@ def generate(
         for row, text in enumerate(texts)
     ]
     return Generated([text.strip() for text in finished], forwards)
+
+
+def _begun(
+    model: PreTrainedModel, batch: dict[str, Tensor], accepts: set[str]
+) -> Encoded | Answering:
+    """The prompts, read."""
+    if "decoder_input_ids" in batch:
+        return Answering.begun(model, batch)
+    if not {"past_key_values", "use_cache", "position_ids"} <= accepts:
+        raise UserError(
+            f"{type(model).__name__} keeps no keys and values to write texts with: give another model"
+        )
+    return Encoded.after(model, batch, accepts)
 
 
 def _ended(

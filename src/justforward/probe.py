@@ -1,7 +1,7 @@
 """Linear probing: logistic regression on what the output head sees where the answer is read.
 
 The model stays as it is. Of a causal model the features are the last hidden state of the prompt, of a masked one
-the state at the mask; each as the head's matrix gets it. A linear map from there to the labels is what tuning that
+the state at the mask, of an encoder-decoder the decoder's before its answer; each as the head's matrix gets it. A linear map from there to the labels is what tuning that
 matrix reaches for, found by convex optimization instead of steps (arXiv 2305.17333, table 1, "LP"). The head's rows of
 the label words may start from it ("LP-MeZO").
 """
@@ -24,7 +24,7 @@ from justforward.data import Example, batches
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.metrics import figures
-from justforward.models import inner_model
+from justforward.models import inner_model, is_seq2seq
 from justforward.prompts import Batch, Row, eval_mode
 from justforward.tuners import put_rows, rows_of
 
@@ -250,7 +250,7 @@ def _where_answered(states: Tensor, batch: Batch, count: int) -> Tensor:
     at = batch.get("mask_position")
     if (
         at is None or states.shape[1] == 1
-    ):  # prompts end together; a head may be given the masks alone
+    ):  # prompts, and what is before answers, end together; a head may be given the masks alone
         return states[:, -1]
     return states[torch.arange(len(at), device=at.device), at]
 
@@ -340,8 +340,11 @@ def gives_logits(scorer: Scorer, example: Example) -> bool:
     """Whether a model's logits are what its head's matrix gives, neither capped nor scaled."""
     model = inner_model(scorer.model)
     tokens = torch.tensor([scorer.prompts.rows([example])[0].prompt], device=model.device)
+    given = {"input_ids": tokens}
+    if is_seq2seq(model):
+        given["decoder_input_ids"] = tokens[:, :1]  # whichever
     with eval_mode(model), seen_at([(head_of(model), True)], lambda states: states) as seen:
-        logits = model(input_ids=tokens).logits
+        logits = model(**given).logits
     wanted = model.get_output_embeddings()(seen[0].to(logits))
     return torch.allclose(logits, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 

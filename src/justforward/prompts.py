@@ -1,6 +1,6 @@
 """How a row is put to a model, whichever kind: its text as tokens that fit, the label words as tokens.
 
-`causal` and `masked` say what the text looks like, where the answer is read, and how it is scored.
+`causal`, `masked` and `seq2seq` say what the text looks like, where the answer is read, and how it is scored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Row:
     """A row as tokens.
 
     Attributes:
-        prompt: what comes before the answer (a masked model's has the mask in it).
+        prompt: what comes before the answer (a masked model's has the mask in it, an encoder reads it by itself).
         choices: tokens of each possible answer; rows that share label words share the object.
         right: index of the right one.
     """
@@ -88,7 +88,7 @@ class Prompts(ABC):
         self.vocabulary = len(_embedding_weight(model))
         self.padding = self._padding()
         self.before, self.behind = self._specials()
-        self.accepts = _accepted_arguments(model)
+        self.accepts = accepted_arguments(model)
         self.words: list[list[int]] = []  # of each choice, once the subclass has read them
 
     # ------------------------------------------------------------------------- what a kind has its own
@@ -353,7 +353,7 @@ def _embedding_weight(model: PreTrainedModel) -> Tensor:
     return weight
 
 
-def _accepted_arguments(model: Any) -> set[str]:
+def accepted_arguments(model: Any) -> set[str]:
     """What the model's forward takes of the arguments that only some models know."""
     return set(inspect.signature(inner_model(model).forward).parameters)
 

@@ -20,7 +20,7 @@ from justforward.models import inner_model
 from justforward.prepare import choose_tuned
 from justforward.probe import Spared, hindrance, rows_to_fit, start_head
 from justforward.settings import task_of
-from justforward.trunk import rest_below
+from justforward.trunk import rest_below, stack_of
 
 THIRD = 0.333  # of the layers are tuned behind what was fitted
 
@@ -62,7 +62,8 @@ def decided(
         )
     count = given or min(len(train), share_of(config.max_forwards * config.batch_size))
     layers = config.layers
-    if config.tuner == "full" and config.tune is None and layers is None:
+    one_stack = stack_of(scorer.model) is not None
+    if config.tuner == "full" and config.tune is None and layers is None and one_stack:
         layers = THIRD
     start = config.start
     if task_of(config).kind == "generation":
@@ -84,9 +85,8 @@ def decided(
         if start == "auto":
             start = "deep" if config.tuner == "full" and layers is not None else "probe"
     if start == "deep":
-        assert layers is not None
         count = count if given else min(count, MOST_ROWS)
-        why = deep_hindrance(scorer, train[0], layers)
+        why = deep_hindrance(scorer, train[0], layers or THIRD)
         if why is None and count > MOST_ROWS:
             why = f"{count} rows are more than the {MOST_ROWS} that it can be fitted on"
         if why is not None and config.start == "deep":

@@ -31,7 +31,7 @@ from justforward import noise
 from justforward.config import FITTED, PROBED, TrainConfig
 from justforward.errors import UserError
 from justforward.folder import write_whole
-from justforward.models import inner_model
+from justforward.models import inner_model, is_seq2seq
 from justforward.stream import matrix_of, write
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _task_type(model: PreTrainedModel) -> str | None:
     """peft's name for the kind of model; None (any) for a masked one."""
     from transformers import GenerationMixin
 
-    if getattr(model.config, "is_encoder_decoder", False):
+    if is_seq2seq(model):
         return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if isinstance(model, GenerationMixin) else None
 
@@ -244,6 +244,11 @@ def _prefix(
 ) -> PreTrainedModel:
     from peft import PrefixTuningConfig
 
+    if is_seq2seq(model):
+        raise UserError(
+            f"--tuner is 'prefix': a {model.config.model_type} model is an encoder-decoder, and a prefix is put before "
+            "the text of a causal one: use --tuner lora"
+        )
     if _task_type(model) != "CAUSAL_LM":
         raise UserError(
             f"--tuner is 'prefix': a {model.config.model_type} model keeps no keys and values to put one "
@@ -412,9 +417,19 @@ def _own_head(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
     if _is_tied(model, head):
         for name, parameter in list(head.named_parameters(recurse=False)):
             setattr(head, name, nn.Parameter(parameter.detach().clone()))
-        for settings in (model.config, model.config.get_text_config()):
-            settings.tie_word_embeddings = False
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        if is_seq2seq(model):
+            # The same switch ties the embeddings of encoder and decoder, which would be missing when the model is loaded
+            # again. Loading leaves a head alone that is in the file with values of its own.
+            mine = {name for name, module in model.named_modules() if module is head}
+            model.all_tied_weights_keys = {
+                name: source
+                for name, source in model.all_tied_weights_keys.items()
+                if name.rpartition(".")[0] not in mine
+            }
+        else:
+            for settings in (model.config, model.config.get_text_config()):
+                settings.tie_word_embeddings = False
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     found: nn.Module = head
     return found
 
