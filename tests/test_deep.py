@@ -124,6 +124,7 @@ def test_a_start_is_what_is_said_of_it(architecture: str, labels: int) -> None:
     scorer, other = scorer_for(architecture, labels), rows(40, labels, 1)
     weights = {n: p.detach().clone() for n, p in scorer.model.named_parameters()}
     started = start_deep(scorer, rows(120, labels), other, 8, 0.5)
+    assert started.forwards == 15 + 5 + 4 * 2 + 5  # rows, validation, four strengths of 16 rows, validation
     found = scorer.evaluate(other, 8)
     assert found.accuracy == pytest.approx(started.accuracy)
     states = hidden_states(scorer, other, 8)

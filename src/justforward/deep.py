@@ -236,16 +236,20 @@ def start_deep(
             return hidden_states(scorer, rows, batch_size)
 
     few = train[:TRIED]
+    forwards = seen.forwards + chosen.forwards
     wanted = fitted.scores(seen, sizes)[:TRIED]
 
     def apart(strength: float) -> float:
-        found = made(strength)[1].scores(under(strength, few).features)
+        nonlocal forwards
+        tried = under(strength, few)
+        forwards += tried.forwards
+        found = made(strength)[1].scores(tried.features)
         return float((found - wanted.double().log_softmax(-1)).square().mean())
 
     strength = min(STRENGTHS, key=apart)
     directions, deep = made(strength)
     actual = under(strength, validation)
-    forwards = seen.forwards + chosen.forwards
+    forwards += actual.forwards
 
     # by the loss, which says more of a few rows than how many are right
     if plain.judged(*chosen.pair)[1] <= deep.judged(*actual.pair)[1]:
