@@ -124,7 +124,9 @@ def test_a_start_is_what_is_said_of_it(architecture: str, labels: int) -> None:
     scorer, other = scorer_for(architecture, labels), rows(40, labels, 1)
     weights = {n: p.detach().clone() for n, p in scorer.model.named_parameters()}
     started = start_deep(scorer, rows(120, labels), other, 8, 0.5)
-    assert started.forwards == 15 + 5 + 4 * 2 + 5  # rows, validation, four strengths of 16 rows, validation
+    assert (
+        started.forwards == 15 + 5 + 4 * 2 + 5
+    )  # rows, validation, four strengths of 16 rows, validation
     found = scorer.evaluate(other, 8)
     assert found.accuracy == pytest.approx(started.accuracy)
     states = hidden_states(scorer, other, 8)
@@ -152,6 +154,18 @@ def test_the_better_in_validation_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     started = start_deep(scorer, rows(120, 2), rows(40, 2, 1), 8, 0.5)
     assert set(started.rows) == {"tokens", "weight"}
     assert find_stream(scorer.model, torch.tensor([[5, 6, 7, 8]]), 0.5) is not None
+
+
+def test_a_head_that_knows_better_is_left_alone_where_that_is_asked() -> None:
+    scorer, given = scorer_for("llama"), rows(120, 2)
+    start_deep(scorer, given, rows(40, 2, 1), 8, 0.5)  # the model's own from here on
+    before = jf.fingerprint(scorer.model)
+    wrong = [replace(row, label="pos" if row.label == "neg" else "neg") for row in given]
+    found = start_deep(scorer, wrong, rows(40, 2, 1), 8, 0.5, or_base=True)
+    assert found.kept
+    assert set(found.rows) == {"tokens", "weight"}
+    assert jf.fingerprint(scorer.model) == before
+    assert not start_deep(scorer, wrong, rows(40, 2, 1), 8, 0.5).kept
 
 
 # ---------------------------------------------------------------------------------- where it cannot be

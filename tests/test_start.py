@@ -24,7 +24,7 @@ from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder
 from justforward.models import load_model
-from justforward.probe import fit_probe, hidden_states, probe_weights, start_head
+from justforward.probe import fit_probe, hidden_states, probe_weights, start_head, stays
 from justforward.progress import Progress
 from justforward.rebuild import evaluate, rebuild
 from justforward.run import train
@@ -129,6 +129,57 @@ def test_a_model_that_caps_its_logits_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(model, "forward", capped)
     with pytest.raises(UserError, match="a gpt2 model does more to its logits than its head's"):
         start_head(scorer, ROWS, ROWS, 8)
+
+
+# ----------------------------------------------------------------------------------- the model's own head
+
+
+def scores_of(right: str, sure: float) -> torch.Tensor:
+    """[N, 2] log-probabilities of rows whose answer is 0: right where there is a "+", with a probability of `sure`."""
+    share = torch.tensor([[sure, 1 - sure] if r == "+" else [1 - sure, sure] for r in right])
+    return share.double().log()
+
+
+@pytest.mark.parametrize(
+    ("own", "found", "sure", "stayed"),
+    [
+        ("+" * 10, "+" * 10, (0.9, 0.6), True),  # as many right, surer
+        ("+" * 10, "+" * 10, (0.6, 0.9), False),
+        ("+" * 10, "+" * 10, (0.7, 0.7), False),  # nothing speaks for it
+        ("+" * 9 + "-", "+" * 10, (0.9, 0.51), False),  # less loss, fewer right
+        ("+" * 10, "-" + "+" * 9, (0.55, 0.95), False),  # one more right, more loss: luck
+        ("+" * 20, "-" * 4 + "+" * 16, (0.505, 0.6), False),  # four more: two standard errors
+        ("+" * 20, "-" * 5 + "+" * 15, (0.505, 0.6), True),  # five more
+        (
+            "-" * 3 + "+" * 7,
+            "+" * 3 + "-" * 7,
+            (0.51, 0.52),
+            True,
+        ),  # seven against three: less loss
+    ],
+)
+def test_when_a_head_stays_as_it_is(
+    own: str, found: str, sure: tuple[float, float], stayed: bool
+) -> None:
+    answers = torch.zeros(len(own), dtype=torch.int64)
+    assert stays(scores_of(own, sure[0]), scores_of(found, sure[1]), answers) is stayed
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_a_head_that_knows_better_is_left_alone_where_that_is_asked(architecture: str) -> None:
+    scorer = scorer_for(architecture)
+    start_head(scorer, ROWS, ROWS, 8)  # a good head: the model's own from here on
+    before = jf.fingerprint(scorer.model)
+    loss = scorer.evaluate(ROWS, 8).loss
+    wrong = [replace(row, label="pos" if row.label == "neg" else "neg") for row in ROWS[:8]]
+    found = start_head(scorer, wrong, ROWS, 8, or_base=True)
+    assert found.kept
+    assert jf.fingerprint(scorer.model) == before
+    assert found.probe.judged(*hidden_states(scorer, ROWS, 8).pair)[1] == pytest.approx(loss, abs=1e-5)  # fmt: skip
+    tuners.put_rows(scorer.model, found.rows)  # what a run would keep as its start
+    assert jf.fingerprint(scorer.model) == before
+    assert not start_head(scorer, wrong, ROWS, 8).kept
+    assert jf.fingerprint(scorer.model) != before
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -286,7 +337,7 @@ def test_from_the_command_line(settings: Any, capsys: pytest.CaptureFixture[str]
     assert cli.main(["eval", "--run", asked.out]) == 0
     capsys.readouterr()
     assert cli.main(["train", "--resume", "--out", asked.out, "--start", "base"]) == 2
-    assert "--start probe, and the run starts from the base" in capsys.readouterr().err
+    assert "it is for what is fitted before the first step" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ what is refused

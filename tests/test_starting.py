@@ -13,7 +13,7 @@ import torch
 
 import justforward as jf
 from conftest import MASKED, make_model, make_tokenizer
-from justforward.config import TrainConfig
+from justforward.config import ReplayConfig, TrainConfig
 from justforward.data import Example, batches
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
@@ -23,6 +23,7 @@ from justforward.models import load_model
 from justforward.prepare import stop_reason
 from justforward.probe import hindrance, rows_to_fit
 from justforward.progress import Progress
+from justforward.rebuild import rebuild
 from justforward.run import train
 from justforward.settings import resolved
 from justforward.starting import share_of
@@ -53,6 +54,21 @@ def test_a_probe_of_half_a_small_budget_and_the_last_third(config: TrainConfig) 
     assert result["forwards"] == 9
     names = [t[0] for t in jf.read_log(RunFolder(config.out).log).header["tensors"]]
     assert all(name.startswith(("transformer.h.1.", "transformer.ln_f.")) for name in names)
+
+
+@pytest.mark.parametrize("start", ["auto", "deep", "probe"])
+def test_only_auto_asks_whether_the_head_was_better(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, start: Any
+) -> None:
+    for module in ("deep", "probe"):
+        monkeypatch.setattr(f"justforward.{module}.stays", lambda *given: True)
+    result, kept, said = go(replace(config, start=start))
+    assert ("the head stays as it is, which is better: validation accuracy" in said) == (
+        start == "auto"
+    )
+    assert kept.start == ("deep" if start == "auto" else start)
+    replay = ReplayConfig(config.out, str(tmp_path / "rebuilt"), threads=1)
+    assert rebuild(replay, Progress(io.StringIO()))["fingerprint"] == result["fingerprint"]
 
 
 def test_a_probe_of_all_the_rows_that_there_are(config: TrainConfig) -> None:

@@ -72,6 +72,13 @@ class Splits:
     conflicts: int = 0
     notes: list[str] = field(default_factory=list)
 
+    def spelled(self) -> str:
+        """How many rows there are."""
+        counts = (
+            f"{len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test"
+        )
+        return counts + (f" ({self.duplicates} duplicates dropped)" if self.duplicates else "")
+
 
 # ---------------------------------------------------------------------------------------- reading
 

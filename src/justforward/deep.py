@@ -31,8 +31,11 @@ from justforward.probe import (
     fit_probe,
     head_of,
     hidden_states,
+    kept_head,
+    own_head,
     put_probe,
     seen_at,
+    stays,
 )
 from justforward.prompts import eval_mode
 from justforward.stream import Norm, Stream, find_norm, find_stream, matrix_of, write, writing_too
@@ -190,6 +193,7 @@ def start_deep(
     batch_size: int,
     share: float,
     spared: Spared = nullcontext,
+    or_base: bool = False,
 ) -> Started:
     """Make head and upper layers a probe of their inner states, or the head alone one of the last, whichever is better.
 
@@ -200,6 +204,7 @@ def start_deep(
         batch_size: rows a forward.
         share: of the layers, the last ones: these are probed and written to.
         spared: as for `start_head`.
+        or_base: likewise.
 
     Returns:
         What was made; `rows` also holds, where upper layers were written to, "to" [hidden, J] and for each linear
@@ -252,7 +257,12 @@ def start_deep(
     forwards += actual.forwards
 
     # by the loss, which says more of a few rows than how many are right
-    if plain.judged(*chosen.pair)[1] <= deep.judged(*actual.pair)[1]:
+    is_plain = plain.judged(*chosen.pair)[1] <= deep.judged(*actual.pair)[1]
+    best = plain.scores(chosen.features) if is_plain else deep.scores(actual.features)
+    own = own_head(scorer)
+    if or_base and stays(own.scores(chosen.features), best, chosen.answers):
+        return kept_head(scorer, own, chosen, forwards)
+    if is_plain:
         return Started(plain, plain.judged(*chosen.pair)[0], forwards, put_probe(scorer, plain))
     tensors = put_probe(scorer, deep)
     for name, module in stream.writers.items():

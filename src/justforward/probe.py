@@ -298,12 +298,15 @@ def seen_at(
 
 @dataclass(frozen=True)
 class Started:
-    """How a head was started: the probe, its accuracy in validation, the forward passes it took, the rows (`rows_of`)."""
+    """How a head was started: the probe, its accuracy in validation, the forward passes it took, the rows (`rows_of`);
+    and whether it is the model's own head that was better.
+    """
 
     probe: Probe
     accuracy: float
     forwards: int
     rows: dict[str, Tensor]
+    kept: bool = False
 
 
 def hindrance(scorer: Scorer, train: Sequence[Example], count: int) -> str | None:
@@ -373,6 +376,7 @@ def start_head(
     validation: Sequence[Example],
     batch_size: int,
     spared: Spared = nullcontext,
+    or_base: bool = False,
 ) -> Started:
     """Make the output head's rows of the label words a linear probe: choices are then scored as the probe scores them.
 
@@ -385,6 +389,7 @@ def start_head(
         validation: rows to choose the penalty by.
         batch_size: rows a forward.
         spared: while inside, layers that do not move are spared; the validation rows, which are scored again and again, run so.
+        or_base: leave the head as it is where that is better in validation (`stays`).
 
     Raises:
         UserError: a label word of several tokens, a label without training rows, or a model that does more to its logits than
@@ -397,9 +402,46 @@ def start_head(
     with spared():
         chosen = hidden_states(scorer, validation, batch_size)
     probe = fit_head(scorer, seen, chosen, validation)
+    forwards = seen.forwards + chosen.forwards
+    own = own_head(scorer)
+    if or_base and stays(
+        own.scores(chosen.features), probe.scores(chosen.features), chosen.answers
+    ):
+        return kept_head(scorer, own, chosen, forwards)
     rows = put_probe(scorer, probe)
     _check_scores(scorer, probe, train[:batch_size], seen.features[:batch_size])
-    return Started(probe, probe.judged(*chosen.pair)[0], seen.forwards + chosen.forwards, rows)
+    return Started(probe, probe.judged(*chosen.pair)[0], forwards, rows)
+
+
+def own_head(scorer: Scorer) -> Probe:
+    """The head's rows of the label words as they are, as a probe."""
+    rows = _rows_of_words(scorer)
+    weight = rows["weight"].double().cpu()
+    bias = rows["bias"].double().cpu() if "bias" in rows else weight.new_zeros(len(weight))
+    return Probe(weight, bias, math.inf, True, 0.0)
+
+
+def kept_head(scorer: Scorer, own: Probe, chosen: Features, forwards: int) -> Started:
+    """A start that leaves the head as it is."""
+    return Started(own, own.judged(*chosen.pair)[0], forwards, _rows_of_words(scorer), kept=True)
+
+
+def stays(own: Tensor, found: Tensor, answers: Tensor) -> bool:
+    """Whether a model's own head is better than what was found: no fewer rows right and less loss, or more right than luck has.
+
+    More than luck: of the rows that one of them alone has right, by two standard errors of a fair coin.
+
+    Args:
+        own: [N, labels], log-probabilities of the model as it is.
+        found: likewise, of what it would become.
+        answers: [N].
+    """
+    ours, others = (scores.argmax(dim=1) == answers for scores in (own, found))
+    only_ours, only_others = int((ours & ~others).sum()), int((others & ~ours).sum())
+    loss, loss_found = (-float(s.gather(1, answers[:, None]).mean()) for s in (own, found))
+    if loss < loss_found and only_ours >= only_others:
+        return True
+    return only_ours - only_others > 2.0 * math.sqrt(only_ours + only_others)
 
 
 def fit_head(

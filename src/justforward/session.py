@@ -131,7 +131,7 @@ class Session:
         model, self.tokenizer = load_model(
             self.config.model, self.progress.note, self.config.quantize
         )
-        begins = rows and self.log is None
+        begins, free = rows and self.log is None, self.config.start == "auto"
         if begins:
             self.config = decided(
                 self.config, self._scorer(model), self.splits.train, self.progress.note
@@ -146,14 +146,14 @@ class Session:
         if first:
             for note in self.splits.notes:
                 self.progress.note(f"note: {note}")
-            self.progress.note(f"rows: {_spell_rows(self.splits)}")
+            self.progress.note(f"rows: {self.splits.spelled()}")
         if begins:
             self._score_before("before")
         if rows:
             self.spared.find(self.model, self.scorer, self.splits.train)
         if begins and self.config.start in FITTED:
             self.begun = begin(
-                self.config, self.scorer, self.splits, self.progress.note, self.spared.reused
+                self.config, self.scorer, self.splits, self.progress.note, self.spared.reused, free
             )
 
     def _scorer(self, model: PreTrainedModel) -> Scorer:
@@ -491,10 +491,3 @@ def _worth(found: Evaluation) -> dict[str, float]:
 
 
 _WHAT = {"before": "test rows, for the figure before", "validation": "validation rows"}
-
-
-def _spell_rows(splits: Splits) -> str:
-    text = (
-        f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test"
-    )
-    return text + (f" ({splits.duplicates} duplicates dropped)" if splits.duplicates else "")

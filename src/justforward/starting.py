@@ -109,12 +109,21 @@ def begin(
     splits: Splits,
     note: Callable[[str], None],
     spared: Spared,
+    or_base: bool,
 ) -> dict[str, Tensor]:
     """Fit the output head's rows of the label words to training rows (`start_head`), or upper layers, too (`start_deep`);
     or the last map to answers that are written (`start_last`).
 
     Each training row is seen once here, in batches, which is faster than text by text as the trunk is run; it is run so
     where its outputs are kept for other runs.
+
+    Args:
+        config: as `decided` gave it.
+        scorer: of the model, with its tuner.
+        splits: rows to fit on, and to choose by.
+        note: called with what is being done, and what came of it.
+        spared: while inside, layers that do not move are spared.
+        or_base: leave the head as it is where that is better in validation.
 
     Returns:
         What the run keeps as its start.
@@ -138,9 +147,16 @@ def begin(
         note(f"fitting a linear probe on the hidden states of {len(rows)} rows")
         if config.start == "deep":
             assert config.layers is not None
-            found = start_deep(scorer, rows, splits.validation, size, config.layers, inside)
+            found = start_deep(
+                scorer, rows, splits.validation, size, config.layers, inside, or_base
+            )
         else:
-            found = start_head(scorer, rows, splits.validation, size, inside)
+            found = start_head(scorer, rows, splits.validation, size, inside, or_base)
+    if found.kept:
+        note(
+            f"the head stays as it is, which is better: validation accuracy {found.accuracy:.1%}, {found.forwards} forwards"
+        )
+        return found.rows
     what = "head and upper layers start" if "to" in found.rows else "the head starts"
     note(
         f"{what} as a linear probe: C = {found.probe.c:g}, validation accuracy {found.accuracy:.1%}, "
