@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -320,6 +321,95 @@ def test_nothing_kept_is_only_slower() -> None:
             found += [scorer.losses(batch), scorer.losses(batch)]
     assert all(torch.equal(found[0], each) for each in found)
     assert (full.texts, empty.texts) == (4, 8)  # twice in a batch, and yet once a call
+
+
+# ----------------------------------------------------------------------------- short texts, a thread each
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def upper(architecture: str) -> tuple[Any, Scorer, Trunk]:
+    model = make_model(architecture)
+    choose_tuned(model, UPPER[architecture])
+    return model, scorer_of(architecture, model), Trunk(model, in_memory)
+
+
+@pytest.mark.parametrize(("name", "value"), [("SMALL", 0), ("SHORT", 0), ("SHORT", 8)])
+def test_a_thread_for_each_text_gives_what_all_threads_give(
+    architecture: str, three_threads: None, monkeypatch: pytest.MonkeyPatch, name: str, value: int
+) -> None:
+    workers: set[str] = set()
+
+    def ran(trunk: Trunk) -> None:
+        run = trunk._run
+
+        def noted(*given: Any) -> torch.Tensor:
+            workers.add(threading.current_thread().name)
+            return run(*given)
+
+        monkeypatch.setattr(trunk, "_run", noted)
+
+    found = []
+    for changed in (False, True):
+        if changed:
+            monkeypatch.setattr(f"justforward.trunk.{name}", value)
+        _, scorer, trunk = upper(architecture)
+        ran(trunk)
+        batch = scorer.encode(ROWS)
+        with trunk.reused():
+            found.append([scorer.losses(batch), scorer.losses(batch)])
+        assert trunk.texts == len(ROWS)
+        if not changed:
+            assert "MainThread" not in workers
+            workers.clear()
+    assert "MainThread" in workers  # of the longer texts
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+    plain = scorer.losses(batch)
+    torch.testing.assert_close(found[0][0], plain, atol=1e-5, rtol=1e-5)
+
+
+def test_threads_of_torch_are_what_they_were(three_threads: None) -> None:
+    _, scorer, trunk = upper("llama")
+    with trunk.reused():
+        scorer.losses(scorer.encode(ROWS))
+    assert torch.get_num_threads() == 3
+    seen: list[int] = []
+    later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert seen == [3]
+    pool = trunk._workers()
+    assert [pool.submit(torch.get_num_threads).result() for _ in range(6)] == [1] * 6
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_goes_wrong_with_a_text_comes_through(
+    three_threads: None, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    model, scorer, trunk = upper("llama")
+    batch = scorer.encode(ROWS)
+    wanted = scorer.losses(batch)
+    run, calls = trunk._run, []
+
+    def fails(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) == 2:
+            raise error("so it is")
+        return run(*given)
+
+    monkeypatch.setattr(trunk, "_run", fails)
+    with trunk.reused():
+        with pytest.raises(error, match="so it is"):
+            scorer.losses(batch)
+        torch.testing.assert_close(scorer.losses(batch), wanted, atol=1e-5, rtol=1e-5)
+    assert not any("forward" in vars(layer) for layer in stack_of(model) or ())
+    torch.testing.assert_close(scorer.losses(batch), wanted, atol=1e-5, rtol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------- runs

@@ -3,7 +3,7 @@
 Where only layers from number k on are tuned, what enters layer k is a function of the text alone. Inside
 `Trunk.reused()` the model's own forward runs with the layers below k replaced by what they gave before: no
 architecture is spelled out here, any model of transformers with one stack of layers will do. Each text is run by
-itself, without padding, so that its outputs do not depend on the batch or the step in which it was first met: a run
+itself, without padding (several short ones at once, each on a thread of its own), so that its outputs do not depend on the batch or the step in which it was first met: a run
 that is resumed meets the very same numbers, and so does another run that shares the `store`.
 """
 
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +28,10 @@ from justforward.store import Store
 
 # Arguments with which a text's outputs depend on its tokens alone.
 KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict"}  # fmt: skip
+
+# Products of a short text with a small layer are too small for several threads: then each thread has a text of its own.
+SHORT = 128  # tokens
+SMALL = 10_000_000  # weights of a layer
 
 
 class _Reached(Exception):
@@ -136,6 +142,12 @@ def _sample(inner: Any) -> Tensor:
     return torch.arange(5, 9, device=inner.device).remainder(count)[None]
 
 
+def _alone() -> None:
+    """Let torch compute on this thread by itself; asked for, the number is this thread's, whatever others set later."""
+    torch.set_num_threads(1)
+    torch.get_num_threads()
+
+
 class Trunk:
     """The layers of a model below the lowest one with something to tune.
 
@@ -159,7 +171,10 @@ class Trunk:
         self.layers = len(self._layers)
         self.share = 1.0 - self.depth / max(1, self.layers)
         self._hidden: Tensor | None = None  # of the call under way
-        self._running = False  # a text through the trunk
+        self._own = threading.local()  # running: this thread takes a text through the trunk
+        self._pool: ThreadPoolExecutor | None = None
+        weights = sum(p.numel() for layer in self._layers for p in layer.parameters())
+        self._small = weights <= SMALL * max(1, self.layers) and self._model.device.type == "cpu"
         self._tuple = 0  # values that the last layer of the trunk returns; 0: a bare tensor
         self.store = store(self._name(behind)) if self.depth else None
 
@@ -188,6 +203,10 @@ class Trunk:
                 handle.remove()
 
     # ----------------------------------------------------------------------------------- the model's calls
+
+    @property
+    def _running(self) -> bool:
+        return getattr(self._own, "running", False)
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._running and self._can(module, args, kwargs):
@@ -235,32 +254,63 @@ class Trunk:
         shown = mask.cpu().numpy()
         known: dict[bytes, Tensor] = {}
         out: Tensor | None = None
+        texts = {tokens.tobytes(): tokens for tokens in map(np.extract, shown, rows)}
+        for key, tokens in texts.items():
+            one = self._kept(key, len(tokens), ids.device)
+            if one is not None:
+                known[key] = one
+        self._run_all(
+            {key: tokens for key, tokens in texts.items() if key not in known}, known, kwargs
+        )
         for row in range(len(rows)):
-            tokens = rows[row, shown[row]]
-            key = tokens.tobytes()
-            if key not in known:
-                known[key] = self._output(key, tokens, kwargs)
-            one = known[key]
+            one = known[rows[row, shown[row]].tobytes()]
             if out is None:
                 out = one.new_zeros(*ids.shape, one.shape[-1])
             out[row, mask[row]] = one
         assert out is not None
         return out
 
-    def _output(self, key: bytes, tokens: np.ndarray, kwargs: dict[str, Any]) -> Tensor:
-        """[length, n] of one text: read, or run and kept."""
+    def _kept(self, key: bytes, length: int, device: torch.device) -> Tensor | None:
+        """[length, n] of one text, if it was run before."""
         assert self.store is not None
-        dtype, device = self._model.dtype, kwargs["input_ids"].device
         data = self.store.get(key)
-        if data is not None and self._known_shape():
-            return torch.frombuffer(data, dtype=dtype).view(len(tokens), -1).to(device)
-        one = self._run(torch.from_numpy(tokens)[None].to(device), kwargs)
-        self.store.put(key, one.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-        return one
+        if data is None or not self._known_shape():
+            return None
+        return torch.frombuffer(data, dtype=self._model.dtype).view(length, -1).to(device)
 
     def _known_shape(self) -> bool:
         """What the layer returns is seen when it runs: the first text of a session is always run."""
         return self.texts > 0
+
+    def _run_all(
+        self, texts: dict[bytes, np.ndarray], known: dict[bytes, Tensor], kwargs: dict[str, Any]
+    ) -> None:
+        """Run texts and keep what they give. Which way a text is run follows from it and the model alone, and so its bits."""
+        assert self.store is not None
+        device = kwargs["input_ids"].device
+        ids = {key: torch.from_numpy(tokens)[None].to(device) for key, tokens in texts.items()}
+        short = [key for key in ids if self._small and ids[key].shape[1] <= SHORT]
+        if short:
+            pool = self._workers()
+            given = pool.map(lambda key: self._run(ids[key], kwargs), short)
+            known.update(zip(short, given, strict=True))
+        for key in ids:
+            if key not in known:
+                known[key] = self._run(ids[key], kwargs)
+            one = known[key].contiguous().view(torch.uint8).cpu().numpy()
+            self.store.put(key, one.tobytes())
+        self.texts += len(ids)
+
+    def _workers(self) -> ThreadPoolExecutor:
+        """As many as torch has threads, each of which computes by itself."""
+        threads = torch.get_num_threads()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(threads, initializer=_alone)
+            # what a worker has set is its own from then on; what torch gives to threads that come later is not
+            barrier = threading.Barrier(threads)
+            list(self._pool.map(lambda _: barrier.wait(), range(threads)))
+            torch.set_num_threads(threads)
+        return self._pool
 
     def _run(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -268,15 +318,14 @@ class Trunk:
             arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
         if "use_cache" in kwargs:
             arguments["use_cache"] = False
-        self._running = True
+        self._own.running = True
         try:
             with torch.no_grad():
                 self._model(**arguments)
         except _Reached as reached:
-            self.texts += 1
             return reached.hidden[0]
         finally:
-            self._running = False
+            self._own.running = False
         raise AssertionError("a forward pass went round the layers")
 
     def _name(self, behind: set[int]) -> str:
@@ -286,7 +335,14 @@ class Trunk:
         config = self._model.config.to_dict()
         for name in ("_name_or_path", "name_or_path"):
             config.pop(name, None)
-        said = [torch.__version__, torch.get_num_threads(), str(self._model.device), self.depth]
+        alone = SHORT if self._small else 0  # texts up to here have one thread each
+        said = [
+            torch.__version__,
+            torch.get_num_threads(),
+            alone,
+            str(self._model.device),
+            self.depth,
+        ]
         digest.update(json.dumps([*said, config], sort_keys=True, default=str).encode())
         for name, module in self._model.named_modules():
             own = [*module._parameters.values(), *module._buffers.values()]
