@@ -131,6 +131,8 @@ def test_where_a_run_starts_and_how_patient_it_is_unless_told() -> None:
     plain = TrainConfig("m", "d.csv", "out", template="{text} It was", labels="neg=bad,pos=good")
     assert (plain.start, plain.patience) == ("auto", 2)
     assert resolved(plain).start == "auto"  # until model and rows are there
+    assert resolved(plain).eval_every is None  # likewise
+    assert resolved(replace(plain, eval_every=7)).eval_every == 7
     given: tuple[dict[str, Any], ...] = (
         {"tuner": "lora"}, {"tuner": "prefix"}, {"tuner": "prompt"}, {"tune": "mlp"},
     )  # fmt: skip
@@ -139,7 +141,7 @@ def test_where_a_run_starts_and_how_patient_it_is_unless_told() -> None:
     assert resolved(replace(plain, tuner="head")).start == "auto"
 
 
-@pytest.mark.parametrize("start", ["auto", "probe", "deep"])
+@pytest.mark.parametrize("start", ["probe", "deep"])
 @pytest.mark.parametrize(
     ("forwards", "every"),
     [(2, 2), (8, 2), (40, 10), (64, 16), (240, 16), (256, 16), (400, 25), (4000, 250)],

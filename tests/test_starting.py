@@ -56,6 +56,24 @@ def test_a_probe_of_half_a_small_budget_and_the_last_third(config: TrainConfig) 
     assert all(name.startswith(("transformer.h.1.", "transformer.ln_f.")) for name in names)
 
 
+@pytest.mark.parametrize(
+    ("labels", "start", "every"),
+    [
+        ({"neg": "great", "pos": "terrible"}, "deep", 16),
+        ({"neg": "not good", "pos": "great"}, "base", 10),  # two tokens: no probe
+    ],
+)
+def test_how_often_it_is_validated_follows_from_what_auto_comes_to(
+    config: TrainConfig, labels: dict[str, str], start: str, every: int
+) -> None:
+    config = replace(config, labels=labels, max_forwards=80, eval_every=None)
+    result, kept, _ = go(config)
+    assert (kept.start, kept.eval_every) == (start, every)
+    assert go(replace(config, resume=True))[0] == result
+    _, kept, _ = go(replace(config, eval_every=30, out=f"{config.out}-given"))
+    assert kept.eval_every == 30
+
+
 @pytest.mark.parametrize("start", ["auto", "deep", "probe"])
 def test_only_auto_asks_whether_the_head_was_better(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, start: Any

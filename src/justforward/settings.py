@@ -178,12 +178,13 @@ def resolved(config: TrainConfig) -> TrainConfig:
         loss=task.loss,
         start=start,
         rule=rules.parse(config.rule).spec,
-        eval_every=config.eval_every or _eval_every(start, config.max_forwards),
+        eval_every=config.eval_every
+        or (None if start == "auto" else eval_every_of(start, config.max_forwards)),
         split_seed=config.seed if config.split_seed is None else config.split_seed,
     )
 
 
-def _eval_every(start: str, forwards: int) -> int:
+def eval_every_of(start: str, forwards: int) -> int:
     """Forwards between validations, which cost less where lower layers are spared; not after every few steps, either."""
     if start == "base":
         return max(2, forwards // 8)

@@ -19,7 +19,7 @@ from justforward.last import last_hindrance, start_last
 from justforward.models import inner_model
 from justforward.prepare import choose_tuned
 from justforward.probe import Spared, hindrance, rows_to_fit, start_head
-from justforward.settings import task_of
+from justforward.settings import eval_every_of, task_of
 from justforward.trunk import rest_below, stack_of
 
 THIRD = 0.333  # of the layers are tuned behind what was fitted
@@ -43,6 +43,19 @@ def choose_layers(model: torch.nn.Module, config: TrainConfig) -> None:
 
 
 def decided(
+    config: TrainConfig, scorer: Scorer, train: Sequence[Example], note: Callable[[str], None]
+) -> TrainConfig:
+    """A run's configuration with its start settled, and how often it is validated, which follows from that.
+
+    Arguments and errors are those of `decided_start`.
+    """
+    config = decided_start(config, scorer, train, note)
+    return replace(
+        config, eval_every=config.eval_every or eval_every_of(config.start, config.max_forwards)
+    )
+
+
+def decided_start(
     config: TrainConfig, scorer: Scorer, train: Sequence[Example], note: Callable[[str], None]
 ) -> TrainConfig:
     """A run's configuration with its start settled: what "auto" comes to, how many rows a fit sees, which layers move.
