@@ -166,10 +166,11 @@ def test_a_weaker_penalty_is_taken_only_where_it_is_better(monkeypatch: pytest.M
     assert (added is None) == (after == before)
 
 
-def test_what_does_not_help_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [100.0, float("nan")])
+def test_what_does_not_help_is_not_written(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     def descend(fit: Any, features: Any, by: Any, penalty: float) -> None:
         with torch.no_grad():
-            by += 100.0 * torch.randn(by.shape, generator=torch.Generator().manual_seed(0))
+            by += size * torch.randn(by.shape, generator=torch.Generator().manual_seed(0))
 
     monkeypatch.setattr(last, "_descend", descend)
     scorer = scorer_for("llama")

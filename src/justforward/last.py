@@ -268,6 +268,8 @@ def fit_last(
     kept: tuple[Tensor, Tensor] | None = None
     for penalty in PENALTIES:
         _descend(fit, given, by, penalty)
+        if not by.isfinite().all():  # the search went astray
+            break
         # what is added is of low rank: the main directions of what it does to the tokens
         moves = given @ by.detach().T
         to = _main_directions(moves, RANK)
