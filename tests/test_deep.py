@@ -58,11 +58,11 @@ def scorer_for(architecture: str, labels: int = 2) -> Scorer:
 
 
 def parts(scorer: Scorer, train: list[Example], other: list[Example]) -> Any:
-    stream = deep._stream(scorer, train[0], 0.5)
+    stream = deep.stream_of(scorer, train[0], 0.5)
     assert stream is not None
     modules = list(stream.writers.values())
     seen, chosen = (hidden_states(scorer, r, 8, modules, stream.layers) for r in (train, other))
-    norm = find_norm(*deep._everywhere(scorer, stream, train[0]))
+    norm = find_norm(*deep.everywhere(scorer, stream, train[0]))
     assert norm is not None
     return stream, norm, seen, chosen
 

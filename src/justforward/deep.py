@@ -54,15 +54,16 @@ def deep_hindrance(scorer: Scorer, row: Example, share: float) -> str | None:
     kind = scorer.model.config.model_type
     if stack_of(scorer.model) is None:
         return f"a {kind} model has no single stack of layers"
-    stream = _stream(scorer, row, share)
+    stream = stream_of(scorer, row, share)
     if stream is None:
         return f"the layers of a {kind} model write to the residual stream by more than linear maps"
-    if find_norm(*_everywhere(scorer, stream, row)) is None:
+    if find_norm(*everywhere(scorer, stream, row)) is None:
         return f"there is more than a norm between the layers of a {kind} model and its head"
     return None
 
 
-def _stream(scorer: Scorer, row: Example, share: float) -> Stream | None:
+def stream_of(scorer: Scorer, row: Example, share: float) -> Stream | None:
+    """The last layers of a model, this share of all (`find_stream`), found by running a row's prompt."""
     with eval_mode(scorer.model):
         return find_stream(scorer.model, _tokens(scorer, row), share)
 
@@ -72,7 +73,7 @@ def _tokens(scorer: Scorer, row: Example) -> Tensor:
 
 
 @torch.no_grad()
-def _everywhere(scorer: Scorer, stream: Stream, row: Example) -> tuple[Tensor, Tensor]:
+def everywhere(scorer: Scorer, stream: Stream, row: Example) -> tuple[Tensor, Tensor]:
     """What leaves the last layer and what the head sees, [L, hidden] each, at every place of a text."""
     watched = [(stream.layers[-1], False), (head_of(scorer.model), True)]
     with eval_mode(scorer.model), seen_at(watched, lambda states: states[0]) as seen:
@@ -210,13 +211,13 @@ def start_deep(
         What was made; `rows` also holds, where upper layers were written to, "to" [hidden, J] and for each linear
         map "what." and its name [J, in].
     """
-    stream = _stream(scorer, train[0], share)
+    stream = stream_of(scorer, train[0], share)
     assert stream is not None
     modules = list(stream.writers.values())
     seen = hidden_states(scorer, train, batch_size, modules, stream.layers)
     with spared():
         chosen = hidden_states(scorer, validation, batch_size, modules, stream.layers)
-    norm = find_norm(*_everywhere(scorer, stream, train[0]))
+    norm = find_norm(*everywhere(scorer, stream, train[0]))
     assert norm is not None
     plain = fit_head(scorer, seen, chosen, validation)
     fitted = _fit(scorer, list(stream.writers), seen, chosen, norm)

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from justforward.data import Example
+from justforward.deep import everywhere, stream_of
 from justforward.evaluate import Scorer
 from justforward.models import inner_model
 from justforward.probe import Spared, gives_logits, head_of, seen_at
 from justforward.prompts import Batch, eval_mode
-from justforward.stream import Norm, find_norm, find_stream, write
+from justforward.stream import Norm, find_norm, write
 from justforward.trunk import stack_of
 
 # Weights of the penalty, strong to weak, on features that together are about 1 long; moves are in the stream's size.
@@ -101,33 +102,22 @@ def last_hindrance(scorer: Scorer, row: Example) -> str | None:
 @torch.no_grad()
 def find_last(scorer: Scorer, row: Example) -> Last | None:
     """The map whose output is added to what leaves the last layer, as it is; found by running a text."""
-    model = scorer.model
-    ids = torch.tensor([scorer.prompts.rows([row])[0].prompt], device=model.device)
-    with eval_mode(model):
-        stream = find_stream(model, ids, 1e-9)  # the last layer alone
-        if stream is None:
-            return None
-        layer = stream.layers[-1]
-        watched = [(layer, False), (head_of(model), True)]
-
-        def states() -> list[Tensor]:
-            with seen_at(watched, lambda found: found.reshape(-1, found.shape[-1])) as seen:
-                inner_model(model)(input_ids=ids)
-            return list(seen)
-
-        leaves, seen = states()
-        norm = find_norm(leaves, seen)
-        if norm is None:
-            return None
-        for name, module in reversed(stream.writers.items()):
-            size = leaves.abs().max()
-            handle = module.register_forward_hook(lambda m, args, output: output + size)  # noqa: B023
-            try:
-                risen = states()[0] - leaves
-            finally:
-                handle.remove()
-            if (risen - size).abs().max() <= 1e-3 * size:  # no other map has read it
-                return Last(name, module, layer, norm)
+    stream = stream_of(scorer, row, 1e-9)  # the last layer alone
+    if stream is None:
+        return None
+    leaves, seen = everywhere(scorer, stream, row)
+    norm = find_norm(leaves, seen)
+    if norm is None:
+        return None
+    size = leaves.abs().max()
+    for name, module in reversed(stream.writers.items()):
+        handle = module.register_forward_hook(lambda m, args, output: output + size)
+        try:
+            risen = everywhere(scorer, stream, row)[0] - leaves
+        finally:
+            handle.remove()
+        if (risen - size).abs().max() <= 1e-3 * size:  # no other map has read it
+            return Last(name, module, stream.layers[-1], norm)
     return None
 
 
