@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from justforward.directions import Weights
 from justforward.errors import UserError
+from justforward.stored import addmm, embedding, linear, matmul, values
 
 _plain = torch._C.DisableTorchFunctionSubclass
 
@@ -105,7 +106,10 @@ class _Looking(nn.Parameter):
             elif func in _HARMLESS or (
                 getattr(func, "__name__", "") == "__get__" and _getter(func)
             ):
-                return func(*args, **kwargs)
+                result = func(*args, **kwargs)
+                if isinstance(result, torch.dtype):  # of 16-bit weights what they compute in
+                    return getattr(args[0], "_jf_dtype", result)
+                return result
             raise _unknown(func, args, kwargs)
 
 
@@ -204,6 +208,7 @@ def _add_outer(
     """y += c a (b . x), row by row; x [R k, ..., n], y [R k, ..., m], a [D, m], b [D, n], c [R / D, D, 1]."""
     _group(look, x, p)
     shape = (look.times, len(a), -1)
+    a, b, c = a.to(y.dtype), b.to(x.dtype), c.to(x.dtype)
     # Pointwise operations: matrix products with one column or one inner index are five times slower on a CPU.
     dots = torch.linalg.vecdot(x.reshape(*shape, x.shape[-1]), b[:, None, :]).mul_(c)
     # A view: y is a fresh result, contiguous.
@@ -229,7 +234,7 @@ def _linear(func: Any, input: Tensor, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     look = (weight if isinstance(weight, _Looking) else bias)._jf_look
     input = _spread(look, input)
-    y = F.linear(input, weight, bias)
+    y = linear(input, weight, bias)
     if isinstance(weight, _Looking):
         if weight.dim() != 2:
             return NotImplemented
@@ -242,7 +247,7 @@ def _addmm(func: Any, input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha:
     """GPT-2's Conv1D: bias + x W with W [in, out], x flattened to [B L, in]."""
     if isinstance(mat1, _Looking) or beta != 1 or alpha != 1:
         return NotImplemented
-    y = torch.addmm(input, mat1, mat2)
+    y = addmm(input, mat1, mat2)
     if isinstance(mat2, _Looking):
         a, b, c = mat2._jf_look.outer(mat2._jf_index)
         y = _add_outer(y, mat1, b, a, c, mat2._jf_look, mat2)
@@ -256,7 +261,7 @@ def _matmul(func: Any, input: Any, other: Any) -> Any:
         return NotImplemented
     input = _spread(other._jf_look, input)
     a, b, c = other._jf_look.outer(other._jf_index)
-    return _add_outer(torch.matmul(input, other), input, b, a, c, other._jf_look, other)
+    return _add_outer(matmul(input, other), input, b, a, c, other._jf_look, other)
 
 
 def _embedding(
@@ -276,9 +281,10 @@ def _embedding(
     input = _spread(look, input[None] if for_all else input)
     _group(look, input, weight)
     a, b, c = look.outer(weight._jf_index)
-    y = F.embedding(input, weight)
+    y = embedding(input, weight)
     shape = (look.times, len(a), -1)
     picked = a.expand(look.times, -1, -1).gather(2, input.reshape(shape)) * c
+    picked, b = picked.to(y.dtype), b.to(y.dtype)
     y.view(*shape, y.shape[-1]).addcmul_(picked[..., None], b[:, None, :])
     # a vector a place is added to the text's, rows in front or not; biases go through some hands first
     return _EachRow(y, name) if for_all and input.dim() == 3 else y
@@ -287,12 +293,12 @@ def _embedding(
 def _affine(y: Tensor, weight: Any, bias: Any) -> Tensor:
     if isinstance(weight, _Looking):
         z = _rows_of(weight._jf_look.vector(weight._jf_index), y, weight._jf_look, weight)
-        y = y * (weight + z)
+        y = y * (values(weight) + z).to(y.dtype)
     elif weight is not None:
-        y = y * weight
+        y = y * values(weight)
     if bias is None:
         return y
-    y = y + bias
+    y = y + values(bias)
     return _add_vector(y, bias) if isinstance(bias, _Looking) else y
 
 
@@ -332,11 +338,16 @@ def _pointwise(func: Any, input: Any, other: Any, *, alpha: Any = 1) -> Any:
         return NotImplemented
     x = _spread(p._jf_look, x)
     z = _rows_of(p._jf_look.vector(p._jf_index), x, p._jf_look, p)
-    return x * (p + z) if func in _MULTIPLY else x + (p + z)
+    moved = (values(p) + z).to(x.dtype)
+    return x * moved if func in _MULTIPLY else x + moved
 
 
 def _same_type(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
     """`.to(x.dtype)`, `.float()` and the like where they change nothing hand back the parameter itself."""
+    dtype = getattr(input, "_jf_dtype", None)
+    if dtype is not None:  # what it says it is, by which it is asked for
+        asked = func(torch.empty(0, dtype=dtype, device=input.device), *args, **kwargs)
+        return input if (asked.dtype, asked.device) == (dtype, input.device) else NotImplemented
     result = func(input, *args, **kwargs)
     return input if result is input else NotImplemented
 

@@ -52,13 +52,14 @@ def load_adapter(
     base: str,
     notify: Callable[[str], None] | None = None,
     quantize: str | None = None,
+    dtype: str = "float32",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model with the adapter on it, and the base's tokenizer; nothing of it requires a gradient.
 
     Args:
         src: the adapter's folder.
         base: its base model, as `load_model` takes it.
-        notify, quantize: as `load_model` has them.
+        notify, quantize, dtype: as `load_model` has them.
 
     Raises:
         UserError: the base cannot be loaded, or the adapter does not fit it or is of a kind that moves positions in a
@@ -81,7 +82,7 @@ def load_adapter(
     except (OSError, SafetensorError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"{folder / WEIGHTS}: cannot be read: {said}: copy it again") from error
-    model, tokenizer = load_model(base, notify, quantize)
+    model, tokenizer = load_model(base, notify, quantize, dtype)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")

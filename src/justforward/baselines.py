@@ -64,7 +64,7 @@ def run_baseline(config: BaselineConfig, progress: Progress | None = None) -> Re
     check_ranges(config)
     check_belongs(config)
     if config.method == "first-order":
-        check_frozen(config.quantize, config.tuner)
+        check_frozen(config.quantize, config.tuner, config.dtype)
     run = resolved(_as_train(config))
     task = task_of(run)
     if config.method == "probe" and task.kind != "classification":
@@ -81,7 +81,7 @@ def run_baseline(config: BaselineConfig, progress: Progress | None = None) -> Re
         _check_demonstrations(config, splits)
         for note in splits.notes:
             shown.note(f"note: {note}")
-        model, tokenizer = load_model(config.model, shown.note, config.quantize)
+        model, tokenizer = load_model(config.model, shown.note, config.quantize, config.dtype)
         bench = _Bench(config, run, task, splits, model, tokenizer, shown, stop, started)
         found = getattr(bench, config.method.replace("-", "_"))()
     return {
@@ -112,7 +112,7 @@ def run_baseline(config: BaselineConfig, progress: Progress | None = None) -> Re
 def _as_train(config: BaselineConfig) -> TrainConfig:
     """The run that has these rows, prompts and tuner: what makes all methods see the same."""
     shared = {field.name for field in fields(TrainConfig)}
-    shared -= {"out", "json", "lr", "eval_every", "max_minutes", "quantize"}
+    shared -= {"out", "json", "lr", "eval_every", "max_minutes", "quantize", "dtype"}
     given = {
         field.name: getattr(config, field.name)
         for field in fields(config)

@@ -22,6 +22,7 @@ Start = Literal["auto", "base", "probe", "deep", "last"]
 PROBED = ("probe", "deep")  # the head starts as a probe of training rows
 FITTED = (*PROBED, "last")  # something is fitted to training rows before the first step
 Prompting = Literal["both", "with", "without"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["int8", "bnb8", "bnb4"]
 Method = Literal["zero-shot", "icl", "probe", "first-order"]
 
@@ -83,6 +84,7 @@ class TrainConfig:
         prefix_length: tokens of the prefix; it takes that much of the model's context.
         prompt_length: tokens of the prompt; likewise.
         tune: regular expression; of the tuner's parameters those whose name it finds are tuned (default all).
+        dtype: how weights are stored: float32, bfloat16 or float16 (half the memory; on a CPU they are computed with in float32 one matrix at a time).
         quantize: keep the base model's linear maps in 8 or 4 bits (int8: torchao; bnb8, bnb4: bitsandbytes), for lora, prefix and prompt.
         reuse: run each text once through the layers below what is tuned, and keep what they give.
         cache: folder to keep that in for further runs (default a temporary file beside `out`).
@@ -142,6 +144,7 @@ class TrainConfig:
     prefix_length: int = 5
     prompt_length: int = 20
     tune: str | None = None
+    dtype: Dtype = "float32"
     quantize: Quantize | None = None
     reuse: bool = True
     cache: str | None = None
@@ -171,6 +174,7 @@ class EvalConfig:
     Args:
         model: as for train, or an adapter in peft's format; with --run the run's.
         base: the base model of an adapter, if it is no longer where that says.
+        dtype: as for train; with --run the run's.
         quantize: as for train: the model, or an adapter's base, is scored so; with --run the run's.
         data: the rows; with --run the run's file, of which only the test rows are scored.
         task: as for train: the test rows of the task's folder are scored; with --run the run's.
@@ -202,6 +206,7 @@ class EvalConfig:
     threads: int | None = None
     json: bool = False
     base: str | None = None
+    dtype: Dtype | None = None
     quantize: Quantize | None = None
 
 
@@ -236,6 +241,7 @@ class BaselineConfig:
         prefix_length: as for train.
         prompt_length: as for train.
         tune: first-order: as for train.
+        dtype: as for train, for every method; first-order tunes lora, prefix or prompt on 16-bit weights.
         quantize: as for train, for every method.
         lr: first-order: of the first step, falling linearly to 0 (default full 1e-5, lora 1e-4, prefix and prompt 1e-2, head 1e-3).
         max_steps: first-order: updates (default 200).
@@ -275,6 +281,7 @@ class BaselineConfig:
     prefix_length: int = 5
     prompt_length: int = 20
     tune: str | None = None
+    dtype: Dtype = "float32"
     quantize: Quantize | None = None
     lr: float | None = None
     max_steps: int | None = None

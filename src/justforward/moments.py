@@ -111,7 +111,10 @@ class Moments:
         """Move the weights by steps, in order, in one pass; `back` and `draws` as for `Weights.update`."""
         moves = [self.move(step) for step in steps]
         if self.rule.window == 0 and not self.kept:
-            self.kept = [(torch.zeros_like(t), torch.zeros_like(t)) for t in weights.tensors]
+            self.kept = [
+                (torch.zeros(t.shape, device=t.device), torch.zeros(t.shape, device=t.device))
+                for t in weights.tensors
+            ]
         self._update(weights, moves, back, draws)
 
     def _update(
@@ -133,6 +136,8 @@ class Moments:
         if back is not None and outer:
             weights.look(int(seeds[-1]), back, 1.0)
             back = None
+        elif back is not None:
+            weights.come_home(int(seeds[-1]), back)
         run = _Pass(weights, self.rule, self.kept, moves, seeds, back, draws)
         floats = 0
         calls: list[Callable[[int, int], None] | None] = [None] * len(weights.tensors)
@@ -144,6 +149,7 @@ class Moments:
             calls[i] = run.call(i)
             floats += size
         weights.sweep(calls)
+        weights.check_held()
 
     def state(self) -> dict[str, Any]:
         """All it remembers, for `restore`: some scalars, and copies of kept moments."""
@@ -196,7 +202,7 @@ class _Pass:
     def call(self, i: int) -> Callable[[int, int], None]:
         """The kernel of tensor i, ready to be called with a range of tiles."""
         weights, group = self.weights, self.weights.groups[i]
-        kernels = _kernels(weights.compiled)
+        kernels = weights.kernels(i) if weights.halves[i] else _kernels(weights.compiled)
         sums: list[Any] = [s.view(-1) for s in self.kept[i]] if self.kept else [torch.empty(0)] * 2
         if weights.compiled:
             sums = [s.numpy() for s in sums]
@@ -216,7 +222,8 @@ class _Pass:
             columns = weights.tensors[i].shape[1]
             return weights.bind(i, kernels.adapt_outer, *sums, *steps, columns, a, b)
         kernel = kernels.adapt_signs if weights.family.signs else kernels.adapt
-        home = np.float32(0.0 if self.back is None else self.back[group])
+        away = self.back is not None and not weights.halves[i]
+        home = np.float32(self.back[group] if self.back is not None and away else 0.0)
         return weights.bind(i, kernel, *sums, *steps, self.seeds, c, home)
 
     def _factors(self, i: int, c: NDArray[np.float32]) -> tuple[Any, Any]:
@@ -275,17 +282,19 @@ def course_of(seed: int, rule: str) -> Course | Moments:
     return Course(seed)
 
 
-_compiled: set[Family] = set()
+_compiled: set[tuple[Family, torch.dtype]] = set()
 
 
-def compile_kernels(family: Family, rule: str) -> None:
+def compile_kernels(family: Family, rule: str, *dtypes: torch.dtype) -> None:
     """Compile what a family and a rule need ahead of the first look; see `directions.compile_kernels`."""
-    directions.compile_kernels(family)
-    if parse(rule).moments is not None and family not in _compiled:
-        _compiled.add(family)
-        tensors = [("matrix", torch.zeros(1, 1)), ("vector", torch.zeros(1))]
-        tiny = Weights(tensors, [0, 0], family, [1e-3])
-        Moments(0, Adam(window=1)).apply(tiny, [Step(0, (0.0,), rates=(0.0,))])
+    dtypes = dtypes or (torch.float32,)
+    directions.compile_kernels(family, *dtypes)
+    new = [(family, dtype) for dtype in dtypes if (family, dtype) not in _compiled]
+    if parse(rule).moments is not None and new:
+        _compiled.update(new)
+        for _, dtype in new:
+            tiny = directions.tiny_weights(family, dtype)
+            Moments(0, Adam(window=1)).apply(tiny, [Step(0, (0.0,), rates=(0.0,))])
         from justforward.noise import llvm
 
         llvm.release_compiler()

@@ -24,6 +24,7 @@ from justforward.interrupts import Shield
 from justforward.modified import measure
 from justforward.moments import compile_kernels, course_of
 from justforward.playback import apply_steps, check_base, fingerprint, header_for
+from justforward.stored import compute_model_wide
 from justforward.trajectory import Log, Step, Writer, read_log, rounded
 from justforward.variants import Blocks, Modified, check_variants
 
@@ -141,6 +142,8 @@ class MeZO(Optimizer):
         if old is not None and self.model is not None:
             check_base(self.model, old)
 
+        if self.model is not None:
+            compute_model_wide(self.model)
         tensors = [p for group in self.param_groups for p in group["params"]]
         if not tensors:
             raise UserError("there is nothing to tune: no parameter has requires_grad")
@@ -152,7 +155,7 @@ class MeZO(Optimizer):
         )
         momentum = self.rule.momentum
         if self.weights.compiled:
-            compile_kernels(FAMILIES[self.family], self.rule.spec)
+            compile_kernels(FAMILIES[self.family], self.rule.spec, *self.weights.dtypes)
         self._course = course_of(seed, self.rule.spec)
         # What one-point looks compare with is kept as one more scalar of the rule's.
         memory = self.rule.state_size + (looks == "one-point")

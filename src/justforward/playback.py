@@ -17,6 +17,7 @@ from justforward import noise
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
 from justforward.moments import Moments, compile_kernels, course_of
+from justforward.stored import plain, stored_dtype
 from justforward.trajectory import Course, Log, Step, read_log
 
 
@@ -36,7 +37,7 @@ def fingerprint(model: nn.Module) -> str:
     named += [(n, x) for n, x in state.items() if n not in known and isinstance(x, Tensor)]
     seen: dict[int, str] = {}
     for name, tensor in sorted(named, key=lambda item: item[0]):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(f"{name}\0{stored_dtype(tensor)}\0{tuple(tensor.shape)}\0".encode())
         if id(tensor) in seen:
             digest.update(f"tied to {seen[id(tensor)]}\0".encode())
             continue
@@ -55,7 +56,7 @@ def _slices(tensor: Any) -> Iterable[Any]:
             yield f"{name}\0{part.dtype}\0{tuple(part.shape)}\0".encode()
             yield from _slices(part)
         return
-    flat = tensor.detach().reshape(-1)
+    flat = plain(tensor).reshape(-1)
     for start in range(0, flat.numel(), 1 << 24):
         yield flat[start : start + (1 << 24)].cpu().contiguous().view(torch.uint8).numpy().data
 
@@ -84,7 +85,7 @@ def header_for(
         "momentum": list(momentum),
         "settings": settings,
         "tensors": [
-            [name, list(tensor.shape), str(tensor.dtype), group]
+            [name, list(tensor.shape), str(stored_dtype(tensor)), group]
             for name, tensor, group in zip(
                 weights.names, weights.tensors, weights.groups, strict=True
             )
@@ -116,7 +117,7 @@ def check_base(model: nn.Module, log: Log) -> list[tuple[str, Tensor]]:
             )
         for what, theirs, ours in (
             ("shape", shape, list(have[name].shape)),
-            ("dtype", dtype, str(have[name].dtype)),
+            ("dtype", dtype, str(stored_dtype(have[name]))),
         ):
             if theirs != ours:
                 raise UserError(
@@ -155,7 +156,7 @@ def replay(model: nn.Module, path: str | os.PathLike[str], steps: int | None = N
     family = FAMILIES[header["family"]]
     weights = Weights(tensors, groups, family, header["groups"])
     if weights.compiled:
-        compile_kernels(family, header["rule"])
+        compile_kernels(family, header["rule"], *weights.dtypes)
     return apply_steps(weights, course_of(header["seed"], header["rule"]), log.steps[:steps])
 
 

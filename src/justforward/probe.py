@@ -409,7 +409,7 @@ def start_head(
     ):
         return kept_head(scorer, own, chosen, forwards)
     rows = put_probe(scorer, probe)
-    _check_scores(scorer, probe, train[:batch_size], seen.features[:batch_size])
+    _check_scores(scorer, rows, train[:batch_size], seen.features[:batch_size])
     return Started(probe, probe.judged(*chosen.pair)[0], forwards, rows)
 
 
@@ -475,11 +475,16 @@ def _rows_of_words(scorer: Scorer) -> dict[str, Tensor]:
     return rows_of(scorer.model, [word[0] for word in scorer.prompts.words])
 
 
-def _check_scores(scorer: Scorer, probe: Probe, rows: Sequence[Example], features: Tensor) -> None:
-    """That the model scores choices as the probe does: not where it caps or scales its logits."""
+def _check_scores(
+    scorer: Scorer, put: dict[str, Tensor], rows: Sequence[Example], features: Tensor
+) -> None:
+    """That the model scores choices by the head's rows alone: not where it caps or scales its logits."""
     with eval_mode(scorer.model):
         found = scorer.scores(scorer.encode(rows)).double().cpu().log_softmax(dim=-1)
-    wanted = probe.scores(features)
+    logits = features.double() @ put["weight"].double().cpu().T
+    if "bias" in put:
+        logits += put["bias"].double().cpu()
+    wanted = logits.log_softmax(dim=-1)
     apart = float((found - wanted).abs().max())
     if not apart <= 1e-3 * (1.0 + float(wanted.abs().max())):
         raise UserError(

@@ -57,13 +57,14 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
         run = folder.read_config()
     source, base, data, task, name = _inputs(config, run)
     quantize = config.quantize if run is None else run.quantize
+    dtype = (config.dtype or "float32") if run is None else run.dtype
     use_threads(config.threads)
     examples, digest = read_data(name, data, task, note)
     split, rows, dropped = _rows(config, folder, run, data, examples, digest)
     if base is None:
-        model, tokenizer = load_model(source, note, quantize)
+        model, tokenizer = load_model(source, note, quantize, dtype)
     else:
-        model, tokenizer = load_adapter(source, base, note, quantize)
+        model, tokenizer = load_adapter(source, base, note, quantize, dtype)
     if folder is not None and run is not None:
         model = attach(model, tokenizer, run, folder.start)
     max_length = config.max_length
@@ -141,6 +142,10 @@ def _inputs(
         raise UserError(
             f"--quantize is {config.quantize!r}, and the run's base model was "
             f"{'not quantised' if run.quantize is None else f'quantised as {run.quantize!r}'}: leave it out"
+        )
+    if run is not None and config.dtype not in (None, run.dtype):
+        raise UserError(
+            f"--dtype is {config.dtype!r}, and the run's weights are stored in {run.dtype}: leave it out"
         )
     base = None if run is not None else base_of(choose("model"), config.base)
     task = make_task(
@@ -223,7 +228,7 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
             f"{folder.path}: --merge adds a LoRA into the weights, and the run's are quantised ({run.quantize}): leave it out"
         )
     use_threads(config.threads)
-    model, tokenizer = load_model(config.model or run.model, note, run.quantize)
+    model, tokenizer = load_model(config.model or run.model, note, run.quantize, run.dtype)
     model = attach(model, tokenizer, run, folder.start)
     clock = time.monotonic()
     replay_log(model, folder.log, steps)

@@ -30,6 +30,7 @@ from justforward.progress import Progress
 from justforward.schedules import forwards_until
 from justforward.session import Interrupted, Result, Session
 from justforward.settings import check_same, resolved, task_of
+from justforward.stored import FORMATS
 from justforward.tasks import Task
 from justforward.trajectory import Log, read_log
 
@@ -106,7 +107,9 @@ def _load(
         log, metrics, done = _reopen(config, folder, digest, progress)
         if done is not None:
             return done
-    compile_kernels(FAMILIES[family_of(config.family, config.estimator)], config.rule)
+    # adapters are float32 whatever the base is
+    dtype = FORMATS[config.dtype if config.tuner in ("full", "head") else "float32"]
+    compile_kernels(FAMILIES[family_of(config.family, config.estimator)], config.rule, dtype)
     session = Session(config, task, splits, folder, progress, metrics, started, digest, log)
     try:
         session.load()

@@ -129,7 +129,7 @@ class Session:
     def _load_base(self, rows: bool = True, first: bool = False) -> None:
         self.model = self.scorer = None  # before a second one is loaded
         model, self.tokenizer = load_model(
-            self.config.model, self.progress.note, self.config.quantize
+            self.config.model, self.progress.note, self.config.quantize, self.config.dtype
         )
         begins, free = rows and self.log is None, self.config.start == "auto"
         if begins:

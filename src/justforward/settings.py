@@ -116,6 +116,10 @@ def resolved(config: TrainConfig) -> TrainConfig:
                 f"and --tuner is {config.tuner!r}: leave it out"
             )
     check_frozen(config.quantize, config.tuner)
+    if config.quantize is not None and config.dtype != "float32":
+        raise UserError(
+            f"--dtype is {config.dtype!r}: what --quantize leaves as it is stays float32: leave it out"
+        )
     modified, blocks = variants_of(config)
     check_variants(config.looks, config.estimator, rules.parse(config.rule), modified, blocks)
     if modified is not None and modified.by == "gradient" and config.objective != "loss":
@@ -191,12 +195,21 @@ def eval_every_of(start: str, forwards: int) -> int:
     return max(2, min(16, forwards // 4), forwards // 16)
 
 
-def check_frozen(quantize: str | None, tuner: str) -> None:
+def check_frozen(quantize: str | None, tuner: str, dtype: str = "float32") -> None:
     """Refuse a tuner that moves the weights of a quantised model, or that is saved with them.
+
+    Args:
+        quantize, tuner: as `TrainConfig` has them.
+        dtype: of first-order tuning, which does not move 16-bit weights here.
 
     Raises:
         UserError: naming those that do not.
     """
+    if dtype != "float32" and tuner in ("full", "head"):
+        raise UserError(
+            f"--dtype is {dtype!r}: AdamW's updates are too small for 16-bit weights, and --tuner is {tuner!r}: "
+            "choose lora, prefix or prompt"
+        )
     if quantize is not None and tuner in ("full", "head"):
         raise UserError(
             f"--quantize is {quantize!r}: quantised weights are frozen, and --tuner is {tuner!r}: "

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from justforward.models import inner_model
+from justforward.noise.plain import add_rounded
+from justforward.stored import HALVES, plain
 from justforward.trunk import first_above, stack_of
 
 MOST_MAPS = 8  # of a layer, as wide as the stream: their subsets are tried
@@ -215,7 +217,17 @@ def writing_too(
 
 @torch.no_grad()
 def write(linear: nn.Module, to: Tensor, what: Tensor) -> None:
-    """Add to what, [hidden, J] times [J, in], to a linear map: products and sums one by one, the same bits everywhere."""
+    """Add to what, [hidden, J] times [J, in], to a linear map: products and sums one by one, the same bits everywhere.
+
+    Into 16 bits the whole sum is rounded once, and stochastically: most of it is smaller than their last place.
+    """
     weight = matrix_of(linear)
+    if weight.dtype not in HALVES:
+        for u, v in zip(to.T, what, strict=True):
+            weight.add_(u[:, None] * v[None, :])
+        return
+    total = torch.zeros(weight.shape, device=weight.device)
     for u, v in zip(to.T, what, strict=True):
-        weight.add_(u[:, None] * v[None, :])
+        total.add_(u[:, None] * v[None, :])
+    stored: Any = linear.weight
+    add_rounded(plain(stored).view(-1), (total.T if _is_transposed(linear) else total).reshape(-1))

@@ -32,6 +32,7 @@ from justforward.config import FITTED, PROBED, TrainConfig
 from justforward.errors import UserError
 from justforward.folder import write_whole
 from justforward.models import inner_model, is_seq2seq
+from justforward.stored import compute_wide, plain
 from justforward.stream import matrix_of, write
 
 if TYPE_CHECKING:
@@ -417,6 +418,7 @@ def _own_head(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
     if _is_tied(model, head):
         for name, parameter in list(head.named_parameters(recurse=False)):
             setattr(head, name, nn.Parameter(parameter.detach().clone()))
+        compute_wide(list(head.parameters()))
         if is_seq2seq(model):
             # The same switch ties the embeddings of encoder and decoder, which would be missing when the model is loaded
             # again. Loading leaves a head alone that is in the file with values of its own.
@@ -447,9 +449,9 @@ def rows_of(model: Any, tokens: Sequence[int]) -> dict[str, Tensor]:
 def put_rows(model: Any, rows: dict[str, Tensor]) -> None:
     """Make the output head's rows those that `rows_of` gave."""
     head = inner_model(model).get_output_embeddings()
-    head.weight[rows["tokens"]] = rows["weight"]
+    plain(head.weight)[rows["tokens"]] = rows["weight"]
     if "bias" in rows:
-        head.bias[rows["tokens"]] = rows["bias"]
+        plain(head.bias)[rows["tokens"]] = rows["bias"]
 
 
 def _check_rows(rows: dict[str, Tensor], model: Any, path: Path) -> None:

@@ -310,8 +310,24 @@ def lane_words(seeds, stream):
     return lanes
 
 
-def _make_update(SIGNS: bool, DOMAIN: Any) -> Any:
-    # Two kernels from one text: with the family a constant LLVM keeps one branch, and vectorises it.
+@inline
+def open_exact(theta, tile, room):
+    return theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
+
+
+@inline
+def close_exact(theta, tile, part):
+    pass
+
+
+# How a tile of weights is read, moved by a step and written back. Those of 16-bit weights are in `half`.
+EXACT = (open_exact, settle, close_exact)
+
+
+def make_update(SIGNS: bool, DOMAIN: Any, STORE: Any) -> Any:
+    # Several kernels from one text: with the family a constant LLVM keeps one branch, and vectorises it.
+    OPEN, SETTLE, CLOSE = STORE
+
     def _update(theta, exponents, first, last, stream, steps, ends, seeds, cs, decays, back):
         """Apply any number of steps to tiles first .. last in one pass over the weights.
 
@@ -327,12 +343,13 @@ def _make_update(SIGNS: bool, DOMAIN: Any) -> Any:
                 and are first brought home, with the same z.
         """
         z, acc = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+        room = np.empty(TILE, np.float32)
         w0, w1 = np.empty(256, np.uint32), np.empty(256, np.uint32)
         w2, w3 = np.empty(256, np.uint32), np.empty(256, np.uint32)
         lanes = lane_words(steps, stream)
         for tile in range(first, last):
             fetch_tile(theta, tile, last)
-            part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
+            part = OPEN(theta, tile, room)
             d = 0
             for s in range(steps.size):
                 # One direction and no decay, the common case: z goes straight into the move. Scaling by a
@@ -355,13 +372,14 @@ def _make_update(SIGNS: bool, DOMAIN: Any) -> Any:
                         part[i] = f32(part[i] + f32(rint(f32(z[i] * home)) * q))
                 word = one_word(tile, steps[s], stream, _DITHER_TILE)
                 take_decay(part, acc, decays[s])
-                settle(part, exponents, tile, values, scale, lanes[s], word)
+                SETTLE(part, exponents, tile, values, scale, lanes[s], word)
+            CLOSE(theta, tile, part)
 
     return kernel(_update)
 
 
-update = _make_update(False, _GAUSSIAN)
-update_signs = _make_update(True, _RADEMACHER)
+update = make_update(False, _GAUSSIAN, EXACT)
+update_signs = make_update(True, _RADEMACHER, EXACT)
 
 
 @inline
@@ -408,20 +426,28 @@ def look_outer(theta, exponents, first, last, columns, a, b, times):
             part[i] = f32(part[i] + f32(rint(f32(acc[i] * inverse)) * q))
 
 
-@kernel
-def update_outer(theta, exponents, first, last, columns, stream, steps, ends, a, b, decays):
-    """`update` along rank-one directions; a: float32 [D, rows] times the coefficients, b: float32 [D, columns]."""
-    acc = np.empty(TILE, np.float32)
-    lanes = lane_words(steps, stream)
-    for tile in range(first, last):
-        part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
-        start = 0
-        for s in range(steps.size):
-            outer_tile(acc, tile * TILE, part.size, columns, a, b, start, ends[s])
-            start = ends[s]
-            word = one_word(tile, steps[s], stream, _DITHER_TILE)
-            take_decay(part, acc, decays[s])
-            settle(part, exponents, tile, acc, _ONE, lanes[s], word)
+def make_update_outer(STORE: Any) -> Any:
+    OPEN, SETTLE, CLOSE = STORE
+
+    def _update_outer(theta, exponents, first, last, columns, stream, steps, ends, a, b, decays):
+        """`update` along rank-one directions; a: float32 [D, rows] times the coefficients, b: float32 [D, columns]."""
+        acc, room = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+        lanes = lane_words(steps, stream)
+        for tile in range(first, last):
+            part = OPEN(theta, tile, room)
+            start = 0
+            for s in range(steps.size):
+                outer_tile(acc, tile * TILE, part.size, columns, a, b, start, ends[s])
+                start = ends[s]
+                word = one_word(tile, steps[s], stream, _DITHER_TILE)
+                take_decay(part, acc, decays[s])
+                SETTLE(part, exponents, tile, acc, _ONE, lanes[s], word)
+            CLOSE(theta, tile, part)
+
+    return kernel(_update_outer)
+
+
+update_outer = make_update_outer(EXACT)
 
 
 @kernel

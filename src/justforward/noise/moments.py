@@ -14,6 +14,7 @@ import numpy as np
 
 from justforward.noise import spec
 from justforward.noise.cpu import (
+    EXACT,
     TILE,
     draw_tile,
     f32,
@@ -25,7 +26,6 @@ from justforward.noise.cpu import (
     one_word,
     outer_tile,
     power,
-    settle,
     take_decay,
     u64,
 )
@@ -70,7 +70,9 @@ def _adapted(acc, first, second, share1, share2, rate, eps):
         acc[i] = f32(f32(-rate) * divide(f32(share1 * first[i]), size))
 
 
-def _make_adapt(SIGNS: bool, DOMAIN: Any) -> Any:
+def make_adapt(SIGNS: bool, DOMAIN: Any, STORE: Any) -> Any:
+    OPEN, SETTLE, CLOSE = STORE
+
     def _adapt(theta, exponents, first, last, sum1, sum2, steps, ends, rates, decays, shares,
                beta1, beta2, eps, window, stream, seeds, cs, back):  # fmt: skip
         """Apply any number of steps of a rule with moments to tiles first .. last in one pass over the weights.
@@ -94,6 +96,7 @@ def _make_adapt(SIGNS: bool, DOMAIN: Any) -> Any:
         """
         z, acc = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
         mean, square = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+        room = np.empty(TILE, np.float32)
         w0, w1 = np.empty(256, np.uint32), np.empty(256, np.uint32)
         w2, w3 = np.empty(256, np.uint32), np.empty(256, np.uint32)
         ring = np.empty((max(window, 1), TILE), np.float32)
@@ -102,7 +105,7 @@ def _make_adapt(SIGNS: bool, DOMAIN: Any) -> Any:
         for tile in range(first, last):
             fetch_tile(theta, tile, last)
             start, end = tile * TILE, min((tile + 1) * TILE, theta.size)
-            part = theta[start:end]
+            part = OPEN(theta, tile, room)
             d = 0
             for j in range(ends.size):
                 g = ring[j % ring.shape[0]]
@@ -130,41 +133,54 @@ def _make_adapt(SIGNS: bool, DOMAIN: Any) -> Any:
                     _adapted(acc, m, v, shares[s, 0], shares[s, 1], rates[s], eps)
                     word = one_word(tile, steps[s], stream, _DITHER_TILE)
                     take_decay(part, acc, decays[s])
-                    settle(part, exponents, tile, acc, _ONE, lanes[s], word)
+                    SETTLE(part, exponents, tile, acc, _ONE, lanes[s], word)
+            CLOSE(theta, tile, part)
 
     return kernel(_adapt)
 
 
-adapt = _make_adapt(False, _GAUSSIAN)
-adapt_signs = _make_adapt(True, _RADEMACHER)
+adapt = make_adapt(False, _GAUSSIAN, EXACT)
+adapt_signs = make_adapt(True, _RADEMACHER, EXACT)
 
 
-@kernel
-def adapt_outer(theta, exponents, first, last, sum1, sum2, steps, ends, rates, decays, shares,
-                beta1, beta2, eps, window, stream, columns, a, b):  # fmt: skip
-    """`adapt` along rank-one directions; a: float32 [D, rows] times the coefficients, b: float32 [D, columns]."""
-    acc = np.empty(TILE, np.float32)
-    mean, square = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    ring = np.empty((max(window, 1), TILE), np.float32)
-    lanes = lane_words(steps, stream)
-    before = ends.size - steps.size
-    for tile in range(first, last):
-        start, end = tile * TILE, min((tile + 1) * TILE, theta.size)
-        part = theta[start:end]
-        d = 0
-        for j in range(ends.size):
-            outer_tile(ring[j % ring.shape[0]], start, part.size, columns, a, b, d, ends[j])
-            d = ends[j]
-            if j >= before:
-                s = j - before
-                if window == 0:
-                    m, v, oldest = sum1[start:end], sum2[start:end], j
-                else:
-                    m, v, oldest = mean[: part.size], square[: part.size], max(j + 1 - window, 0)
-                    m[:] = _ZERO
-                    v[:] = _ZERO
-                _follow(m, v, ring, oldest, j + 1, beta1, beta2)
-                _adapted(acc, m, v, shares[s, 0], shares[s, 1], rates[s], eps)
-                word = one_word(tile, steps[s], stream, _DITHER_TILE)
-                take_decay(part, acc, decays[s])
-                settle(part, exponents, tile, acc, _ONE, lanes[s], word)
+def make_adapt_outer(STORE: Any) -> Any:
+    OPEN, SETTLE, CLOSE = STORE
+
+    def _adapt_outer(theta, exponents, first, last, sum1, sum2, steps, ends, rates, decays, shares,
+                    beta1, beta2, eps, window, stream, columns, a, b):  # fmt: skip
+        """`adapt` along rank-one directions; a: float32 [D, rows] times the coefficients, b: float32 [D, columns]."""
+        acc, room = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+        mean, square = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+        ring = np.empty((max(window, 1), TILE), np.float32)
+        lanes = lane_words(steps, stream)
+        before = ends.size - steps.size
+        for tile in range(first, last):
+            start, end = tile * TILE, min((tile + 1) * TILE, theta.size)
+            part = OPEN(theta, tile, room)
+            d = 0
+            for j in range(ends.size):
+                outer_tile(ring[j % ring.shape[0]], start, part.size, columns, a, b, d, ends[j])
+                d = ends[j]
+                if j >= before:
+                    s = j - before
+                    if window == 0:
+                        m, v, oldest = sum1[start:end], sum2[start:end], j
+                    else:
+                        m, v, oldest = (
+                            mean[: part.size],
+                            square[: part.size],
+                            max(j + 1 - window, 0),
+                        )
+                        m[:] = _ZERO
+                        v[:] = _ZERO
+                    _follow(m, v, ring, oldest, j + 1, beta1, beta2)
+                    _adapted(acc, m, v, shares[s, 0], shares[s, 1], rates[s], eps)
+                    word = one_word(tile, steps[s], stream, _DITHER_TILE)
+                    take_decay(part, acc, decays[s])
+                    SETTLE(part, exponents, tile, acc, _ONE, lanes[s], word)
+            CLOSE(theta, tile, part)
+
+    return kernel(_adapt_outer)
+
+
+adapt_outer = make_adapt_outer(EXACT)

@@ -1,12 +1,12 @@
 """The kernels of `cpu` in plain torch: the same names, the same bits, on any device.
 
-Tests hold `cpu` to these, and tensors that are not on the CPU use them. Slow: noise passes through memory.
+Tests hold `cpu`, `moments` and `half` to these, and tensors that are not on the CPU use them. Slow: noise passes through memory.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -133,13 +133,83 @@ def look_outer(
         _look(part, grid, _outer(start, len(part), columns, a, b), times)
 
 
+_FORMS = {torch.bfloat16: spec.BFLOAT16, torch.float16: spec.FLOAT16}
+
+
+def _opened(
+    theta: Tensor, exponents: Tensor, first: int, last: int, most: int = _CHUNK
+) -> Iterator[tuple[int, Tensor, Tensor, spec.Form | None]]:
+    """As `_chunks`, with 16-bit weights as float32: what has become of them is written back behind the caller."""
+    form = _FORMS.get(theta.dtype)
+    for start, part, grid in _chunks(theta, exponents, first, last, most):
+        wide = part.float()  # the very part where it is float32
+        yield start, wide, grid, form
+        if form is not None:
+            part.copy_(wide)
+
+
+def _settle_half(part: Tensor, flags: Tensor, total: Tensor, u: Tensor, form: spec.Form) -> None:
+    largest = torch.maximum(part.abs(), (part + total).abs())
+    k = ((largest.view(torch.int32) >> 23) - form.bits).clamp_min(form.least)
+    q, inverse = _powers(k), _powers(-k)
+    n = part * inverse
+    whole = n.floor()
+    moved = (whole + (total * inverse + ((n - whole) + u)).floor()) * q
+    held = torch.zeros(len(flags) * TILE, dtype=torch.bool, device=part.device)
+    held[: len(part)] = moved.abs() > form.largest
+    flags[held.view(-1, TILE).any(1)] = 1
+    part.copy_(moved.clamp(-form.largest, form.largest))
+
+
+def add_rounded(theta: Tensor, total: Tensor, seed: int = 0) -> None:
+    """Add float32 [n] to 16-bit weights [n], rounded stochastically with the dither of a step of that seed."""
+    flags = torch.zeros(-(-len(theta) // TILE), dtype=torch.int8, device=theta.device)
+    for start, part, grid, form in _opened(theta, flags, 0, len(flags)):
+        own = total[start : start + len(part)]
+        _settle(part, grid, own, start, seed, 0, 0.0, form)
+
+
+def widen(
+    theta: Tensor,
+    out: Tensor,
+    first: int,
+    last: int,
+    stream: Any,
+    seeds: Any,
+    cs: Any,
+    signs: bool = False,
+) -> None:
+    """See `half._make_widen`."""
+    wide = theta[first:last].float()
+    for seed, c in zip(seeds, cs, strict=True):
+        wide += _z(seed, stream, first, last - first, signs, theta.device) * float(c)
+    out.copy_(wide)
+
+
+def widen_signs(
+    theta: Tensor, out: Tensor, first: int, last: int, stream: Any, seeds: Any, cs: Any
+) -> None:
+    """`widen` with z rademacher."""
+    widen(theta, out, first, last, stream, seeds, cs, signs=True)
+
+
 def _settle(
-    part: Tensor, grid: Tensor, total: Tensor, start: int, step: int, stream: Any, decay: float
+    part: Tensor,
+    grid: Tensor,
+    total: Tensor,
+    start: int,
+    step: int,
+    stream: Any,
+    decay: float,
+    form: spec.Form | None,
 ) -> None:
     size = len(part)
     if decay != 0.0:
         total = total - part * decay
     u = reference.dither(step, int(stream), start, size, part.device)
+    if form is not None:
+        _settle_half(part, grid, total, u, form)
+        return
     part.add_((total * _power(-grid, size) + u).floor() * _power(grid, size))
     padded = torch.zeros(len(grid) * TILE, device=part.device)
     padded[:size] = part.abs()
@@ -163,7 +233,7 @@ def update(
     signs: bool = False,
 ) -> None:
     """See `cpu.update`."""
-    for start, part, grid in _chunks(theta, exponents, first, last):
+    for start, part, grid, form in _opened(theta, exponents, first, last):
         d = 0
         for s, step in enumerate(steps):
             total = torch.zeros_like(part)
@@ -174,7 +244,7 @@ def update(
                 d += 1
             if s == 0 and float(back) != 0.0:
                 _look(part, grid, z * float(back), 1.0)
-            _settle(part, grid, total, start, int(step), stream, float(decays[s]))
+            _settle(part, grid, total, start, int(step), stream, float(decays[s]), form)
 
 
 def update_signs(
@@ -208,12 +278,12 @@ def update_outer(
     decays: Any,
 ) -> None:
     """See `cpu.update_outer`."""
-    for start, part, grid in _chunks(theta, exponents, first, last):
+    for start, part, grid, form in _opened(theta, exponents, first, last):
         d = 0
         for s, step in enumerate(steps):
             total = _outer(start, len(part), columns, a[d : int(ends[s])], b[d : int(ends[s])])
             d = int(ends[s])
-            _settle(part, grid, total, start, int(step), stream, float(decays[s]))
+            _settle(part, grid, total, start, int(step), stream, float(decays[s]), form)
 
 
 def _adapt(
@@ -237,7 +307,7 @@ def _adapt(
     before = len(ends) - len(steps)
     # A chunk holds the estimates of its window.
     most = max(_CHUNK // max(window, 1), 1)
-    for start, part, grid in _chunks(theta, exponents, first, last, most):
+    for start, part, grid, form in _opened(theta, exponents, first, last, most):
         mine = slice(start, start + len(part))
         ring: deque[Tensor] = deque(maxlen=max(window, 1))
         d = 0
@@ -259,7 +329,7 @@ def _adapt(
                     m, v = reference.follow(m, v, g, beta1, beta2)
             share = (float(shares[s][0]), float(shares[s][1]))
             total = reference.adapted(m, v, share, float(rates[s]), eps)
-            _settle(part, grid, total, start, int(steps[s]), stream, float(decays[s]))
+            _settle(part, grid, total, start, int(steps[s]), stream, float(decays[s]), form)
 
 
 def adapt(

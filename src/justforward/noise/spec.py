@@ -21,6 +21,7 @@ z = noise(seed, stream, index) is a pure function built on Philox4x32-10 (Salmon
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 NOISE_VERSION = 1
 
@@ -71,3 +72,22 @@ DITHER_MULTIPLIER = 0x7FEB352D
 # most 2^24, the last integer up to which float32 has them all.
 GRID_LIMIT = 1.5 * 2.0**23
 GRID_LOOK = 2.0**22
+
+
+@dataclass(frozen=True)
+class Form:
+    """How 16 bits hold a weight: +-1.f x 2^e.
+
+    Attributes:
+        bits: such that float32's exponent field, minus this, is k for the unit 2^k in the last place.
+        least: the smallest k.
+        largest: the largest number.
+    """
+
+    bits: int
+    least: int
+    largest: float
+
+
+BFLOAT16 = Form(bits=127 + 7, least=-126, largest=float.fromhex("0x1.fep+127"))
+FLOAT16 = Form(bits=127 + 10, least=-24, largest=65504.0)

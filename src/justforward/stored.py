@@ -1,0 +1,289 @@
+"""Weights that are stored in 16 bits and computed with in another type: float32 on a CPU, their own elsewhere.
+
+Matrix products of 16-bit numbers are slow on most CPUs, and too coarse to see what a look changes. So a parameter of this
+class hands the operations that it is passed to (`__torch_function__`) its values as float32, made where they are needed: one
+matrix at a time, large ones (an embedding, a head) a slice of rows at a time, in one buffer a thread that is used again. It
+tells a model that it is float32, so that what flows through the model is; `plain` gives what is stored.
+
+A look along a dense direction (weight space) is taken here too: the direction is added to the values that are handed out,
+and what is stored is only read. So looks leave every bit where it was whatever the format, and lose nothing to rounding.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from justforward.errors import UserError
+
+FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HALVES = (torch.bfloat16, torch.float16)
+# Matrices of more elements are widened a slice of rows at a time.
+SLICE = 1 << 22
+
+_plain = torch._C.DisableTorchFunctionSubclass
+
+
+class Away(Protocol):
+    """A look under way: what a parameter's values are while it lasts."""
+
+    def values(self, first: int, last: int, out: Tensor) -> None:
+        """Fill `out`, float32 [last - first], with elements first .. last."""
+
+
+class Half(nn.Parameter):
+    """A parameter stored in 16 bits. Set up by `compute_wide`, never constructed."""
+
+    _jf_away: Away | None
+    _jf_dtype: torch.dtype  # what it computes in
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A parameter of its own, stored and computed with alike."""
+        if id(self) not in memo:
+            with _plain():
+                copied = nn.Parameter(self.detach().clone(), self.requires_grad)
+            compute_wide([copied])
+            memo[id(self)] = copied
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as what is stored."""
+        with _plain():
+            stored: Any = nn.Parameter(self.detach(), self.requires_grad)
+            return stored.__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        with _plain():
+            operation = _OPERATIONS.get(func)
+            if operation is not None:
+                return operation(*args, **kwargs)
+            if name == "__get__":
+                attribute = getattr(func.__self__, "__name__", "")
+                if attribute == "dtype":
+                    return args[0]._jf_dtype
+                if attribute not in _OF_VALUES:
+                    return func(*args, **kwargs)
+            elif name in ("__set__", "__delete__") or func in _AS_STORED:
+                return func(*args, **kwargs)
+            if isinstance(args[0] if args else None, Half) and _writes(name):
+                raise UserError(
+                    f"a parameter of {tuple(args[0].shape)} stored as {args[0].detach().dtype} is written by {name}, which would "
+                    "change a copy of it: write to its .data"
+                )
+            return func(*_wide(args), **_wide(kwargs))
+
+
+def _writes(name: str) -> bool:
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+_OF_VALUES = {
+    "T",
+    "mT",
+    "H",
+    "mH",
+    "real",
+    "imag",
+}  # attributes that are not the same of what is stored
+_AS_STORED = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_floating_point, Tensor.is_contiguous,
+              Tensor.stride, Tensor.is_complex, Tensor.__len__, Tensor.__hash__, Tensor.data_ptr, Tensor.detach, Tensor.element_size,
+              Tensor.requires_grad_, Tensor.untyped_storage, Tensor.get_device, Tensor.storage_offset, Tensor.ndimension,
+              Tensor.__format__, Tensor.register_hook, Tensor.is_shared, Tensor.share_memory_,
+              torch.is_floating_point, torch.numel, torch.is_complex}  # fmt: skip
+
+
+def _wide(given: Any) -> Any:
+    if isinstance(given, Half):
+        return values(given)
+    if isinstance(given, (tuple, list)):
+        return type(given)(_wide(item) for item in given)
+    if isinstance(given, dict):
+        return {key: _wide(item) for key, item in given.items()}
+    return given
+
+
+# --------------------------------------------------------------------------------------- whole models
+
+
+def compute_wide(tensors: Sequence[nn.Parameter]) -> None:
+    """Let the 16-bit ones among some parameters compute in float32 on the CPU; elsewhere in their own type.
+
+    They stay the same objects, so what is tied stays tied.
+    """
+    for p in tensors:
+        if type(p) is nn.Parameter and p.dtype in HALVES:
+            cpu = p.device.type == "cpu"
+            p._jf_dtype = torch.float32 if cpu else p.dtype  # type: ignore[attr-defined]
+            p._jf_away = None  # type: ignore[attr-defined]
+            p.__class__ = Half
+
+
+def compute_model_wide(model: nn.Module) -> None:
+    """`compute_wide` of all parameters; 16-bit buffers, which are small, become float32 where these compute so."""
+    compute_wide(list(model.parameters()))
+    if any(type(p) is Half and p.dtype == torch.float32 for p in model.parameters()):
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.dtype in HALVES:
+                    setattr(module, name, buffer.float())
+
+
+@contextmanager
+def as_stored(model: nn.Module) -> Iterator[None]:
+    """While inside, the model's parameters are what they are stored as: for saving."""
+    found = [p for p in model.parameters() if type(p) is Half]
+    with _plain():
+        for p in found:
+            p.__class__ = nn.Parameter  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for p in found:
+                p.__class__ = Half
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """What is stored, sharing its memory."""
+    with _plain():
+        return tensor.detach()
+
+
+def stored_dtype(tensor: Tensor) -> torch.dtype:
+    """The type that it is stored in."""
+    with _plain():
+        return tensor.dtype
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether it is stored in 16 bits."""
+    return stored_dtype(tensor) in HALVES
+
+
+# ---------------------------------------------------------------------------------------- operations
+
+_rooms = threading.local()
+
+
+def _room(size: int, device: torch.device) -> Tensor:
+    """A buffer of this thread, used again; one of its own where a graph might keep it."""
+    if torch.is_grad_enabled() or device.type != "cpu":
+        return torch.empty(size, dtype=torch.float32, device=device)
+    have: Tensor | None = getattr(_rooms, "room", None)
+    if have is None or len(have) < size:
+        _rooms.room = have = torch.empty(size, dtype=torch.float32)
+    return have[:size]
+
+
+def values(p: Tensor, first: int = 0, last: int | None = None, *, keep: bool = True) -> Tensor:
+    """Rows first .. last (default all) of a parameter as it is computed with, looks that are under way included.
+
+    Args:
+        p: a parameter; one that is no `Half` is handed back itself, or its rows.
+        keep: the result may be kept; else the next call may overwrite it.
+    """
+    with _plain():
+        rows = p if last is None else p[first:last]
+        dtype = getattr(p, "_jf_dtype", None)
+        if dtype is None:
+            return rows
+        away: Away | None = p._jf_away  # type: ignore[attr-defined]
+        if away is None and (keep or rows.dtype == dtype):
+            return rows.to(dtype)
+        size = rows.numel()
+        out = torch.empty(size, device=p.device) if keep else _room(size, p.device)
+        if away is None:
+            out.copy_(rows.reshape(-1))
+        else:
+            start = first * (p.numel() // max(p.shape[0], 1)) if p.dim() else 0
+            away.values(start, start + size, out)
+        return out.view(rows.shape).to(dtype)
+
+
+def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    """`F.linear`; a weight of many rows a slice at a time."""
+    with _plain():
+        bias = bias if bias is None else values(bias)
+        if not _sliced(weight):
+            return F.linear(x, values(weight, keep=False), bias)
+        out, columns = weight.shape
+        step = max(SLICE // columns, 1)
+        flat = x.reshape(-1, columns)
+        y = flat.new_empty(len(flat), out)
+        for start in range(0, out, step):
+            end = min(start + step, out)
+            w = values(weight, start, end, keep=False)
+            b = None if bias is None else bias[start:end]
+            y[:, start:end] = F.linear(flat, w, b)
+        return y.view(*x.shape[:-1], out)
+
+
+def _sliced(weight: Any) -> bool:
+    return (
+        getattr(weight, "_jf_dtype", None) == torch.float32
+        and weight.numel() > SLICE
+        and not torch.is_grad_enabled()
+    )
+
+
+def addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    """`torch.addmm`."""
+    with _plain():
+        return torch.addmm(
+            values(input), values(mat1), values(mat2, keep=False), beta=beta, alpha=alpha
+        )
+
+
+def matmul(input: Any, other: Any) -> Tensor:
+    """`torch.matmul`."""
+    with _plain():
+        return torch.matmul(values(input), values(other, keep=False))
+
+
+def embedding(
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """`F.embedding`: only the rows that are looked up are widened."""
+    with _plain():
+        if max_norm is not None:
+            raise UserError(
+                "an embedding with max_norm moves its own weights, which are stored in 16 bits: use float32"
+            )
+        dtype = getattr(weight, "_jf_dtype", None)
+        if dtype is None or getattr(weight, "_jf_away", None) is None:
+            y = F.embedding(input, weight, padding_idx)
+            return y if dtype is None else y.to(dtype)
+        used, place = torch.unique(input, return_inverse=True)
+        rows = torch.empty(len(used), weight.shape[1], device=weight.device)
+        columns = weight.shape[1]
+        for row, token in zip(rows, used.tolist(), strict=True):
+            weight._jf_away.values(token * columns, (token + 1) * columns, row)
+        return F.embedding(place, rows).to(dtype)
+
+
+_OPERATIONS: dict[Any, Any] = {
+    F.linear: linear,
+    torch.addmm: addmm,
+    torch.matmul: matmul,
+    torch.mm: matmul,
+    Tensor.matmul: matmul,
+    Tensor.__matmul__: matmul,
+    F.embedding: embedding,
+    torch.embedding: lambda weight, input, *rest: embedding(input, weight),
+}

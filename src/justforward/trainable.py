@@ -1,0 +1,62 @@
+"""Which tensors can be moved exactly in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from justforward.errors import UserError
+from justforward.stored import HALVES, Half, is_half, plain, stored_dtype
+
+
+def check_trainable(name: str, tensor: Tensor) -> None:
+    """Raise UserError where a tensor cannot be moved exactly in place."""
+    advice = "freeze it (requires_grad_(False))"
+    if tensor.is_meta:
+        raise UserError(f"parameter {name} is on the meta device and has no values: load it first")
+    if tensor.dtype not in (torch.float32, *HALVES):
+        raise UserError(
+            f"parameter {name} is {tensor.dtype}: only float32, bfloat16 and float16 can be tuned; "
+            f"convert the model (model.float()) or {advice}"
+        )
+    if is_half(tensor) and type(tensor) not in (nn.Parameter, Half):
+        raise UserError(
+            f"{name} is {stored_dtype(tensor)} and no nn.Parameter, which 16-bit weights must be: their looks are taken where "
+            "they are used"
+        )
+    if tensor.layout != torch.strided or not tensor.is_contiguous():
+        raise UserError(
+            f"parameter {name} is not contiguous (shape {tuple(tensor.shape)}, strides "
+            f"{tensor.stride() if tensor.layout == torch.strided else tensor.layout}): "
+            f"replace it by its .contiguous() copy or {advice}"
+        )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise UserError where a number is NaN or infinite."""
+    if tensor.numel() and not math.isfinite(torch.linalg.vector_norm(plain(tensor), math.inf)):
+        flat = plain(tensor).reshape(-1)
+        bad = int((~flat.isfinite()).nonzero()[0])
+        raise UserError(
+            f"parameter {name} is {flat[bad].item()} at element {bad}: "
+            "all weights must be finite before tuning"
+        )
+
+
+def check_apart(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Raise UserError where two tensors share memory but are not one parameter."""
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + t.element_size() * t.numel(), name)
+        for name, t in zip(names, tensors, strict=True)
+        if t.numel()
+    )
+    for (_, end, first), (start, _, second) in pairwise(spans):
+        if start < end:
+            raise UserError(
+                f"parameters {first} and {second} share memory but are not one parameter: "
+                "tie them (the same nn.Parameter in both places) or freeze one"
+            )
