@@ -476,7 +476,7 @@ def compile_kernels(family: Family, *dtypes: torch.dtype) -> None:
             if is_half(p):
                 _ = p + 0.0  # by way of its look
         tiny.look(0, [1e-3], -1.0)
-        tiny.update([Move(0, seeds, np.zeros((1, 1), np.float32), np.zeros(1, np.float32))])
+        tiny.update([Move(0, seeds, np.ones((1, 1), np.float32), np.zeros(1, np.float32))])
     from justforward.noise import llvm
 
     llvm.release_compiler()

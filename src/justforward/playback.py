@@ -17,7 +17,7 @@ from justforward import noise
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
 from justforward.moments import Moments, compile_kernels, course_of
-from justforward.stored import plain, stored_dtype
+from justforward.stored import compute_model_wide, plain, stored_dtype
 from justforward.trajectory import Course, Log, Step, read_log
 
 
@@ -152,6 +152,7 @@ def replay(model: nn.Module, path: str | os.PathLike[str], steps: int | None = N
         raise UserError(f"{log.path}: has {len(log.steps)} whole steps; {steps} were asked for")
     header = log.header
     tensors = check_base(model, log)
+    compute_model_wide(model)  # as it was for the run
     groups = [group for *_, group in header["tensors"]]
     family = FAMILIES[header["family"]]
     weights = Weights(tensors, groups, family, header["groups"])

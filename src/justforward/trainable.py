@@ -25,8 +25,8 @@ def check_trainable(name: str, tensor: Tensor) -> None:
         )
     if is_half(tensor) and type(tensor) not in (nn.Parameter, Half):
         raise UserError(
-            f"{name} is {stored_dtype(tensor)} and no nn.Parameter, which 16-bit weights must be: their looks are taken where "
-            "they are used"
+            f"parameter {name} is {stored_dtype(tensor)} and no nn.Parameter: looks at 16-bit weights are taken where a module "
+            f"uses them: make it one or {advice}"
         )
     if tensor.layout != torch.strided or not tensor.is_contiguous():
         raise UserError(

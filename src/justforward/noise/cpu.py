@@ -14,14 +14,31 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from justforward.noise import spec
-from justforward.noise.llvm import as_float, as_int, floor, prefetch, rint, select, sqrt
+from justforward.noise.formats import (
+    BFLOAT16,
+    FLOAT32,
+    SOURCES,
+    TILE,
+    close_bfloat16,
+    close_float16,
+    f32,
+    i32,
+    inline,
+    kernel,
+    open_bfloat16,
+    open_float16,
+    power,
+    settle,
+    settle_bfloat16,
+    settle_float16,
+    take_decay,
+    u32,
+    u64,
+)
+from justforward.noise.llvm import as_float, as_int, prefetch, rint, select, sqrt
 
-u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
-
-TILE = spec.TILE
 _M0, _M1 = (u64(m) for m in spec.PHILOX_MULTIPLIERS)
 _W0, _W1 = (u32(w) for w in spec.PHILOX_WEYL)
 _ROUNDS = spec.PHILOX_ROUNDS
@@ -30,28 +47,14 @@ _L0, _L1, _L2, _L3, _L4, _L5, _L6 = (f32(c) for c in spec.LOG_COEFFICIENTS)
 _LN2, _ROOT = f32(spec.MINUS_TWO_LN_2), i32(spec.SQRT_HALF_BITS)
 _S0, _S1, _S2 = (f32(c) for c in spec.SIN_COEFFICIENTS)
 _C0, _C1, _C2, _C3 = (f32(c) for c in spec.COS_COEFFICIENTS)
-_D0 = u32(spec.DITHER_MULTIPLIER)
 _DITHER_TILE, _DITHER_LANE = u64(spec.DOMAIN_DITHER_TILE), u64(spec.DOMAIN_DITHER_LANE)
 _GAUSSIAN, _RADEMACHER = u64(spec.DOMAIN_GAUSSIAN), u64(spec.DOMAIN_RADEMACHER)
 _HALF, _ONE, _SIGN = f32(0.5), f32(1.0), u32(0x80000000)
 _ZERO = f32(0.0)  # -0.0 + 0.0 is +0.0: a negative zero would not survive a look
 _LINE = 16  # float32 values of a cache line
-_POW_M32, _POW_M24 = f32(2.0**-32), f32(2.0**-24)
+_POW_M32 = f32(2.0**-32)
 
-# The grid: a tile's weights are integers n times q = 2^k with |n| <= 1.5 x 2^23; a look may add 2^22 and is
-# still exact, below 2^24. A tile that grows beyond is laid anew, on the next coarser grid.
 _LIMIT = f32(spec.GRID_LIMIT)
-
-
-def inline(function: Any) -> Any:
-    return njit(inline="always")(function)
-
-
-def kernel(function: Any) -> Any:
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder to keep the cache in: compiled anew in each process
-        return njit(nogil=True)(function)
 
 
 @inline
@@ -209,12 +212,6 @@ def lay_grid(theta, exponents, floor):
     return -1
 
 
-@inline
-def power(k):
-    """2^k as float32, -126 <= k <= 127."""
-    return as_float(i32(i32(k + 127) << i32(23)))
-
-
 @kernel
 def look(theta, exponents, first, last, seed, stream, c, times):
     """theta += times * q * rint(c z / q), z gaussian, tiles first .. last. Exact: -1 undoes +1."""
@@ -265,36 +262,6 @@ def look_signs(theta, exponents, first, last, seed, stream, c, times):
 
 
 @inline
-def take_decay(part, acc, decay):
-    if decay != f32(0.0):
-        for i in range(part.size):
-            acc[i] = f32(acc[i] - f32(decay * part[i]))
-
-
-@inline
-def settle(part, exponents, tile, values, scale, lanes, word):
-    """part += q floor(scale values / q + dither), and a coarser grid when the headroom is used up."""
-    k = i32(exponents[tile])
-    q, inverse = power(k), f32(scale * power(-k))
-    largest = i32(0)
-    for i in range(part.size):
-        h = u32(lanes[i] + word)
-        h = u32(u32(h ^ u32(h >> u32(16))) * _D0)
-        u = f32(f32(i32(u32(h >> u32(8)))) * _POW_M24)
-        moved = f32(part[i] + f32(floor(f32(f32(values[i] * inverse) + u)) * q))
-        part[i] = moved
-        size = i32(as_int(moved) & i32(0x7FFFFFFF))
-        largest = select(size > largest, size, largest)
-    if as_float(largest) > f32(_LIMIT * q):
-        while k < 100 and as_float(largest) > f32(_LIMIT * power(k)):
-            k += 1
-        exponents[tile] = k
-        q, inverse = power(k), power(-k)
-        for i in range(part.size):
-            part[i] = f32(f32(rint(f32(part[i] * inverse)) * q) + _ZERO)
-
-
-@inline
 def lane_words(seeds, stream):
     """The dither's lane words of each step: uint32 [S, 1024]."""
     lanes = np.empty((seeds.size, TILE), np.uint32)
@@ -310,23 +277,9 @@ def lane_words(seeds, stream):
     return lanes
 
 
-@inline
-def open_exact(theta, tile, room):
-    return theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
-
-
-@inline
-def close_exact(theta, tile, part):
-    pass
-
-
-# How a tile of weights is read, moved by a step and written back. Those of 16-bit weights are in `half`.
-EXACT = (open_exact, settle, close_exact)
-
-
-def make_update(SIGNS: bool, DOMAIN: Any, STORE: Any) -> Any:
+def make_update(SIGNS: bool, DOMAIN: Any, FORM: int) -> Any:
     # Several kernels from one text: with the family a constant LLVM keeps one branch, and vectorises it.
-    OPEN, SETTLE, CLOSE = STORE
+    WHOLE, BRAIN, KEY = FORM == FLOAT32, FORM == BFLOAT16, SOURCES
 
     def _update(theta, exponents, first, last, stream, steps, ends, seeds, cs, decays, back):
         """Apply any number of steps to tiles first .. last in one pass over the weights.
@@ -342,6 +295,7 @@ def make_update(SIGNS: bool, DOMAIN: Any, STORE: Any) -> Any:
             back: where not 0, the weights still stand at -back along the last direction of the first step,
                 and are first brought home, with the same z.
         """
+        _ = KEY
         z, acc = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
         room = np.empty(TILE, np.float32)
         w0, w1 = np.empty(256, np.uint32), np.empty(256, np.uint32)
@@ -349,7 +303,12 @@ def make_update(SIGNS: bool, DOMAIN: Any, STORE: Any) -> Any:
         lanes = lane_words(steps, stream)
         for tile in range(first, last):
             fetch_tile(theta, tile, last)
-            part = OPEN(theta, tile, room)
+            if WHOLE:
+                part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
+            elif BRAIN:
+                part = open_bfloat16(theta, tile, room)
+            else:
+                part = open_float16(theta, tile, room)
             d = 0
             for s in range(steps.size):
                 # One direction and no decay, the common case: z goes straight into the move. Scaling by a
@@ -372,14 +331,23 @@ def make_update(SIGNS: bool, DOMAIN: Any, STORE: Any) -> Any:
                         part[i] = f32(part[i] + f32(rint(f32(z[i] * home)) * q))
                 word = one_word(tile, steps[s], stream, _DITHER_TILE)
                 take_decay(part, acc, decays[s])
-                SETTLE(part, exponents, tile, values, scale, lanes[s], word)
-            CLOSE(theta, tile, part)
+                if WHOLE:
+                    settle(part, exponents, tile, values, scale, lanes[s], word)
+                elif BRAIN:
+                    settle_bfloat16(part, exponents, tile, values, scale, lanes[s], word)
+                else:
+                    settle_float16(part, exponents, tile, values, scale, lanes[s], word)
+            if not WHOLE:
+                if BRAIN:
+                    close_bfloat16(theta, tile, part)
+                else:
+                    close_float16(theta, tile, part)
 
     return kernel(_update)
 
 
-update = make_update(False, _GAUSSIAN, EXACT)
-update_signs = make_update(True, _RADEMACHER, EXACT)
+update = make_update(False, _GAUSSIAN, FLOAT32)
+update_signs = make_update(True, _RADEMACHER, FLOAT32)
 
 
 @inline
@@ -426,28 +394,43 @@ def look_outer(theta, exponents, first, last, columns, a, b, times):
             part[i] = f32(part[i] + f32(rint(f32(acc[i] * inverse)) * q))
 
 
-def make_update_outer(STORE: Any) -> Any:
-    OPEN, SETTLE, CLOSE = STORE
+def make_update_outer(FORM: int) -> Any:
+    WHOLE, BRAIN, KEY = FORM == FLOAT32, FORM == BFLOAT16, SOURCES
 
     def _update_outer(theta, exponents, first, last, columns, stream, steps, ends, a, b, decays):
         """`update` along rank-one directions; a: float32 [D, rows] times the coefficients, b: float32 [D, columns]."""
+        _ = KEY
         acc, room = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
         lanes = lane_words(steps, stream)
         for tile in range(first, last):
-            part = OPEN(theta, tile, room)
+            if WHOLE:
+                part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
+            elif BRAIN:
+                part = open_bfloat16(theta, tile, room)
+            else:
+                part = open_float16(theta, tile, room)
             start = 0
             for s in range(steps.size):
                 outer_tile(acc, tile * TILE, part.size, columns, a, b, start, ends[s])
                 start = ends[s]
                 word = one_word(tile, steps[s], stream, _DITHER_TILE)
                 take_decay(part, acc, decays[s])
-                SETTLE(part, exponents, tile, acc, _ONE, lanes[s], word)
-            CLOSE(theta, tile, part)
+                if WHOLE:
+                    settle(part, exponents, tile, acc, _ONE, lanes[s], word)
+                elif BRAIN:
+                    settle_bfloat16(part, exponents, tile, acc, _ONE, lanes[s], word)
+                else:
+                    settle_float16(part, exponents, tile, acc, _ONE, lanes[s], word)
+            if not WHOLE:
+                if BRAIN:
+                    close_bfloat16(theta, tile, part)
+                else:
+                    close_float16(theta, tile, part)
 
     return kernel(_update_outer)
 
 
-update_outer = make_update_outer(EXACT)
+update_outer = make_update_outer(FLOAT32)
 
 
 @kernel

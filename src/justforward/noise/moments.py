@@ -13,19 +13,24 @@ from typing import Any
 import numpy as np
 
 from justforward.noise import spec
-from justforward.noise.cpu import (
-    EXACT,
+from justforward.noise.cpu import draw_tile, fetch_tile, lane_words, one_word, outer_tile
+from justforward.noise.formats import (
+    BFLOAT16,
+    FLOAT32,
+    SOURCES,
     TILE,
-    draw_tile,
+    close_bfloat16,
+    close_float16,
     f32,
-    fetch_tile,
     i32,
     inline,
     kernel,
-    lane_words,
-    one_word,
-    outer_tile,
+    open_bfloat16,
+    open_float16,
     power,
+    settle,
+    settle_bfloat16,
+    settle_float16,
     take_decay,
     u64,
 )
@@ -70,8 +75,8 @@ def _adapted(acc, first, second, share1, share2, rate, eps):
         acc[i] = f32(f32(-rate) * divide(f32(share1 * first[i]), size))
 
 
-def make_adapt(SIGNS: bool, DOMAIN: Any, STORE: Any) -> Any:
-    OPEN, SETTLE, CLOSE = STORE
+def make_adapt(SIGNS: bool, DOMAIN: Any, FORM: int) -> Any:
+    WHOLE, BRAIN, KEY = FORM == FLOAT32, FORM == BFLOAT16, SOURCES
 
     def _adapt(theta, exponents, first, last, sum1, sum2, steps, ends, rates, decays, shares,
                beta1, beta2, eps, window, stream, seeds, cs, back):  # fmt: skip
@@ -94,6 +99,7 @@ def make_adapt(SIGNS: bool, DOMAIN: Any, STORE: Any) -> Any:
             back: where not 0, the weights still stand at -back along the last direction of the first step,
                 and are first brought home, with the same z.
         """
+        _ = KEY
         z, acc = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
         mean, square = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
         room = np.empty(TILE, np.float32)
@@ -105,7 +111,12 @@ def make_adapt(SIGNS: bool, DOMAIN: Any, STORE: Any) -> Any:
         for tile in range(first, last):
             fetch_tile(theta, tile, last)
             start, end = tile * TILE, min((tile + 1) * TILE, theta.size)
-            part = OPEN(theta, tile, room)
+            if WHOLE:
+                part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
+            elif BRAIN:
+                part = open_bfloat16(theta, tile, room)
+            else:
+                part = open_float16(theta, tile, room)
             d = 0
             for j in range(ends.size):
                 g = ring[j % ring.shape[0]]
@@ -133,22 +144,32 @@ def make_adapt(SIGNS: bool, DOMAIN: Any, STORE: Any) -> Any:
                     _adapted(acc, m, v, shares[s, 0], shares[s, 1], rates[s], eps)
                     word = one_word(tile, steps[s], stream, _DITHER_TILE)
                     take_decay(part, acc, decays[s])
-                    SETTLE(part, exponents, tile, acc, _ONE, lanes[s], word)
-            CLOSE(theta, tile, part)
+                    if WHOLE:
+                        settle(part, exponents, tile, acc, _ONE, lanes[s], word)
+                    elif BRAIN:
+                        settle_bfloat16(part, exponents, tile, acc, _ONE, lanes[s], word)
+                    else:
+                        settle_float16(part, exponents, tile, acc, _ONE, lanes[s], word)
+            if not WHOLE:
+                if BRAIN:
+                    close_bfloat16(theta, tile, part)
+                else:
+                    close_float16(theta, tile, part)
 
     return kernel(_adapt)
 
 
-adapt = make_adapt(False, _GAUSSIAN, EXACT)
-adapt_signs = make_adapt(True, _RADEMACHER, EXACT)
+adapt = make_adapt(False, _GAUSSIAN, FLOAT32)
+adapt_signs = make_adapt(True, _RADEMACHER, FLOAT32)
 
 
-def make_adapt_outer(STORE: Any) -> Any:
-    OPEN, SETTLE, CLOSE = STORE
+def make_adapt_outer(FORM: int) -> Any:
+    WHOLE, BRAIN, KEY = FORM == FLOAT32, FORM == BFLOAT16, SOURCES
 
     def _adapt_outer(theta, exponents, first, last, sum1, sum2, steps, ends, rates, decays, shares,
                     beta1, beta2, eps, window, stream, columns, a, b):  # fmt: skip
         """`adapt` along rank-one directions; a: float32 [D, rows] times the coefficients, b: float32 [D, columns]."""
+        _ = KEY
         acc, room = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
         mean, square = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
         ring = np.empty((max(window, 1), TILE), np.float32)
@@ -156,7 +177,12 @@ def make_adapt_outer(STORE: Any) -> Any:
         before = ends.size - steps.size
         for tile in range(first, last):
             start, end = tile * TILE, min((tile + 1) * TILE, theta.size)
-            part = OPEN(theta, tile, room)
+            if WHOLE:
+                part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
+            elif BRAIN:
+                part = open_bfloat16(theta, tile, room)
+            else:
+                part = open_float16(theta, tile, room)
             d = 0
             for j in range(ends.size):
                 outer_tile(ring[j % ring.shape[0]], start, part.size, columns, a, b, d, ends[j])
@@ -177,10 +203,19 @@ def make_adapt_outer(STORE: Any) -> Any:
                     _adapted(acc, m, v, shares[s, 0], shares[s, 1], rates[s], eps)
                     word = one_word(tile, steps[s], stream, _DITHER_TILE)
                     take_decay(part, acc, decays[s])
-                    SETTLE(part, exponents, tile, acc, _ONE, lanes[s], word)
-            CLOSE(theta, tile, part)
+                    if WHOLE:
+                        settle(part, exponents, tile, acc, _ONE, lanes[s], word)
+                    elif BRAIN:
+                        settle_bfloat16(part, exponents, tile, acc, _ONE, lanes[s], word)
+                    else:
+                        settle_float16(part, exponents, tile, acc, _ONE, lanes[s], word)
+            if not WHOLE:
+                if BRAIN:
+                    close_bfloat16(theta, tile, part)
+                else:
+                    close_float16(theta, tile, part)
 
     return kernel(_adapt_outer)
 
 
-adapt_outer = make_adapt_outer(EXACT)
+adapt_outer = make_adapt_outer(FLOAT32)
