@@ -1,4 +1,6 @@
-"""Peak memory of training over peak memory of evaluation: fresh processes, the same batch of SmolLM2.
+"""Peak memory of training over peak memory of evaluation, of bfloat16 over float32, of AdamW over both: fresh processes, SmolLM2.
+
+A process that has only loaded its libraries has some 400 MiB already: figures are given with and without them.
 
 python benchmarks/memory.py
 """
@@ -14,24 +16,36 @@ from typing import Any
 import torch
 from _timing import Table, arguments
 
-ROWS, LENGTH, TIMES = 8, 64, 3
+TIMES = 3
 
 
-def child(kind: str) -> None:
+def child(kind: str, dtype: str, rows: int, length: int) -> None:
     """Evaluate or train on one batch a few times; print the peak resident size in MiB."""
     from step import answer_losses, make_batch
 
     import justforward as jf
     from justforward.models import load_model
 
-    loaded, _ = load_model("smollm2")
+    if kind == "libraries":
+        import transformers.models.llama.modeling_llama  # noqa: F401 - what the model is made of
+
+        print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        return
+    loaded, _ = load_model("smollm2", dtype=dtype)
     model: Any = loaded
-    batch = make_batch(ROWS, LENGTH, model.config.vocab_size)
+    batch = make_batch(rows, length, model.config.vocab_size)
     losses = answer_losses(model)
     if kind == "evaluation":
         with torch.no_grad():
             for _ in range(TIMES):
                 losses(batch)
+    elif kind == "adamw":
+        model.requires_grad_(True)
+        adam = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        for _ in range(TIMES):
+            losses(batch).mean().backward()
+            adam.step()
+            adam.zero_grad()
     else:
         options: dict[str, Any] = {"rule": "rms"} if kind == "activation" else {}
         opt = jf.MeZO(model, lr=1e-6, estimator=kind, **options)
@@ -40,11 +54,10 @@ def child(kind: str) -> None:
     print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
-def peak(kind: str) -> float:
+def peak(kind: str, dtype: str = "float32", rows: int = 8, length: int = 64) -> float:
     """Peak of a fresh process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", kind], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, __file__, "--child", kind, dtype, str(rows), str(length)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -60,11 +73,27 @@ def main() -> None:
         table.add(
             f"{kind} training / evaluation", value, f"at most {limit:g}", value <= limit, detail
         )
+    libraries = peak("libraries")
+    half = peak("evaluation", "bfloat16")
+    for name, less, limit in (("", 0.0, 0.80), (", libraries taken off both", libraries, 0.60)):
+        value = (half - less) / (evaluation - less)
+        detail = f"{half:.0f} MiB against {evaluation:.0f} MiB, libraries {libraries:.0f} MiB"
+        what = f"evaluation stored in bfloat16 / in float32{name}"
+        table.add(what, value, f"at most {limit:g}", value <= limit, detail)
+    long = {"rows": 8, "length": 256}
+    adamw = peak("adamw", **long)
+    for kind in ("weight", "activation"):
+        own = peak(kind, "bfloat16", **long)
+        for name, less, limit in (("", 0.0, 5.0), (", libraries taken off both", libraries, 8.0)):
+            value = (adamw - less) / (own - less)
+            detail = f"{adamw:.0f} MiB against {own:.0f} MiB"
+            what = f"8 x 256 tokens: AdamW, all weights / {kind}, bfloat16{name}"
+            table.add(what, value, f"at least {limit:g}", value >= limit, detail)
     table.print()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2])
+        child(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
     else:
         main()

@@ -133,6 +133,30 @@ def check_base(model: nn.Module, log: Log) -> list[tuple[str, Tensor]]:
     return found
 
 
+def same_records(model: nn.Module, path: str | os.PathLike[str]) -> int:
+    """Take the steps of a log from another base than its own: another format of the same weights, say.
+
+    What comes of it is not the log's model. The model is changed in place.
+
+    Returns:
+        How many steps were applied.
+
+    Raises:
+        UserError: the log is damaged, or tunes a parameter that the model has not, or has in another shape.
+    """
+    log = read_log(path)
+    have = dict(model.named_parameters(remove_duplicate=False))
+    tensors: list[tuple[str, Tensor]] = []
+    for name, shape, *_ in log.header["tensors"]:
+        if name not in have or list(have[name].shape) != shape:
+            raise UserError(
+                f"{log.path}: tunes parameter {name} {shape}, which this model does not have"
+            )
+        tensors.append((name, have[name]))
+    compute_model_wide(model)
+    return _apply_log(tensors, log, log.steps)
+
+
 def replay(model: nn.Module, path: str | os.PathLike[str], steps: int | None = None) -> int:
     """Rebuild the tuned model: base + log, bit for bit, in one pass over the weights.
 
@@ -150,15 +174,19 @@ def replay(model: nn.Module, path: str | os.PathLike[str], steps: int | None = N
     log = read_log(path)
     if steps is not None and not 0 <= steps <= len(log.steps):
         raise UserError(f"{log.path}: has {len(log.steps)} whole steps; {steps} were asked for")
-    header = log.header
     tensors = check_base(model, log)
     compute_model_wide(model)  # as it was for the run
+    return _apply_log(tensors, log, log.steps[:steps])
+
+
+def _apply_log(tensors: Sequence[tuple[str, Tensor]], log: Log, steps: Sequence[Step]) -> int:
+    header = log.header
     groups = [group for *_, group in header["tensors"]]
     family = FAMILIES[header["family"]]
     weights = Weights(tensors, groups, family, header["groups"])
     if weights.compiled:
         compile_kernels(family, header["rule"], *weights.dtypes)
-    return apply_steps(weights, course_of(header["seed"], header["rule"]), log.steps[:steps])
+    return apply_steps(weights, course_of(header["seed"], header["rule"]), steps)
 
 
 def apply_steps(weights: Weights, course: Course | Moments, steps: Sequence[Step]) -> int:
