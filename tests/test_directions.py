@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import justforward as jf
 from conftest import materialise
 from justforward import UserError
-from justforward.directions import FAMILIES, Move, Weights, grid_floor
+from justforward.directions import FAMILIES, Weights, grid_floor
+from justforward.moves import Move
 from justforward.noise import spec
 
 SHAPES = [(), (0,), (1,), (7,), (1023,), (1024,), (1025,), (2049,), (1, 1), (3, 5), (33, 65), (1, 1500), (1500, 1),

@@ -22,14 +22,15 @@ from conftest import make_model
 from justforward import UserError, stored
 from justforward.baselines import run_baseline
 from justforward.config import BaselineConfig, EvalConfig, ReplayConfig, TrainConfig
-from justforward.directions import FAMILIES, Move, Weights
+from justforward.directions import FAMILIES, Weights
 from justforward.models import load_model, save_model
+from justforward.moves import Move
 from justforward.noise import cpu, half, plain, reference, spec
 from justforward.progress import Progress
 from justforward.rebuild import evaluate, rebuild
 from justforward.run import train
 from justforward.settings import resolved
-from justforward.stored import HALVES, Half, compute_model_wide, compute_wide
+from justforward.stored import HALVES, Stored, compute_model_wide, compute_wide
 
 FORMS = {torch.bfloat16: spec.BFLOAT16, torch.float16: spec.FLOAT16}
 SEEDS = st.integers(0, 2**64 - 1)
@@ -238,7 +239,7 @@ def test_a_look_sees_what_it_sees_in_float32_and_moves_nothing(
         assert jf.fingerprint(model) == before
         seen.append((step.loss, *(g * 1e-3 for g in step.projected_grads)))
     assert seen[0] == pytest.approx(seen[1], abs=2e-5, rel=1e-5)
-    assert {type(p) for p in small.parameters()} == {Half}
+    assert {type(p) for p in small.parameters()} == {Stored}
     assert {type(p) for p in wide.parameters()} == {nn.Parameter}
 
 
@@ -348,7 +349,7 @@ def test_what_a_parameter_says_and_does() -> None:
     w.data.add_(1.0)
     assert torch.equal(w.detach(), before + 1.0)
     again = copy.deepcopy(linear)
-    assert type(again.weight) is Half
+    assert type(again.weight) is Stored
     assert again.weight.data_ptr() != w.data_ptr()
     assert torch.equal(again.weight.detach(), w.detach())
     back = pickle.loads(pickle.dumps(w))  # noqa: S301 - our own

@@ -27,11 +27,12 @@ import justforward as jf
 from conftest import make_model, materialise
 from justforward import Blocks, MeZO, Modified, NonFiniteLoss, UserError, noise
 from justforward.config import TrainConfig
-from justforward.directions import FAMILIES, Move, Weights
+from justforward.directions import FAMILIES, Weights
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder
 from justforward.models import load_model
 from justforward.modified import PROBE_LANE, SPREAD, relative, weight_sizes
+from justforward.moves import Move
 from justforward.optim import BLOCK_LANE
 from justforward.progress import Progress
 from justforward.run import train as run_train

@@ -21,7 +21,7 @@ class LookAway:
     """Where one tensor stands, as `stored.Away` has it: so far along these directions.
 
     Args:
-        p: the parameter (`stored.Half`).
+        p: the parameter (`stored.Stored`).
         stream: its noise stream.
         signs: z is rademacher.
         factors: of rank-one directions, by seeds; None where z is dense.

@@ -36,6 +36,7 @@ FREE = (
     "threads",
     "cache",
     "cache_gb",
+    "offload",
     "model",
     "data",
     *NOT_KEPT,
@@ -86,6 +87,7 @@ class TrainConfig:
         tune: regular expression; of the tuner's parameters those whose name it finds are tuned (default all).
         dtype: how weights are stored: float32, bfloat16 or float16 (half the memory; on a CPU they are computed with in float32 one matrix at a time).
         quantize: keep the base model's linear maps in 8 or 4 bits (int8: torchao; bnb8, bnb4: bitsandbytes), for lora, prefix and prompt.
+        offload: folder on a local disk for the weights that are tuned, while they are: for models larger than memory; nothing of it stays.
         reuse: run each text once through the layers below what is tuned, and keep what they give.
         cache: folder to keep that in for further runs (default a temporary file beside `out`).
         cache_gb: how much of it is kept at most.
@@ -146,6 +148,7 @@ class TrainConfig:
     tune: str | None = None
     dtype: Dtype = "float32"
     quantize: Quantize | None = None
+    offload: str | None = None
     reuse: bool = True
     cache: str | None = None
     cache_gb: float = 4.0
@@ -181,6 +184,7 @@ class EvalConfig:
         template: as for train; with --run the run's.
         labels: as for train; with --run the run's.
         run: a run folder: score the model that the run keeps.
+        offload: as for train; it is for --run.
         split: which rows of the run's own data file to score.
         label_field: the column that holds the label (default label, or the run's).
         loss: as for train (default choices, or the run's).
@@ -206,6 +210,7 @@ class EvalConfig:
     threads: int | None = None
     json: bool = False
     base: str | None = None
+    offload: str | None = None
     dtype: Dtype | None = None
     quantize: Quantize | None = None
 
@@ -305,6 +310,7 @@ class ReplayConfig:
         steps: how many steps: a number, "best", "last" (default: the step that the run keeps).
         model: the base model, if it is no longer where the run found it.
         merge: save the whole model with its LoRA added into the weights, instead of the adapter.
+        offload: as for train.
         threads: CPU threads (default torch's choice); never changes a bit.
         json: print the result as one JSON object, the last line on stdout.
     """
@@ -314,6 +320,7 @@ class ReplayConfig:
     steps: str | None = None
     model: str | None = None
     merge: bool = False
+    offload: str | None = None
     threads: int | None = None
     json: bool = False
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from justforward.away import LookAway
 from justforward.errors import UserError
+from justforward.moves import Move, parts_of
 from justforward.noise import spec
-from justforward.pool import together
-from justforward.stored import compute_wide, is_half, plain, stored_dtype
+from justforward.pool import share, together
+from justforward.stored import compute_wide, is_half, raw, settle, stored_dtype
 from justforward.trainable import check_apart, check_finite, check_trainable
 
 if TYPE_CHECKING:
@@ -58,65 +59,6 @@ FAMILIES = {
     "rank1": Family(outer=True, signs=False),
     "rank1-rademacher": Family(outer=True, signs=True),
 }
-
-
-@dataclass(frozen=True)
-class Move:
-    """One step as the weights see it: theta <- theta - decay theta + sum_d coefficients[g, d] z_d.
-
-    Attributes:
-        dither: seed of the stochastic rounding.
-        seeds: uint64 [D], the directions.
-        coefficients: float32 [groups, D].
-        decays: float32 [groups].
-    """
-
-    dither: int
-    seeds: NDArray[np.uint64]
-    coefficients: NDArray[np.float32]
-    decays: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Moves as the kernels take them."""
-
-    dithers: NDArray[np.uint64]
-    ends: NDArray[np.int64]
-    seeds: NDArray[np.uint64]
-    coefficients: NDArray[np.float32]
-    decays: NDArray[np.float32]
-
-
-def _parts(moves: Sequence[Move], away: Sequence[bool]) -> list[_Part | None]:
-    """Moves by parameter group; None for a group that rests.
-
-    A move that is zero for a group changes no bit of it and is left out, unless the group is away, along its
-    direction.
-    """
-    counts = [len(move.seeds) for move in moves]
-    whole = _Part(
-        np.array([move.dither for move in moves], np.uint64),
-        np.cumsum(counts, dtype=np.int64),
-        np.concatenate([move.seeds for move in moves]).astype(np.uint64),
-        np.concatenate([move.coefficients for move in moves], axis=1).astype(np.float32),
-        np.stack([move.decays for move in moves], axis=1).astype(np.float32),
-    )
-    moved = np.stack([move.coefficients.any(axis=1) for move in moves], axis=1)
-    out: list[_Part | None] = []
-    for c, decays, some in zip(whole.coefficients, whole.decays, moved, strict=True):
-        mine = some | (decays != 0.0) | away[len(out)]
-        if mine.all():
-            out.append(_Part(whole.dithers, whole.ends, whole.seeds, c, decays))
-        elif mine.any():
-            theirs = np.repeat(mine, counts)
-            ends = np.cumsum(np.array(counts)[mine], dtype=np.int64)
-            out.append(
-                _Part(whole.dithers[mine], ends, whole.seeds[theirs], c[theirs], decays[mine])
-            )
-        else:
-            out.append(None)
-    return out
 
 
 class Weights:
@@ -170,6 +112,8 @@ class Weights:
             compile_kernels(family, *self.dtypes)
         for name, tensor in tensors:
             check_finite(name, tensor)  # all of them before the first one moves
+        # Steps of tensors that are in a file wait until these are read anyway.
+        self._waits = {i for i, t in enumerate(self.tensors) if hasattr(t, "_jf_disk")}
         self._away: dict[int, LookAway] = {}
         for i, group in enumerate(self.groups):
             if self.halves[i]:
@@ -199,7 +143,7 @@ class Weights:
         return half.OF[stored_dtype(self.tensors[i])]
 
     def _flat(self, i: int) -> Any:
-        flat = plain(self.tensors[i]).view(-1)
+        flat = raw(self.tensors[i]).view(-1)
         if not self.compiled:
             return flat
         return flat.view(torch.int16).numpy().view(np.uint16) if self.halves[i] else flat.numpy()
@@ -327,7 +271,7 @@ class Weights:
             back = None
         elif back is not None:
             self.come_home(int(moves[0].seeds[-1]), back)
-        parts = _parts(
+        parts = parts_of(
             moves, [back is not None and back[g] != 0.0 for g in range(len(self.floors))]
         )
         calls: list[Callable[[int, int], None] | None] = []
@@ -365,7 +309,7 @@ class Weights:
                 calls.append(
                     _bind(update, theta, grid, stream, dithers, ends, seeds, c, decay, home)
                 )
-        self.sweep(calls)
+        self.sweep(calls, later=len(moves) == 1)
         self.check_held()
 
     def come_home(self, seed: int, back: Sequence[float]) -> None:
@@ -387,12 +331,45 @@ class Weights:
         """Weight decay leaves biases and norm scales (tensors of fewer than two dimensions) alone."""
         return decays if self.tensors[i].dim() >= 2 else np.zeros_like(decays)
 
-    def sweep(self, calls: Sequence[Callable[[int, int], None] | None]) -> None:
+    def _wait(self, i: int, call: Callable[[int, int], None]) -> None:
+        """Call a kernel once its tensor is read, or asked for."""
+        p: Any = self.tensors[i]
+        before = p._jf_due
+
+        def due() -> None:
+            p._jf_due = None
+            if before is not None:
+                before()
+            share(call, 0, len(self.exponents[i]), _SMALLEST_SHARE)
+            p._jf_disk()
+
+        p._jf_due = due
+
+    def settle(self) -> None:
+        """Do all that waits."""
+        for tensor in self.tensors:
+            settle(tensor)
+
+    def sweep(
+        self, calls: Sequence[Callable[[int, int], None] | None], later: bool = False
+    ) -> None:
         """Call every tensor's kernel, where it has one, over all of its tiles, with torch's number of threads.
+
+        With `later`, those of tensors in a file wait until they are read.
 
         Threads take small shares as they come: after a forward torch's own threads spin for some milliseconds,
         and a thread of ours that has to make room for one would keep the others waiting.
         """
+        if self._waits:
+            now = list(calls)
+            for i in self._waits:
+                call = calls[i]
+                if call is not None and later:
+                    self._wait(i, call)
+                    now[i] = None
+                elif call is not None:
+                    settle(self.tensors[i])
+            calls = now
         threads = torch.get_num_threads() if self.compiled else 1
         key = (threads, *(call is None for call in calls))
         if self._shares[0] != key:
@@ -405,8 +382,8 @@ class Weights:
         shares = iter(self._shares[1])  # shared by all: a list's iterator hands out each item once
 
         def work() -> None:
-            for share in shares:
-                for i, first, last in share:
+            for part in shares:
+                for i, first, last in part:
                     call = calls[i]
                     assert call is not None  # the shares hold no tile of a tensor that rests
                     call(first, last)

@@ -96,7 +96,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already: give a new name or remove it")
     with whole_folder(out) as temporary, _quiet(), as_stored(model):
-        model.save_pretrained(temporary)
+        whole: Any = {"max_shard_size": "2GB"}  # a shard is in memory while it is written
+        model.save_pretrained(temporary, **(whole if model is inner_model(model) else {}))
         tokenizer.save_pretrained(temporary)
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from justforward import directions, noise
-from justforward.directions import Family, Move, Weights
+from justforward.directions import Family, Weights
 from justforward.errors import UserError
+from justforward.moves import Move
 from justforward.rules import Adam, parse
 from justforward.trajectory import Course, Step
 
@@ -144,11 +145,11 @@ class Moments:
         for i, tensor in enumerate(weights.tensors):
             size = len(seeds) * sum(tensor.shape) if weights.is_outer(i) else 0
             if floats and floats + size > _FACTORS_AT_ONCE:
-                weights.sweep(calls)
+                weights.sweep(calls, later=len(moves) == 1)
                 calls, floats = [None] * len(calls), 0
             calls[i] = run.call(i)
             floats += size
-        weights.sweep(calls)
+        weights.sweep(calls, later=len(moves) == 1)
         weights.check_held()
 
     def state(self) -> dict[str, Any]:

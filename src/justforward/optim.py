@@ -384,6 +384,7 @@ class MeZO(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with what this optimizer keeps: a few scalars and the grids (a byte for 1,024 weights)."""
+        self.weights.settle()
         return {
             **super().state_dict(),
             "justforward": {

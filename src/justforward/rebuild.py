@@ -14,6 +14,7 @@ from justforward.evaluate import Scorer
 from justforward.folder import RunFolder, best_step, check_new, row_hash
 from justforward.hub import HUB
 from justforward.models import load_model, save_model
+from justforward.ondisk import keep_on_disk
 from justforward.playback import fingerprint
 from justforward.playback import replay as replay_log
 from justforward.prepare import read_data, split_rows, use_threads
@@ -56,6 +57,10 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
         folder.check_run()
         run = folder.read_config()
     source, base, data, task, name = _inputs(config, run)
+    if run is None and config.offload is not None:
+        raise UserError(
+            f"--offload is {config.offload!r}: a model that is only scored is mapped from its own files: leave it out"
+        )
     quantize = config.quantize if run is None else run.quantize
     dtype = (config.dtype or "float32") if run is None else run.dtype
     use_threads(config.threads)
@@ -75,6 +80,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
     step: int | None = None
     if folder is not None and run is not None:
         step = kept_step(folder, run)
+        _offload(model, folder, config.offload)
         replay_log(model, folder.log, step)
     note(f"scoring {len(rows)} rows of {data} ({_SPLITS[split]})")
     if dropped:
@@ -97,6 +103,14 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
         "rows": len(rows),
         "dropped": dropped,
     }
+
+
+def _offload(model: Any, folder: RunFolder, where: str | None) -> None:
+    """Put what the run's log moves into a file."""
+    if where is not None:
+        have = dict(model.named_parameters(remove_duplicate=False))
+        tuned = [name for name, *_ in read_log(folder.log).header["tensors"]]
+        keep_on_disk([have[name] for name in tuned if name in have], where)
 
 
 _SPLITS = {
@@ -231,6 +245,7 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
     model, tokenizer = load_model(config.model or run.model, note, run.quantize, run.dtype)
     model = attach(model, tokenizer, run, folder.start)
     clock = time.monotonic()
+    _offload(model, folder, config.offload)
     replay_log(model, folder.log, steps)
     took = time.monotonic() - clock
     tuned = fingerprint(model)

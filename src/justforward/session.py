@@ -21,6 +21,7 @@ from justforward.guard import MOST_REWINDS, Guard, lost_forwards, rate_factor, r
 from justforward.interrupts import Shield
 from justforward.models import load_model
 from justforward.objectives import Objective
+from justforward.ondisk import keep_on_disk
 from justforward.optim import MeZO
 from justforward.playback import fingerprint, replay
 from justforward.prepare import Stop, environment_now, stop_reason
@@ -155,6 +156,9 @@ class Session:
             self.begun = begin(
                 self.config, self.scorer, self.splits, self.progress.note, self.spared.reused, free
             )
+        if self.config.offload is not None:
+            tuned = [p for p in self.model.parameters() if p.requires_grad]
+            keep_on_disk(tuned, self.config.offload)
 
     def _scorer(self, model: PreTrainedModel) -> Scorer:
         assert self.tokenizer is not None

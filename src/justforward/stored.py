@@ -5,6 +5,9 @@ class hands the operations that it is passed to (`__torch_function__`) its value
 matrix at a time, large ones (an embedding, a head) a slice of rows at a time, in one buffer a thread that is used again. It
 tells a model that it is float32, so that what flows through the model is; `plain` gives what is stored.
 
+It may also be kept in a file (`ondisk`): then what it is computed with is read when it is needed, and a step waits until that is
+read anyway; `plain` and all other uses see it done.
+
 A look along a dense direction (weight space) is taken here too: the direction is added to the values that are handed out,
 and what is stored is only read. So looks leave every bit where it was whatever the format, and lose nothing to rounding.
 """
@@ -12,7 +15,7 @@ and what is stored is only read. So looks leave every bit where it was whatever 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -37,25 +40,27 @@ class Away(Protocol):
         """Fill `out`, float32 [last - first], with elements first .. last."""
 
 
-class Half(nn.Parameter):
-    """A parameter stored in 16 bits. Set up by `compute_wide`, never constructed."""
+class Stored(nn.Parameter):
+    """A parameter stored in 16 bits, or in a file. Set up by `compute_wide` and `ondisk`, never constructed."""
 
     _jf_away: Away | None
     _jf_dtype: torch.dtype  # what it computes in
+    _jf_due: Callable[[], None] | None  # what is still to be done to what is stored
+    _jf_used: Callable[[], None] | None  # told of each use in a forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A parameter of its own, stored and computed with alike."""
         if id(self) not in memo:
             with _plain():
-                copied = nn.Parameter(self.detach().clone(), self.requires_grad)
-            compute_wide([copied])
+                copied = nn.Parameter(plain(self).clone(), self.requires_grad)
+            make_stored(copied)
             memo[id(self)] = copied
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as what is stored."""
         with _plain():
-            stored: Any = nn.Parameter(self.detach(), self.requires_grad)
+            stored: Any = nn.Parameter(plain(self), self.requires_grad)
             return stored.__reduce_ex__(protocol)
 
     @classmethod
@@ -72,13 +77,17 @@ class Half(nn.Parameter):
                 attribute = getattr(func.__self__, "__name__", "")
                 if attribute == "dtype":
                     return args[0]._jf_dtype
+                if attribute == "data":
+                    settle(args[0])
                 if attribute not in _OF_VALUES:
                     return func(*args, **kwargs)
             elif name in ("__set__", "__delete__") or func in _AS_STORED:
+                if func is Tensor.detach:
+                    settle(args[0])
                 return func(*args, **kwargs)
-            if isinstance(args[0] if args else None, Half) and _writes(name):
+            if isinstance(args[0] if args else None, Stored) and _writes(name):
                 raise UserError(
-                    f"a parameter of {tuple(args[0].shape)} stored as {args[0].detach().dtype} is written by {name}, which would "
+                    f"a parameter of {tuple(args[0].shape)} stored as {args[0].dtype} is written by {name}, which would "
                     "change a copy of it: write to its .data"
                 )
             return func(*_wide(args), **_wide(kwargs))
@@ -104,7 +113,7 @@ _AS_STORED = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_
 
 
 def _wide(given: Any) -> Any:
-    if isinstance(given, Half):
+    if isinstance(given, Stored):
         return values(given)
     if isinstance(given, (tuple, list)):
         return type(given)(_wide(item) for item in given)
@@ -123,16 +132,29 @@ def compute_wide(tensors: Sequence[nn.Parameter]) -> None:
     """
     for p in tensors:
         if type(p) is nn.Parameter and p.dtype in HALVES:
-            cpu = p.device.type == "cpu"
-            p._jf_dtype = torch.float32 if cpu else p.dtype  # type: ignore[attr-defined]
-            p._jf_away = None  # type: ignore[attr-defined]
-            p.__class__ = Half
+            make_stored(p)
+
+
+def make_stored(p: nn.Parameter) -> None:
+    """Let a parameter hand out its values where they are used; one of 16 bits on a CPU as float32."""
+    cpu: Any = p.device.type == "cpu"
+    set_up: Any = p
+    set_up._jf_dtype = torch.float32 if cpu and p.dtype in HALVES else p.dtype
+    set_up._jf_away = set_up._jf_due = set_up._jf_used = None
+    p.__class__ = Stored
+
+
+def settle(p: Tensor) -> None:
+    """Do what is still to be done to what is stored."""
+    due: Callable[[], None] | None = p.__dict__.get("_jf_due")
+    if due is not None:
+        due()
 
 
 def compute_model_wide(model: nn.Module) -> None:
     """`compute_wide` of all parameters; 16-bit buffers, which are small, become float32 where these compute so."""
     compute_wide(list(model.parameters()))
-    if any(type(p) is Half and p.dtype == torch.float32 for p in model.parameters()):
+    if any(type(p) is Stored and p.dtype == torch.float32 for p in model.parameters()):
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.dtype in HALVES:
@@ -142,7 +164,9 @@ def compute_model_wide(model: nn.Module) -> None:
 @contextmanager
 def as_stored(model: nn.Module) -> Iterator[None]:
     """While inside, the model's parameters are what they are stored as: for saving."""
-    found = [p for p in model.parameters() if type(p) is Half]
+    found = [p for p in model.parameters() if type(p) is Stored]
+    for p in found:
+        settle(p)
     with _plain():
         for p in found:
             p.__class__ = nn.Parameter  # type: ignore[assignment]
@@ -150,11 +174,18 @@ def as_stored(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for p in found:
-                p.__class__ = Half
+                p.__class__ = Stored
 
 
 def plain(tensor: Tensor) -> Tensor:
     """What is stored, sharing its memory."""
+    settle(tensor)
+    with _plain():
+        return tensor.detach()
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """What is stored, whatever is still to be done to it."""
     with _plain():
         return tensor.detach()
 
@@ -189,7 +220,7 @@ def values(p: Tensor, first: int = 0, last: int | None = None, *, keep: bool = T
     """Rows first .. last (default all) of a parameter as it is computed with, looks that are under way included.
 
     Args:
-        p: a parameter; one that is no `Half` is handed back itself, or its rows.
+        p: a parameter; one that is no `Stored` is handed back itself, or its rows.
         keep: the result may be kept; else the next call may overwrite it.
     """
     with _plain():
@@ -197,6 +228,7 @@ def values(p: Tensor, first: int = 0, last: int | None = None, *, keep: bool = T
         dtype = getattr(p, "_jf_dtype", None)
         if dtype is None:
             return rows
+        _use(p)
         away: Away | None = p._jf_away  # type: ignore[attr-defined]
         if away is None and (keep or rows.dtype == dtype):
             return rows.to(dtype)
@@ -208,6 +240,12 @@ def values(p: Tensor, first: int = 0, last: int | None = None, *, keep: bool = T
             start = first * (p.numel() // max(p.shape[0], 1)) if p.dim() else 0
             away.values(start, start + size, out)
         return out.view(rows.shape).to(dtype)
+
+
+def _use(p: Any) -> None:
+    settle(p)
+    if p._jf_used is not None:
+        p._jf_used()
 
 
 def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
@@ -266,6 +304,8 @@ def embedding(
                 "an embedding with max_norm moves its own weights, which are stored in 16 bits: use float32"
             )
         dtype = getattr(weight, "_jf_dtype", None)
+        if dtype is not None:
+            _use(weight)
         if dtype is None or getattr(weight, "_jf_away", None) is None:
             y = F.embedding(input, weight, padding_idx)
             return y if dtype is None else y.to(dtype)

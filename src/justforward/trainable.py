@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from justforward.errors import UserError
-from justforward.stored import HALVES, Half, is_half, plain, stored_dtype
+from justforward.stored import HALVES, Stored, is_half, plain, stored_dtype
 
 
 def check_trainable(name: str, tensor: Tensor) -> None:
@@ -23,7 +23,7 @@ def check_trainable(name: str, tensor: Tensor) -> None:
             f"parameter {name} is {tensor.dtype}: only float32, bfloat16 and float16 can be tuned; "
             f"convert the model (model.float()) or {advice}"
         )
-    if is_half(tensor) and type(tensor) not in (nn.Parameter, Half):
+    if is_half(tensor) and type(tensor) not in (nn.Parameter, Stored):
         raise UserError(
             f"parameter {name} is {stored_dtype(tensor)} and no nn.Parameter: looks at 16-bit weights are taken where a module "
             f"uses them: make it one or {advice}"

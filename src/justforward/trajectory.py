@@ -31,8 +31,9 @@ from typing import Any
 import numpy as np
 
 from justforward import noise
-from justforward.directions import Move, Weights
+from justforward.directions import Weights
 from justforward.errors import UserError
+from justforward.moves import Move
 from justforward.rules import parse
 
 MAGIC = b"JFLOG 1\n"
