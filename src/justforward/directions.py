@@ -159,7 +159,7 @@ class Weights:
         eps: per group, the longest look there will be; sets the finest grid.
 
     Attributes:
-        compiled: whether the Numba kernels take the tensors (all are on the CPU), or those in plain torch.
+        compiled: whether the Numba kernels take the tensors (all are on the CPU), or those of `noise.devices`.
 
     Raises:
         UserError: a tensor cannot be tuned, is not finite, or shares memory with another.
@@ -193,7 +193,7 @@ class Weights:
         for name, tensor in tensors:
             _check_finite(name, tensor)  # all of them before the first one moves
         for i, group in enumerate(self.groups):
-            self._backend().lay_grid(self._flat(i), self._grid(i), self.floors[group])
+            self.kernels(i).lay_grid(self._flat(i), self._grid(i), self.floors[group])
 
     def _check_apart(self) -> None:
         spans = sorted(
@@ -208,15 +208,15 @@ class Weights:
                     "tie them (the same nn.Parameter in both places) or freeze one"
                 )
 
-    def _backend(self) -> Any:
-        # One set of function names, two implementations; Numba's import is paid for on first use.
-        if self.compiled:
+    def kernels(self, i: int) -> Any:
+        """The module that moves tensor i: one set of function names, three implementations."""
+        if self.compiled:  # Numba's import is paid for on first use
             from justforward.noise import cpu
 
             return cpu
-        from justforward.noise import plain
+        from justforward.noise import devices
 
-        return plain
+        return devices.kernels(self.tensors[i].device)
 
     def _flat(self, i: int) -> Any:
         flat = self.tensors[i].detach().view(-1)
@@ -290,7 +290,7 @@ class Weights:
         one = spec.DOMAIN_RADEMACHER if signs else spec.DOMAIN_GAUSSIAN
         domains = (spec.DOMAIN_OUT, spec.DOMAIN_IN) if len(parts) == 2 else (one,)
         for part, domain in zip(parts, domains, strict=True):
-            self._backend().fill_rows(part, seeds, np.uint64(i), domain, signs)
+            self.kernels(i).fill_rows(part, seeds, np.uint64(i), domain, signs)
 
     def look(self, seed: int, eps: Sequence[float], times: float) -> None:
         """theta += times * q rint(eps z / q), in place. Exact: what +1 did, -1 undoes to the last bit.
@@ -301,7 +301,6 @@ class Weights:
             times: whole number of lengths, negative to go back.
         """
         seeds = np.array([seed], np.uint64)
-        kernels = self._backend()
         calls: list[Callable[[int, int], None] | None] = []
         for i in range(len(self.tensors)):
             c = np.float32(eps[self.groups[i]])
@@ -309,6 +308,7 @@ class Weights:
                 calls.append(None)
                 continue
             theta, grid, stream, t = self._flat(i), self._grid(i), np.uint64(i), np.float32(times)
+            kernels = self.kernels(i)
             if self.is_outer(i):
                 a, b = self.factors(i, seeds)
                 columns = self.tensors[i].shape[1]
@@ -341,7 +341,6 @@ class Weights:
         if back is not None and self.family.outer:
             self.look(int(moves[0].seeds[-1]), back, 1.0)
             back = None
-        kernels = self._backend()
         parts = _parts(
             moves, [back is not None and back[g] != 0.0 for g in range(len(self.floors))]
         )
@@ -354,6 +353,7 @@ class Weights:
                 continue
             dithers, ends, seeds, c = part.dithers, part.ends, part.seeds, part.coefficients
             theta, grid, stream = self._flat(i), self._grid(i), np.uint64(i)
+            kernels = self.kernels(i)
             decay = self.decays_of(i, part.decays)
             if self.is_outer(i):
                 a, b = self.factors(i, seeds) if draws is None else draws[i]

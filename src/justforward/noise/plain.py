@@ -1,6 +1,6 @@
 """The kernels of `cpu` in plain torch: the same names, the same bits, on any device.
 
-Tests hold `cpu` to these, and tensors that are not on the CPU use them. Slow: noise passes through memory.
+Tests hold `cpu` and `gpu` to these, and tensors that neither can take use them. Slow: noise passes through memory.
 """
 
 from __future__ import annotations
