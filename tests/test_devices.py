@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -37,7 +36,8 @@ def test_devices_that_are_no_gpu_take_plain_torch_without_a_word() -> None:
     [
         ({}, "Tesla P4 has compute capability 6.1, and the Triton kernels need 7.0"),
         ({"hip": "6.3"}, "Tesla P4 is not an NVIDIA GPU"),
-        ({"capability": (8, 0), "installed": None}, "Triton is not installed"),
+        ({"capability": (8, 0), "version": None}, "Triton is not installed"),
+        ({"capability": (8, 0), "version": "3.5.1"}, "Triton is 3.5.1, and the kernels need 3.6 or newer"),
         ({"capability": (8, 0), "agree": RuntimeError("no C compiler\nat all")}, r"does not work on Tesla P4 \(RuntimeError: no C compiler\)"),
         ({"capability": (8, 0), "agree": False}, "other bits on Tesla P4"),
     ],
@@ -55,7 +55,7 @@ def test_a_gpu_without_the_kernels_is_said_once(
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda _: change.get("capability", (6, 1))
     )
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: change.get("installed", "somewhere"))
+    monkeypatch.setattr(devices, "triton_version", lambda: change.get("version", "3.10.0+git1"))
     monkeypatch.setattr(devices, "agree", agree)
     with pytest.warns(UserWarning, match=f"made by plain torch operations.*{said}"):
         assert devices.kernels(pascal) is plain
@@ -69,7 +69,7 @@ def test_a_full_gpu_is_no_reason(pascal: torch.device, monkeypatch: pytest.Monke
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: "somewhere")
+    monkeypatch.setattr(devices, "triton_version", lambda: "3.6.0")
     monkeypatch.setattr(devices, "agree", agree)
     with pytest.raises(torch.OutOfMemoryError):
         devices.kernels(pascal)

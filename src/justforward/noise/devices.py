@@ -13,6 +13,7 @@ import torch
 from justforward.noise import plain, spec
 
 _LEAST = (7, 0)  # Volta: the oldest that Triton compiles for
+_LEAST_TRITON = (3, 6)  # those before flush subnormal numbers in roots and quotients
 
 
 def kernels(device: torch.device) -> ModuleType:
@@ -41,8 +42,14 @@ def why_not(device: torch.device) -> str | None:
     if capability < _LEAST:
         has, needs = (".".join(map(str, version)) for version in (capability, _LEAST))
         return f"{name} has compute capability {has}, and the Triton kernels need {needs}"
-    if importlib.util.find_spec("triton") is None:
+    version = triton_version()
+    if version is None:
         return "Triton is not installed (pip install triton, in the version that torch names)"
+    if tuple(map(int, version.split(".")[:2])) < _LEAST_TRITON:
+        needs = ".".join(map(str, _LEAST_TRITON))
+        return (
+            f"Triton is {version}, and the kernels need {needs} or newer (a newer torch brings it)"
+        )
     try:
         same = agree(device)
     except torch.OutOfMemoryError:
@@ -55,8 +62,20 @@ def why_not(device: torch.device) -> str | None:
     return None if same else f"Triton's kernels give other bits on {name}: please report it"
 
 
+def triton_version() -> str | None:
+    """Which Triton there is, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return str(triton.__version__)
+
+
 def agree(device: torch.device) -> bool:
-    """Whether two steps with decay by `gpu` on a device leave the bits that `plain` on the CPU does."""
+    """Whether steps by `gpu` on a device leave the bits that `plain` on the CPU does.
+
+    Two with decay, and one of a rule with moments whose squares are subnormal numbers.
+    """
     from justforward.noise import gpu
 
     found = []
@@ -68,6 +87,11 @@ def agree(device: torch.device) -> bool:
         steps, ends = np.array([4, 5], np.uint64), np.array([1, 3], np.int64)
         decays = np.array([1e-2, 0.0], np.float32)
         module.update(theta, exponents, 0, 2, 6, steps, ends, seeds, cs, decays, np.float32(1e-3))
+        rates, shares = np.array([1e-2], np.float32), np.ones((1, 2), np.float32)
+        module.adapt(
+            theta, exponents, 0, 2, theta, theta, steps[:1], ends[:1], rates, decays[1:], shares,
+            0.9, 0.9, 1e-30, 1, 6, seeds[:1], cs[:1] * np.float32(1e-17), np.float32(0.0),
+        )  # fmt: skip
         found.append((theta.cpu().view(torch.int32), exponents.cpu()))
     return all(map(torch.equal, *found))
 
