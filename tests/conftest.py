@@ -27,6 +27,9 @@ settings.register_profile(
 )
 settings.load_profile("justforward")
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
 # tiny models gain nothing from threads, and lose much where the cores are busy with other work
 torch.set_num_threads(1)
 

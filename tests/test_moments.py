@@ -383,7 +383,8 @@ def test_the_room_for_factors_changes_nothing(
         sweeps = []
         sweep = weights.sweep
         monkeypatch.setattr(
-            weights, "sweep", lambda calls, sweep=sweep, sweeps=sweeps: (sweeps.append(calls), sweep(calls))
+            weights, "sweep",
+            lambda calls, later=False, sweep=sweep, sweeps=sweeps: (sweeps.append(calls), sweep(calls, later)),
         )  # fmt: skip
         Moments(3, Adam(window=window)).apply(weights, random_steps(4, 5))
         results.append(bits(weights))

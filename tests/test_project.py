@@ -107,7 +107,13 @@ ROOMS = [
     "__main__",
 ]
 CORE = set(ROOMS[: ROOMS.index("reference")])
-CORE_NEEDS = {"torch", "numpy", "numba", "llvmlite"}  # llvmlite is numba's own
+CORE_NEEDS = {
+    "torch",
+    "numpy",
+    "numba",
+    "llvmlite",
+    "triton",
+}  # numba's and torch's own, the last two
 TORCH_FREE = {
     "errors",
     "interrupts",

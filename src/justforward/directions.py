@@ -77,7 +77,7 @@ class Weights:
         eps: per group, the longest look there will be; sets the finest grid.
 
     Attributes:
-        compiled: whether the Numba kernels take the tensors (all are on the CPU), or those in plain torch.
+        compiled: whether the Numba kernels take the tensors (all are on the CPU), or those of `noise.devices`.
 
     Raises:
         UserError: a tensor cannot be tuned, is not finite, or shares memory with another.
@@ -122,25 +122,21 @@ class Weights:
                 p: Any = self.tensors[i]
                 self._away[i] = LookAway(p, i, family.signs, factors, kernels, self.compiled)
             else:
-                self._backend().lay_grid(self._flat(i), self._grid(i), self.floors[group])
-
-    def _backend(self) -> Any:
-        # One set of function names, two implementations; Numba's import is paid for on first use.
-        if self.compiled:
-            from justforward.noise import cpu
-
-            return cpu
-        from justforward.noise import plain
-
-        return plain
+                self.kernels(i).lay_grid(self._flat(i), self._grid(i), self.floors[group])
 
     def kernels(self, i: int) -> Any:
-        """What steps tensor i: functions of the same names for each format and device."""
-        if not (self.compiled and self.halves[i]):
-            return self._backend()
-        from justforward.noise import half
+        """What moves tensor i: functions of the same names for each format and device."""
+        if not self.compiled:
+            from justforward.noise import devices, plain
 
-        return half.OF[stored_dtype(self.tensors[i])]
+            return plain if self.halves[i] else devices.kernels(self.tensors[i].device)
+        if self.halves[i]:
+            from justforward.noise import half
+
+            return half.OF[stored_dtype(self.tensors[i])]
+        from justforward.noise import cpu  # Numba's import is paid for on first use
+
+        return cpu
 
     def _flat(self, i: int) -> Any:
         flat = raw(self.tensors[i]).view(-1)
@@ -216,7 +212,7 @@ class Weights:
         one = spec.DOMAIN_RADEMACHER if signs else spec.DOMAIN_GAUSSIAN
         domains = (spec.DOMAIN_OUT, spec.DOMAIN_IN) if len(parts) == 2 else (one,)
         for part, domain in zip(parts, domains, strict=True):
-            self._backend().fill_rows(part, seeds, np.uint64(i), domain, signs)
+            self.kernels(i).fill_rows(part, seeds, np.uint64(i), domain, signs)
 
     def look(self, seed: int, eps: Sequence[float], times: float) -> None:
         """theta += times * q rint(eps z / q), in place. Exact: what +1 did, -1 undoes to the last bit.
@@ -227,7 +223,6 @@ class Weights:
             times: whole number of lengths, negative to go back.
         """
         seeds = np.array([seed], np.uint64)
-        kernels = self._backend()
         calls: list[Callable[[int, int], None] | None] = []
         for i in range(len(self.tensors)):
             c = np.float32(eps[self.groups[i]])
@@ -237,6 +232,7 @@ class Weights:
                     self._away[i].move(seed, float(c) * times)
                 continue
             theta, grid, stream, t = self._flat(i), self._grid(i), np.uint64(i), np.float32(times)
+            kernels = self.kernels(i)
             if self.is_outer(i):
                 a, b = self.factors(i, seeds)
                 columns = self.tensors[i].shape[1]

@@ -203,7 +203,7 @@ class _Pass:
     def call(self, i: int) -> Callable[[int, int], None]:
         """The kernel of tensor i, ready to be called with a range of tiles."""
         weights, group = self.weights, self.weights.groups[i]
-        kernels = weights.kernels(i) if weights.halves[i] else _kernels(weights.compiled)
+        kernels = _kernels(weights, i)
         sums: list[Any] = [s.view(-1) for s in self.kept[i]] if self.kept else [torch.empty(0)] * 2
         if weights.compiled:
             sums = [s.numpy() for s in sums]
@@ -244,15 +244,12 @@ class _Pass:
         return a, b
 
 
-def _kernels(compiled: bool) -> Any:
-    # One set of function names, two implementations; Numba's import is paid for on first use.
-    if compiled:
+def _kernels(weights: Weights, i: int) -> Any:
+    if weights.compiled and not weights.halves[i]:  # Numba's have a file of their own
         from justforward.noise import moments
 
         return moments
-    from justforward.noise import plain
-
-    return plain
+    return weights.kernels(i)
 
 
 def _own(move: MomentMove) -> slice:

@@ -5,7 +5,9 @@ reference.py  plain torch, slow and readable: the twin
 cpu.py        Numba kernels: z, and z added to weights without ever being stored
 moments.py    the same for rules with moments
 llvm.py       what those take from LLVM by name
-plain.py      the same kernels in plain torch, for tensors that are not on the CPU
+gpu.py        the kernels of both in Triton, for NVIDIA GPUs
+plain.py      the same kernels in plain torch, for all other devices
+devices.py    which of those two a device gets
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ def _make_widen(SIGNS: bool, DOMAIN: Any, FORM: int) -> Any:
 
 def _kernels(FORM: int) -> SimpleNamespace:
     return SimpleNamespace(
+        fill_rows=cpu.fill_rows,
         update=cpu.make_update(False, _GAUSSIAN, FORM),
         update_signs=cpu.make_update(True, _RADEMACHER, FORM),
         update_outer=cpu.make_update_outer(FORM),

@@ -1,6 +1,7 @@
 """The kernels of `cpu` in plain torch: the same names, the same bits, on any device.
 
-Tests hold `cpu`, `moments` and `half` to these, and tensors that are not on the CPU use them. Slow: noise passes through memory.
+Tests hold `cpu`, `moments`, `half` and `gpu` to these, and tensors that none of them can take use them. Slow: noise passes
+through memory.
 """
 
 from __future__ import annotations

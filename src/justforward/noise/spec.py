@@ -1,6 +1,6 @@
 """The numbers that define the noise: counters, domains, layouts and polynomial coefficients.
 
-Every backend (plain torch, Numba) reads them from here, so that they cannot drift apart. Changing any
+Every backend (plain torch, Numba, Triton) reads them from here, so that they cannot drift apart. Changing any
 value changes z, and therefore what every existing log means: bump `NOISE_VERSION` with it.
 
 z = noise(seed, stream, index) is a pure function built on Philox4x32-10 (Salmon, Moraes, Dror, Shaw,

@@ -1,0 +1,173 @@
+"""The Triton kernels on a GPU: their bits against the CPU's, their speed, and a step of a large model.
+
+    python benchmarks/gpu.py
+
+Without a GPU the same calls are run small by Triton's interpreter, where it is installed: that shows whether the bits are
+equal, and no speed is measured. The model has the shapes of OPT-13B, 40 layers of 5,120, random float32 weights (52 GB;
+--layers 20 needs half), and its forwards multiply in TF32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from _timing import Table, Things, arguments, in_turns
+
+import justforward as jf
+from justforward.directions import FAMILIES, Move, Weights
+from justforward.moments import Moments
+from justforward.noise import cpu, devices, spec
+from justforward.rules import Adam
+from justforward.trajectory import Step
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DOMAINS = {"gaussian": spec.DOMAIN_GAUSSIAN, "rademacher": spec.DOMAIN_RADEMACHER}
+STEPS = 16
+
+
+def finished(thing: Callable[[], Any]) -> Callable[[], Any]:
+    """The thing, and waiting until the GPU has done it."""
+    if not GPU:
+        return thing
+    return lambda: (thing(), torch.cuda.synchronize())
+
+
+def bits(table: Table, kernels: Any, count: int) -> None:
+    """z of every family, made on both, in every bit."""
+    seeds = np.array([2**63 + 5], np.uint64)
+    for family, domain in DOMAINS.items():
+        theirs = np.empty((1, count), np.float32)
+        cpu.fill_rows(theirs, seeds, np.uint64(3), domain, family == "rademacher")
+        ours = torch.empty(1, count, device=DEVICE)
+        kernels.fill_rows(ours, seeds, np.uint64(3), domain, family == "rademacher")
+        equal = (ours.cpu().view(torch.int32) == torch.from_numpy(theirs).view(torch.int32)).sum()
+        share = int(equal) / count
+        what = f"{family}: share of {count:,} elements with the CPU's bits"
+        table.add(what, share, "1", share == 1.0)
+
+
+def moves_of(weights: Weights) -> dict[str, Callable[[], Any]]:
+    """What is done with weights, by name; the rates are such that they go nowhere."""
+    moves = [
+        Move(s, np.array([s], np.uint64), np.full((1, 1), 1e-9, np.float32), np.zeros(1, np.float32))
+        for s in range(STEPS)
+    ]  # fmt: skip
+    adam = Moments(0, Adam(window=8))
+    sign = iter(range(1 << 62))
+    step = iter(range(1 << 62))
+    return {
+        "look": lambda: weights.look(5, [1e-3], 1.0 - 2.0 * (next(sign) % 2)),  # there and back
+        "update": lambda: weights.update(moves[:1]),
+        f"{STEPS} steps in one pass": lambda: weights.update(moves),
+        "step of adam, window 8": lambda: adam.apply(
+            weights, [Step(next(step), (1.0,), rates=(2.0**-40,))]
+        ),
+    }
+
+
+def kernels_by_family(table: Table, rows: int, rounds: int) -> None:
+    """Each kernel against a plain read-modify-write of the same weights."""
+    columns = 1024
+    plain = torch.empty(rows, columns, device=DEVICE).normal_(0.0, 0.02)
+    things: Things = {"read-modify-write": finished(lambda: plain.add_(1e-9))}
+    for family in ("gaussian", "rademacher", "rank1"):
+        weights = Weights([("w", plain.clone())], [0], FAMILIES[family], [1e-3])
+        weights.compiled = False  # by `devices.kernels`, also where the interpreter runs on the CPU
+        for name, thing in moves_of(weights).items():
+            things[f"{family} {name}"] = finished(thing)
+    if not GPU:
+        for thing in things.values():
+            thing()
+        return
+    seconds = in_turns(things, rounds)
+    for name, taken in seconds.items():
+        if name == "read-modify-write":
+            continue
+        speed = rows * columns / statistics.median(taken) / 1e9
+        table.ratio(f"{name} / read-modify-write", taken, seconds["read-modify-write"])
+        table.add(f"{name}: thousand million weights a second", speed, "-", True)
+
+
+def large_step(table: Table, layers: int, rows: int, length: int, rounds: int) -> None:
+    """A weight-space step of an OPT against two bare forwards of the same batch."""
+    import transformers
+
+    width, heads = (5120, 40) if GPU else (32, 2)
+    torch.set_float32_matmul_precision("high")
+    config = transformers.OPTConfig(
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        ffn_dim=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=50272 if GPU else 64,
+        max_position_embeddings=2048 if GPU else 64,
+    )
+    with DEVICE:
+        model = transformers.OPTForCausalLM(config).eval()
+        ids = torch.randint(4, config.vocab_size, (rows, length))
+
+    def loss() -> Any:
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return torch.nn.functional.cross_entropy(logits.float(), ids[:, 0])
+
+    @torch.no_grad()
+    def two_forwards() -> None:
+        loss()
+        loss()
+
+    opt = jf.MeZO(model, lr=1e-12)
+    opt.weights.compiled = False
+    things: Things = {
+        "two forwards": finished(two_forwards),
+        "step": finished(lambda: opt.step(loss)),
+    }
+    if not GPU:
+        for thing in things.values():
+            thing()
+        return
+    seconds = in_turns(things, rounds)
+    millions = sum(p.numel() for p in model.parameters()) // 10**6
+    what = f"step / two forwards, {millions:,} M float32 weights, {rows} x {length}"
+    table.ratio(what, seconds["step"], seconds["two forwards"])
+
+
+def main() -> None:
+    """Measure and print."""
+    given = arguments(__doc__, millions=256, rounds=12, layers=40, rows=16, length=256)
+    torch.set_num_threads(given.threads)
+    if importlib.util.find_spec("triton") is None:
+        print("Triton is not installed: nothing was measured")
+        return
+    if not GPU:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    from justforward.noise import gpu
+
+    if GPU:
+        kernels = devices.kernels(DEVICE)
+        if kernels is not gpu:
+            sys.exit("the Triton kernels do not run on this GPU, see the warning: nothing measured")
+        print(torch.cuda.get_device_name(DEVICE))
+    else:
+        devices.kernels = lambda _: gpu
+        print("no GPU: a few thousand weights by Triton's interpreter; bits are compared, no speed is measured")  # fmt: skip
+    table = Table(given.json)
+    bits(table, gpu, given.millions * 10**6 if GPU else 3000)
+    kernels_by_family(table, given.millions * 1024 if GPU else 2, given.rounds)
+    if GPU:
+        large_step(table, given.layers, given.rows, given.length, given.rounds)
+    else:
+        large_step(table, layers=1, rows=2, length=8, rounds=1)
+    table.print()
+
+
+if __name__ == "__main__":
+    main()
