@@ -118,9 +118,9 @@ def _store(WIDE: Any, NARROW: Any, form: spec.Form) -> Any:
     @inline
     def open_tile(theta, tile, room):
         start, end = tile * TILE, min((tile + 1) * TILE, theta.size)
-        part = room[: end - start]
+        here, part = theta[start:end], room[: end - start]
         for i in range(part.size):
-            part[i] = WIDE(theta[start + i])
+            part[i] = WIDE(here[i])  # not theta[start + i]: an index that may be negative is not vectorised
         return part
 
     @inline
@@ -150,9 +150,9 @@ def _store(WIDE: Any, NARROW: Any, form: spec.Form) -> Any:
 
     @inline
     def close_tile(theta, tile, part):
-        start = tile * TILE
+        here = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
         for i in range(part.size):
-            theta[start + i] = NARROW(part[i])
+            here[i] = NARROW(part[i])
 
     return open_tile, settle, close_tile
 

@@ -39,13 +39,13 @@ def _make_widen(SIGNS: bool, DOMAIN: Any, FORM: int) -> Any:
         for tile in range(first // TILE, (last + TILE - 1) // TILE):
             start, end = max(tile * TILE, first), min((tile + 1) * TILE, last)
             lane = start - tile * TILE
-            part = out[start - first : end - first]
+            here, part = theta[start:end], out[start - first : end - first]
             if BRAIN:
                 for i in range(part.size):
-                    part[i] = wide_bfloat16(theta[start + i])
+                    part[i] = wide_bfloat16(here[i])
             else:
                 for i in range(part.size):
-                    part[i] = wide_float16(theta[start + i])
+                    part[i] = wide_float16(here[i])
             for d in range(seeds.size):
                 draw_tile(tile, seeds[d], stream, DOMAIN, SIGNS, z, w0, w1, w2, w3)
                 values, c = z[lane : lane + part.size], cs[d]
