@@ -17,6 +17,7 @@ from typing import Any
 
 from justforward.config import TrainConfig
 from justforward.evaluate import Scorer
+from justforward.folder import RunFolder
 from justforward.models import load_model
 from justforward.playback import same_records
 from justforward.prepare import read_data, split_rows, use_threads
@@ -51,6 +52,11 @@ def main() -> None:
                     given.data, Path(folder, dtype), seed, dtype, given.steps, given.threads
                 )
                 result: Any = train(config)
+                print(
+                    f"seed {seed}, {dtype}: {result['before_loss']:.4f} to {result['loss']:.4f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 found |= {
                     "before": result["before_loss"],
                     dtype: result["loss"],
@@ -62,7 +68,7 @@ def main() -> None:
             config, splits = split_rows(config, examples)
             model, tokenizer = load_model("smollm2", dtype="bfloat16")
             scorer = Scorer(model, tokenizer, task)
-            same_records(model, Path(folder, "float32", "log"))
+            same_records(model, RunFolder(Path(folder, "float32")).log)
             found["records"] = scorer.evaluate(splits.test, config.eval_batch_size).loss
             rows.append(found)
             print(json.dumps(found), file=sys.stderr, flush=True)

@@ -396,6 +396,27 @@ def test_numbers_beyond_float16_are_refused(model_folder: Path, tmp_path: Path) 
     load_model(tmp_path / "large", dtype="bfloat16")
 
 
+@pytest.mark.parametrize("estimator", ["weight", "activation"])
+def test_what_rounding_makes_of_a_look_is_told_from_its_slope(estimator: str) -> None:
+    model = make_model("llama", vocab_size=300).bfloat16()
+    opt = jf.MeZO(model, lr=1e-4, eps=1e-3, estimator=estimator)
+    exact, batch, before = loss_of(model), batch_for(model), jf.fingerprint(model)
+    signal, noise = opt.resolution(exact, batch)
+    assert 0.0 < noise < signal / 100
+
+    def coarse(batch: Any) -> Tensor:  # as a model would have it that computes in bfloat16
+        found = exact(batch)
+        return found + (torch.rand(len(found), generator=generator) - 0.5) * 2.0**-6
+
+    generator = torch.Generator().manual_seed(0)
+    signal, noise = opt.resolution(coarse, batch)
+    assert noise > signal / 4
+    assert jf.fingerprint(model) == before
+    assert [g["eps"] for g in opt.param_groups] == [1e-3]
+    with pytest.raises(UserError, match="one-point looks are compared with the step before"):
+        jf.MeZO(model, looks="one-point").resolution(exact, batch)
+
+
 # ------------------------------------------------------------------------------------------ commands
 
 

@@ -7,6 +7,7 @@ step(closure)                 both, with one pass fewer; the same bits
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -213,6 +214,38 @@ class MeZO(Optimizer):
         """
         with Shield() as shield:
             return self._estimate(closure, batch, shield, keep_back=False)[0]
+
+    def resolution(self, closure: Closure | LossFn, batch: Any = None) -> tuple[float, float]:
+        """How much the losses differ between the signs of this step's looks, and how much of that rounding makes alone.
+
+        The second is what looks 1/1024 as long see: hardly any slope. A model that computes in 16 bits may have no more than that to
+        show: then a longer `eps`, or float32, is needed. The weights stay as they are.
+
+        Args:
+            closure, batch: as `estimate` has them.
+
+        Returns:
+            Root mean squares of the rises of the loss (per eps) along the directions of the step.
+
+        Raises:
+            As `estimate`; UserError where looks are one-point, which have no second sign.
+        """
+        if self.looks == "one-point":
+            raise UserError(
+                "resolution: one-point looks are compared with the step before: use other looks"
+            )
+        found, lengths = [], [group["eps"] for group in self.param_groups]
+        for part in (1.0, 1.0 / 1024.0):
+            try:
+                for group, eps in zip(self.param_groups, lengths, strict=True):
+                    group["eps"] = eps * part
+                grads = self.estimate(closure, batch).projected_grads
+            finally:
+                for group, eps in zip(self.param_groups, lengths, strict=True):
+                    group["eps"] = eps
+            rises = [grad * lengths[0] * part for grad in grads]
+            found.append(math.sqrt(math.fsum(rise * rise for rise in rises) / len(rises)))
+        return found[0], found[1]
 
     def apply(self, step: Step) -> None:
         """Write the step to the log, then move the weights.

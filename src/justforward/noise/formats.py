@@ -120,7 +120,9 @@ def _store(WIDE: Any, NARROW: Any, form: spec.Form) -> Any:
         start, end = tile * TILE, min((tile + 1) * TILE, theta.size)
         here, part = theta[start:end], room[: end - start]
         for i in range(part.size):
-            part[i] = WIDE(here[i])  # not theta[start + i]: an index that may be negative is not vectorised
+            part[i] = WIDE(
+                here[i]
+            )  # not theta[start + i]: an index that may be negative is not vectorised
         return part
 
     @inline
