@@ -81,9 +81,11 @@ def load_model(
         if ggufs and not any(path.glob("*.safetensors")):
             return _load_gguf(ggufs[0], notify, quantize, dtype)
         hint = "copy the folder again from where it came"
-        return _load(str(path), hint=hint, local=True, quantize=quantize, dtype=dtype)
+        return _load(
+            str(path), hint=hint, local=True, quantize=quantize, dtype=dtype, notify=notify
+        )
     hint = "it is no folder here; as a hub name it needs the network and a repository"
-    return _load(str(src), hint=hint, local=False, quantize=quantize, dtype=dtype)
+    return _load(str(src), hint=hint, local=False, quantize=quantize, dtype=dtype, notify=notify)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> None:
@@ -111,7 +113,13 @@ def cache_folder() -> Path:
 
 
 def _load(
-    name: str, *, hint: str, local: bool, quantize: str | None, dtype: str
+    name: str,
+    *,
+    hint: str,
+    local: bool,
+    quantize: str | None,
+    dtype: str,
+    notify: Callable[[str], None] | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     where: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _quiet():
@@ -153,23 +161,37 @@ def _load(
                 dtype=FORMATS[dtype],
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below
                 **rounded,
                 **where,
             )
     model, info = loaded  # typed as the model alone, whatever output_loading_info says
     for key, what in (("missing_keys", "has no weights for"), ("mismatched_keys", "misshapes")):
         if info[key]:
-            first = sorted(str(entry) for entry in info[key])[0]
+            first = sorted(map(_spell_key, info[key]))[0]
             raise UserError(
                 f"{name}: the checkpoint {what} {first} ({len(info[key])} such), which would be "
                 "random: give a checkpoint saved from the whole model"
             )
+    if info["unexpected_keys"] and notify is not None:
+        first = sorted(info["unexpected_keys"])[0]
+        notify(
+            f"note: {name} holds {len(info['unexpected_keys'])} tensors that this model has no place for, such as {first}: left out"
+        )
     model.eval()
     if quantize is not None:
         settle(model, quantize, name)
     _check_range(model, name, dtype)
     compute_model_wide(model)
     return model, tokenizer
+
+
+def _spell_key(entry: Any) -> str:
+    """A tensor's name; of one of another shape than the model's, both shapes."""
+    if isinstance(entry, str):
+        return entry
+    name, held, wanted = entry
+    return f"{name} ({list(held)} where the model has {list(wanted)})"
 
 
 def _check_range(model: Any, name: str, dtype: str) -> None:
@@ -318,7 +340,7 @@ def _load_gguf(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = _converted(path, notify, dtype)
     hint = f"delete {folder} to have it converted again"
-    return _load(str(folder), hint=hint, local=True, quantize=quantize, dtype=dtype)
+    return _load(str(folder), hint=hint, local=True, quantize=quantize, dtype=dtype, notify=notify)
 
 
 def _converted(gguf: Path, notify: Callable[[str], None] | None, dtype: str) -> Path:
