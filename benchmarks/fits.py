@@ -19,7 +19,17 @@ from typing import Any
 
 import torch
 
-ROWS, LENGTH, STEPS = 8, 64, 3
+ROWS, LENGTH, STEPS = 8, 64, 2
+FEWER = (
+    "evaluation",
+    "MeZO, weight space",
+    "MeZO, activation space",
+    "MeZO, LoRA, activation space",
+    "AdamW",
+    "AdamW, checkpointing",
+    "AdamW, LoRA",
+    "AdamW, LoRA, checkpointing",
+)  # of models other than SmolLM2
 
 
 def config_of(name: str) -> Any:
@@ -41,6 +51,14 @@ def config_of(name: str) -> Any:
             architectures=["LlamaForCausalLM"],
         ),
         "bert": lambda: BertConfig(architectures=["BertForMaskedLM"]),
+        "small": lambda: LlamaConfig(
+            vocab_size=16000,
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            architectures=["LlamaForCausalLM"],
+        ),
     }[name]()
 
 
@@ -137,6 +155,46 @@ def measured(model: str, method: str, rows: int = ROWS, length: int = LENGTH) ->
     return found
 
 
+def main() -> None:
+    """Predict, measure and print, a line a method."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    from justforward.fits import plan
+    from justforward.machine import device_of
+    from justforward.models import kind_of
+    from justforward.rehearse import METHODS
+    from justforward.skeleton import Plan
+
+    device = device_of("cpu")
+    for name in given.models.split(","):
+        what: Any = name
+        if name != "smollm2":
+            what = Plan(name, config_of(name), kind_of(name, config_of(name)))
+        methods = tuple(m for m in METHODS if name == "smollm2" or m.name in FEWER)
+        found = plan(
+            what, batch_size=ROWS, length=LENGTH, device=device, methods=methods, limits=False
+        )
+        for row in found.rows:
+            if row.why_not is not None:
+                continue
+            seen = measured(name, row.method)
+            if given.json:
+                print(json.dumps({"model": name, "method": row.method, "predicted": row.memory, "measured": seen["bytes"],
+                                  "seconds": row.seconds, "seconds_measured": seen["seconds"]}), flush=True)  # fmt: skip
+                continue
+            print(
+                f"{name:8} {row.method:42} predicted {row.memory / 1e6:6.0f} MB, measured {seen['bytes'] / 1e6:6.0f} MB, "
+                f"ratio {row.memory / seen['bytes']:.2f}; {row.seconds:5.2f} s a step, measured {seen['seconds']:5.2f} s",
+                flush=True,
+            )
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    else:
+        main()

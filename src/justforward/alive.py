@@ -16,16 +16,24 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ENDED = -1
 # An operation that has not moved so many bytes does not count: views, shapes, scalars.
 _SMALL = 1 << 10
+
+
+Event = tuple[int, int]
 
 
 @dataclass
@@ -33,19 +41,29 @@ class Trace:
     """What `traced` has seen.
 
     Attributes:
-        alive: bytes alive after each operation, without what was there before.
-        events: each storage as it was made, (number, bytes), and as it ended, (number, -1).
+        events: each storage as it was made, (its number, bytes), and as it ended, (its number, ENDED).
         work: for each operation that does something, its floating-point operations and the bytes it reads and writes.
     """
 
-    alive: list[int] = field(default_factory=list)
-    events: list[tuple[int, int]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     work: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def left(self) -> list[int]:
+        """Numbers of the storages that have not ended."""
+        ended = {number for number, size in self.events if size == ENDED}
+        return [number for number, size in self.events if size != ENDED and number not in ended]
+
+    def alive(self) -> NDArray[np.int64]:
+        """Bytes alive after each event, without what was there before."""
+        sizes = {number: size for number, size in self.events if size != ENDED}
+        signed = [-sizes[number] if size == ENDED else size for number, size in self.events]
+        return np.cumsum(np.array([0, *signed], np.int64))
 
     @property
     def peak(self) -> int:
         """The most bytes alive at a time."""
-        return max(self.alive, default=0)
+        return int(self.alive().max())
 
     @property
     def flops(self) -> int:
@@ -61,20 +79,26 @@ class Trace:
 def traced() -> Iterator[Trace]:
     """While inside, follow what is computed on the meta device."""
     trace = Trace()
-    with _Follow(trace), _fused():
+    follow = _Follow(trace)
+    with follow, _fused():
         yield trace
+    follow.over = True
 
 
-class _Follow(TorchDispatchMode):
+class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, trace: Trace) -> None:
-        super().__init__()
-        self.trace, self.now = trace, 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace, self.over = trace, False
         # of the storages made since, by their address: number and size
         self.sizes: dict[int, tuple[int, int]] = {}
         self.made = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False if args[0].dtype == torch.bool else 0
@@ -91,10 +115,8 @@ class _Follow(TorchDispatchMode):
                 self.sizes[key] = (self.made, size)
                 self.trace.events.append((self.made, size))
                 self.made += 1
-                self.now += size
                 fresh += size
                 weakref.finalize(storage, self._gone, key)
-        self.trace.alive.append(self.now)
         in_place = func._schema.is_mutable
         if fresh or in_place:
             moved = sum(_bytes(x) for x in given) + (_bytes(given[0]) if in_place else fresh)
@@ -105,9 +127,9 @@ class _Follow(TorchDispatchMode):
         return result
 
     def _gone(self, key: int) -> None:
-        number, size = self.sizes.pop(key)
-        self.trace.events.append((number, -1))
-        self.now -= size
+        number, _ = self.sizes.pop(key)
+        if not self.over:
+            self.trace.events.append((number, ENDED))
 
 
 def _bytes(x: Tensor) -> int:
@@ -143,8 +165,12 @@ def _attention(
         groups = query.shape[-3] // key.shape[-3]
         key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
-    if attn_mask is not None and attn_mask.requires_grad:  # the kernel gives it no gradient: T5's positions
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
+            ~attn_mask, -torch.inf
+        )
+    if (
+        attn_mask is not None and attn_mask.requires_grad
+    ):  # the kernel gives it no gradient: T5's positions
         scores = query @ key.transpose(-2, -1) + attn_mask
         return scores.softmax(-1) @ value
     out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -107,7 +107,11 @@ def config_of(src: str | Path) -> PretrainedConfig:
     elif not path.is_dir():
         name, where["local_files_only"] = str(src), False
     hint = "give a model that transformers knows"
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()), _one_line(str(src), "config.json", hint):
+    with (
+        _quiet(),
+        contextlib.redirect_stderr(io.StringIO()),
+        _one_line(str(src), "config.json", hint),
+    ):
         found: PretrainedConfig = AutoConfig.from_pretrained(name, **where)
     return found
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from justforward.activations import Look, entering, looking, repeat_rows
-from justforward.alive import Trace, traced
+from justforward.alive import ENDED, Event, Trace, traced
 from justforward.causal import log_probabilities
 from justforward.config import TrainConfig, Tuner
 from justforward.directions import Weights
@@ -113,21 +113,23 @@ class Rehearsal:
     Attributes:
         weights: bytes of the model's parameters and buffers, those of the tuner included.
         trainable: how many weights are tuned.
-        state: bytes kept from step to step besides: grid, moments, best weights.
-        trace: what is alive besides during the step (activations, gradients, directions), and the work of its
-            forwards and backward pass; work of sweeps over the weights is not in it.
+        kept: bytes kept from step to step besides: grid, moments, best weights.
+        made: bytes kept from step to step that the trace makes (AdamW's moments).
+        trace: what is alive besides during a step, of backpropagation two (activations, gradients, directions), and
+            the work of one; that of MeZO's sweeps over the weights is not in it.
         sweeps: passes over the trainable weights that MeZO makes in a step.
     """
 
     weights: int
     trainable: int
-    state: int
+    kept: int
+    made: int
     trace: Trace
     sweeps: int
 
 
 class Stage:
-    """Where steps are rehearsed; models are made once, for all methods and batches.
+    """Where steps are rehearsed; models, and what several methods have in common, are made once.
 
     Args:
         settings: see there.
@@ -136,6 +138,7 @@ class Stage:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._models: dict[Tuner, Any] = {}
+        self._traces: dict[tuple[Any, ...], Trace] = {}
 
     def run(self, method: Method, rows: int, length: int) -> Rehearsal:
         """A step of a method on a batch of so many rows and tokens.
@@ -150,31 +153,47 @@ class Stage:
             self._models[method.tuner] = _tuned(settings, method.tuner)
         model = self._models[method.tuner]
         tensors = [p for p in model.parameters() if p.requires_grad]
-        batch = _batch(settings, rows, length)
-        losses = losses_of(model, settings.plan.kind)
-        if method.first_order:
-            trace = _backward(model, tensors, method, losses, batch)
-        elif method.way == "activation":
-            trace = _looked(model, losses, batch, rows)
-        else:
-            with torch.no_grad(), traced() as trace:
-                losses(batch)
-            if method.way == "weight":
-                trace.work *= 2
+        way = (
+            "forward"
+            if method.way in ("evaluation", "weight")
+            else "backward"
+            if method.first_order
+            else method.way
+        )
+        key = (method.tuner, way, method.checkpointing, rows, length)
+        if key not in self._traces:
+            batch = _batch(settings, rows, length)
+            losses = losses_of(model, settings.plan.kind)
+            if way == "backward":
+                self._traces[key] = _backward(model, tensors, method.checkpointing, losses, batch)
+            elif way == "activation":
+                self._traces[key] = _looked(model, losses, batch, rows)
+            else:
+                with torch.no_grad(), traced() as self._traces[key]:
+                    losses(batch)
+        trace = self._traces[key]
+        if method.way == "weight":
+            trace = Trace(trace.events, trace.work * 2)
+        elif method.first_order:
+            own = (method.tuner, method.way)
+            if own not in self._traces:
+                self._traces[own] = _updated(tensors, method.way)
+            trace = _two_steps(trace, self._traces[own])
         sweeps = {"weight": 3, "activation": 1}.get(method.way, 0)
         trainable = 0 if method.way == "evaluation" else sum(p.numel() for p in tensors)
-        state = _state(settings, method, tensors)
-        return Rehearsal(held_bytes(model), trainable, state, trace, sweeps)
+        kept, made = _state(settings, method, tensors)
+        return Rehearsal(held_bytes(model), trainable, kept, made, trace, sweeps)
 
 
-def _state(settings: Settings, method: Method, tensors: Sequence[Tensor]) -> int:
+def _state(settings: Settings, method: Method, tensors: Sequence[Tensor]) -> tuple[int, int]:
+    """What is kept from step to step: bytes that the trace does not have, and of those that it has."""
     held = sum(p.numel() * p.element_size() for p in tensors)
     if method.way == "evaluation":
-        return 0
+        return 0, 0
     if method.first_order:
-        return (2 * (method.way == "adamw") + settings.keep_best) * held
+        return settings.keep_best * held, 2 * (method.way == "adamw") * held
     grid = sum(-(-p.numel() // spec.TILE) for p in tensors)
-    return grid + (8 * sum(p.numel() for p in tensors) if method.moments else 0)
+    return grid + (8 * sum(p.numel() for p in tensors) if method.moments else 0), 0
 
 
 def _check(settings: Settings, method: Method) -> None:
@@ -245,7 +264,9 @@ def losses_of(model: Any, kind: str) -> Callable[[Batch], Tensor]:
             encoded = inner_model(model).get_encoder()(
                 input_ids=given.pop("input_ids"), attention_mask=given["attention_mask"]
             )
-            logits: Tensor = inner_model(model)(encoder_outputs=encoded, use_cache=False, **given).logits
+            logits: Tensor = inner_model(model)(
+                encoder_outputs=encoded, use_cache=False, **given
+            ).logits
             return logits
         body = inner_model(model).base_model
 
@@ -302,24 +323,48 @@ def _draws(tensors: Sequence[Tensor], rows: int) -> list[tuple[Tensor, ...]]:
 def _backward(
     model: Any,
     tensors: Sequence[Tensor],
-    method: Method,
+    checkpointing: bool,
     losses: Callable[[Batch], Tensor],
     batch: Batch,
 ) -> Trace:
-    layers = checkpointable(model) if method.checkpointing else []
-    optimizer: torch.optim.Optimizer
-    if method.way == "adamw":
-        optimizer = torch.optim.AdamW(tensors, lr=1e-5, weight_decay=0.0, foreach=False)
-    else:
-        optimizer = torch.optim.SGD(tensors, lr=1e-5, foreach=False)
+    """Forward, backward, clipping; what is left at the end are the gradients."""
+    layers = checkpointable(model) if checkpointing else []
     try:
         with torch.enable_grad(), traced() as trace, checkpointed(layers):
-            for _ in range(2):  # the first makes the moments, amid what it leaves free
-                losses(batch).mean().backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(tensors, CLIP_NORM, foreach=False)
-                optimizer.step()
-                optimizer.zero_grad()
+            losses(batch).mean().backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(tensors, CLIP_NORM, foreach=False)
     finally:
         for tensor in tensors:
             tensor.grad = None
     return trace
+
+
+def _updated(tensors: Sequence[Tensor], way: Way) -> Trace:
+    """The first step of an optimizer, whose gradients are there; what is left at the end are its moments."""
+    optimizer: torch.optim.Optimizer
+    if way == "adamw":
+        optimizer = torch.optim.AdamW(tensors, lr=1e-5, weight_decay=0.0, foreach=False)
+    else:
+        optimizer = torch.optim.SGD(tensors, lr=1e-5, foreach=False)
+    for tensor in tensors:
+        tensor.grad = torch.empty_like(tensor, requires_grad=False)
+    try:
+        with traced() as trace:
+            optimizer.step()
+    finally:
+        for tensor in tensors:
+            tensor.grad = None
+    return trace
+
+
+def _two_steps(backward: Trace, update: Trace) -> Trace:
+    """Two steps one after the other: the first makes the moments, amid what its backward pass leaves free."""
+    events: list[Event] = []
+    gradients, moments = backward.left, set(update.left)
+    for step in range(2):
+        start = 1 + max((number for number, _ in events), default=-1)
+        events += [(start + number, size) for number, size in backward.events]
+        behind = 1 + max((number for number, _ in events), default=-1)
+        events += [(behind + n, size) for n, size in update.events if step == 0 or n not in moments]
+        events += [(start + number, ENDED) for number in gradients]
+    return Trace(events, backward.work + update.work)

@@ -113,7 +113,9 @@ def read_plan(src: str) -> Plan:
     file = path / "config.json" if path.is_dir() else path
     raw = _raw(file) if file.suffix == ".json" and file.is_file() else None
     if raw is not None and not _known(raw.get("model_type")):
-        return _stand_in(src, raw, f"model type {raw.get('model_type')!r} is not known to transformers")
+        return _stand_in(
+            src, raw, f"model type {raw.get('model_type')!r} is not known to transformers"
+        )
     where = str(path.parent) if path.name == "config.json" and path.is_file() else src
     config = config_of(where)
     return Plan(src, config, kind_of(src, config))
@@ -165,7 +167,9 @@ def _stand_in(name: str, raw: dict[str, Any], reason: str) -> Plan:
     hidden = sizes["hidden_size"]
     heads = sizes.setdefault("num_attention_heads", max(hidden // 64, 1))
     if hidden % heads or heads % sizes.get("num_key_value_heads", heads):
-        raise UserError(f"{name}: {reason}, and {heads} heads do not divide its hidden size {hidden}: give another model")
+        raise UserError(
+            f"{name}: {reason}, and {heads} heads do not divide its hidden size {hidden}: give another model"
+        )
     sizes.setdefault("intermediate_size", 4 * hidden)
     said = (
         f"{reason}: assumed a Llama of {sizes['num_hidden_layers']} layers, hidden size {hidden}, {heads} heads, "
@@ -181,7 +185,9 @@ def _raw(file: Path) -> dict[str, Any]:
         said = " ".join(str(error).split())
         raise UserError(f"{file}: cannot be read: {said}: copy it again") from error
     if not isinstance(found, dict):
-        raise UserError(f"{file}: not a JSON object: give a config.json as save_pretrained writes it")
+        raise UserError(
+            f"{file}: not a JSON object: give a config.json as save_pretrained writes it"
+        )
     return found
 
 
@@ -199,11 +205,14 @@ def build(plan: Plan, dtype: torch.dtype) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(plan.kind).from_config(plan.config, dtype=dtype)
+            model: Any = auto_class(plan.kind).from_config(plan.config, dtype=dtype)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{plan.name}: no model can be made of its configuration: {said}") from error
-    return model.eval()
+        raise UserError(
+            f"{plan.name}: no model can be made of its configuration: {said}"
+        ) from error
+    made: PreTrainedModel = model.eval()
+    return made
 
 
 def count(model: Any) -> Counts:
@@ -220,7 +229,9 @@ def count(model: Any) -> Counts:
 
 def held_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, a storage that is shared once."""
-    storages = {s._cdata: s for t in (*model.parameters(), *model.buffers()) for s in [t.untyped_storage()]}
+    storages = {
+        s._cdata: s for t in (*model.parameters(), *model.buffers()) for s in [t.untyped_storage()]
+    }
     return sum(storage.nbytes() for storage in storages.values())
 
 
