@@ -153,10 +153,13 @@ def _draw(path: Path, points: dict[str, list[tuple[int, int]]], like: Forecast) 
         axes.plot(x, y, style, color=colour, linewidth=width, marker="o", markersize=3, label=name)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    right: Any = axes.get_xlim()[1]
+    left: Any = axes.get_xlim()[0]
     for name, held in _DEVICES.items():
         axes.axhline(held / 1e9, color="#555555", linewidth=0.8, linestyle=(0, (6, 4)))
-        axes.annotate(name, (right, held / 1e9), ha="right", va="bottom", fontsize="small", xytext=(-3, 1), textcoords="offset points")  # fmt: skip
+        at = (left, held / 1e9)
+        axes.annotate(
+            name, at, va="bottom", fontsize="small", xytext=(4, 1), textcoords="offset points"
+        )
     sizes = sorted({p for found in points.values() for p, _ in found})
     axes.set_xticks(sizes, [_short(p) for p in sizes], fontsize="small")
     axes.set_xticks([], minor=True)
@@ -167,7 +170,7 @@ def _draw(path: Path, points: dict[str, list[tuple[int, int]]], like: Forecast) 
         fontsize="small",
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper left")
+    axes.legend(fontsize="small", loc="lower right")
     FigureCanvasAgg(figure)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     with writing(path):
