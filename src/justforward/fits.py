@@ -392,7 +392,7 @@ def _advice(found: Forecast) -> list[str]:
             ways.append(
                 f"a device of more than {size(least)}: weights and what is kept take that whatever the batch"
                 if least > found.device.memory
-                else "a smaller batch and a smaller length together"
+                else f"a device of {size(row.memory)}; a smaller batch and a smaller length together may do"
             )
             if found.quantize is None and row.method.startswith(
                 ("MeZO, LoRA", "MeZO, prefix", "AdamW, LoRA", "evaluation")
