@@ -1,4 +1,4 @@
-"""The command: train, eval, baseline, compare, replay, inspect, rank, tasks. Torch is imported once the arguments are known to be good.
+"""The command: train, eval, baseline, compare, replay, inspect, rank, fits, tasks. Torch is imported once the arguments are known to be good.
 
 Exit codes: 0; 2 for input that cannot be used (one line on stderr); 130 after Ctrl-C or SIGTERM.
 """
@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -22,6 +23,7 @@ from justforward.config import (
     BaselineConfig,
     CompareConfig,
     EvalConfig,
+    FitsConfig,
     InspectConfig,
     RankConfig,
     ReplayConfig,
@@ -38,6 +40,7 @@ COMMANDS: dict[str, type[Any]] = {
     "replay": ReplayConfig,
     "inspect": InspectConfig,
     "rank": RankConfig,
+    "fits": FitsConfig,
     "tasks": TasksConfig,
 }
 # Settings that are true where they are named.
@@ -53,7 +56,10 @@ class Parser(ArgumentParser):
         missing = re.match(r"the following arguments are required: (\w+)\.", message)
         if missing is not None:  # said by the parser of all commands
             program += f" {missing[1]}"
-            message = message.replace(f"{missing[1]}.run", "DIR").replace(f"{missing[1]}.", "--")
+            message = message.replace(f"{missing[1]}.run", "DIR")
+            if missing[1] == "fits":
+                message = message.replace("fits.model", "MODEL")
+            message = message.replace(f"{missing[1]}.", "--")
         raise UserError(f"{_plain(message)}: see {program} --help") from ex
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
@@ -113,6 +119,9 @@ def parser() -> Parser:
         if name in ("replay", "inspect"):
             sub.add_argument("run", type=str, metavar="DIR", help=help_of["run"])
             skip.add("run")
+        if name == "fits":
+            sub.add_argument("model", type=str, metavar="MODEL", help=help_of["model"])
+            skip.add("model")
         sub.add_class_arguments(kind, skip=skip, help="settings")
         for flag in FLAGS:
             if flag in help_of:
@@ -227,6 +236,18 @@ def _compare(config: CompareConfig, source: str | None) -> int:
     return 2 if result["failed"] else 0
 
 
+def _fits(config: FitsConfig) -> None:
+    from justforward import shown
+    from justforward.fits import as_json, fits
+
+    if config.plot is not None:
+        shown.check_plot(config.plot)
+    found = fits(config)
+    if config.plot is not None:
+        shown.plot_family(Path(config.plot), found)
+    _print(config.json, as_json(found), shown.spell_fits(found))
+
+
 def _run(command: str, config: Any, source: str | None = None) -> int:
     """Carry out a command and print its result on stdout; returns the exit code."""
     if command == "tasks":
@@ -257,6 +278,8 @@ def _run(command: str, config: Any, source: str | None = None) -> int:
 
         measured = rank(config)
         _print(config.json, measured, spell_rank(measured))
+    elif command == "fits":
+        _fits(config)
     elif command == "inspect":
         shown = report.inspect_run(config)
         _print(config.json, shown, report.spell_inspect(shown))

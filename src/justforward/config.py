@@ -22,8 +22,9 @@ Start = Literal["auto", "base", "probe", "deep", "last"]
 PROBED = ("probe", "deep")  # the head starts as a probe of training rows
 FITTED = (*PROBED, "last")  # something is fitted to training rows before the first step
 Prompting = Literal["both", "with", "without"]
-Dtype = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["int8", "bnb8", "bnb4"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+DeviceKind = Literal["cpu", "gpu"]
 Method = Literal["zero-shot", "icl", "probe", "first-order"]
 
 # What says where and how a command runs, and not what a run is: kept out of config.yaml.
@@ -403,6 +404,47 @@ class InspectConfig:
 
     run: str
     last: int = 5
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class FitsConfig:
+    """Predict what a model takes to run and to tune, and what fits a device, from its configuration alone.
+
+    Args:
+        model: a folder with config.json, that file, a .gguf, "smollm2", a hub name, or opt-125m to opt-175b, which are built in.
+        batch_size: rows a step.
+        length: tokens of each row.
+        dtype: of the weights; of 16 bits what methods would take, since float32 alone is tuned so far.
+        quantize: as for train.
+        lora_rank: as for train.
+        lora_targets: as for train.
+        prefix_length: as for train.
+        device: cpu: a process, from its heap; gpu: tensors alone (default gpu where there is one).
+        memory: of the device, such as 80GB or 80GiB (default this machine's).
+        bandwidth: of the device, such as 2TB/s (default measured here).
+        flops: of the device, such as 312TFLOP/s (default measured here).
+        overhead: memory that is taken besides, such as 500MB (default on a CPU measured here, on a GPU 0).
+        plot: draw the memory of the OPT family by method into this .png or .svg; takes a minute.
+        threads: CPU threads of the measurements (default torch's choice).
+        json: print the result as one JSON object, the last line on stdout.
+    """
+
+    model: str
+    batch_size: int = 8
+    length: int = 128
+    dtype: Dtype = "float32"
+    quantize: Quantize | None = None
+    lora_rank: int = 8
+    lora_targets: str | None = None
+    prefix_length: int = 5
+    device: DeviceKind | None = None
+    memory: str | None = None
+    bandwidth: str | None = None
+    flops: str | None = None
+    overhead: str | None = None
+    plot: str | None = None
+    threads: int | None = None
     json: bool = False
 
 

@@ -88,6 +88,42 @@ def load_model(
     return _load(str(src), hint=hint, local=False, quantize=quantize, dtype=dtype, notify=notify)
 
 
+def config_of(src: str | Path) -> PretrainedConfig:
+    """The configuration of what `load_model` would load, of which no weight is read.
+
+    Args:
+        src: as for `load_model`; of a hub name config.json alone is downloaded.
+
+    Raises:
+        UserError: the source does not exist, or its configuration is of no model that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    path = Path(src).expanduser()
+    where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    if str(src) == PACKAGED:
+        path = _packaged_gguf()
+    else:
+        check_source(src)
+    ggufs = [path] if path.is_file() else sorted(path.glob("*.gguf")) if path.is_dir() else []
+    name = str(path)
+    if ggufs and not any(path.glob("*.safetensors")):
+        converted = _folder_for(ggufs[0])
+        name = str(converted)
+        if not converted.is_dir():
+            name, where["gguf_file"] = str(ggufs[0].parent), ggufs[0].name
+    elif not path.is_dir():
+        name, where["local_files_only"] = str(src), False
+    hint = "give a model that transformers knows"
+    with (
+        _quiet(),
+        contextlib.redirect_stderr(io.StringIO()),
+        _one_line(str(src), "config.json", hint),
+    ):
+        found: PretrainedConfig = AutoConfig.from_pretrained(name, **where)
+    return found
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> None:
     """Writes model and tokenizer as a folder that appears whole or not at all.
 
@@ -123,17 +159,11 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     where: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _quiet():
-        from transformers import (
-            AutoConfig,
-            AutoModelForCausalLM,
-            AutoModelForMaskedLM,
-            AutoModelForSeq2SeqLM,
-            AutoTokenizer,
-        )
+        from transformers import AutoConfig, AutoTokenizer
 
         with _one_line(name, "config.json", hint):
             config = AutoConfig.from_pretrained(name, **where)
-        kind = _kind_of(name, config)
+        kind = kind_of(name, config)
         if kind == "seq2seq" and quantize is not None:
             raise UserError(
                 f"--quantize is {quantize!r}: {name} is an encoder-decoder, whose layers are not quantised: leave it out"
@@ -149,13 +179,8 @@ def _load(
                 f"{name}: its tokenizer has no mask token, which a masked model is asked with: "
                 "copy the tokenizer that the model was trained with there"
             )
-        autos: dict[Kind, Any] = {
-            "causal": AutoModelForCausalLM,
-            "masked": AutoModelForMaskedLM,
-            "seq2seq": AutoModelForSeq2SeqLM,
-        }
         with _one_line(name, "the weights (safetensors)", hint):
-            loaded: Any = autos[kind].from_pretrained(
+            loaded: Any = auto_class(kind).from_pretrained(
                 name,
                 config=config,
                 dtype=FORMATS[dtype],
@@ -205,10 +230,23 @@ def _check_range(model: Any, name: str, dtype: str) -> None:
             )
 
 
-def _kind_of(name: str, config: PretrainedConfig) -> Kind:
-    """Which kind of language model the checkpoint is of, by its config.
+def auto_class(kind: Kind) -> Any:
+    """transformers' class that makes models of a kind."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-    Refuses bodies that have no head of any kind, classifiers and quantised checkpoints.
+    autos: dict[Kind, Any] = {
+        "causal": AutoModelForCausalLM,
+        "masked": AutoModelForMaskedLM,
+        "seq2seq": AutoModelForSeq2SeqLM,
+    }
+    return autos[kind]
+
+
+def kind_of(name: str, config: PretrainedConfig) -> Kind:
+    """Which kind of language model the checkpoint called `name` is of, by its config.
+
+    Raises:
+        UserError: it is a body that has no head of any kind, a classifier, or quantised.
     """
     model_type = str(config.model_type)
     saved_as = (getattr(config, "architectures", None) or [""])[0]
@@ -344,17 +382,8 @@ def _load_gguf(
 
 
 def _converted(gguf: Path, notify: Callable[[str], None] | None, dtype: str) -> Path:
-    """The folder of safetensors of that type made from a .gguf, made now if it is not there yet.
-
-    It is named after the sha256 of the file, so another file never meets an old conversion.
-    """
-    try:
-        with gguf.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{gguf}: cannot be read: {error.strerror or error}") from error
-    kind = "" if dtype == "float32" else f"-{dtype}"
-    folder = cache_folder() / f"{gguf.stem}-{digest[:16]}{kind}"
+    """The folder of safetensors of that type made from a .gguf, made now if it is not there yet."""
+    folder = _folder_for(gguf, dtype)
     if folder.is_dir():
         return folder
     if notify is not None:
@@ -364,6 +393,17 @@ def _converted(gguf: Path, notify: Callable[[str], None] | None, dtype: str) -> 
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
+
+
+def _folder_for(gguf: Path, dtype: str = "float32") -> Path:
+    """Named after the sha256 of the file, so another file never meets an old conversion."""
+    try:
+        with gguf.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{gguf}: cannot be read: {error.strerror or error}") from error
+    kind = "" if dtype == "float32" else f"-{dtype}"
+    return cache_folder() / f"{gguf.stem}-{digest[:16]}{kind}"
 
 
 def _read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -110,9 +110,7 @@ def settle(model: PreTrainedModel, quantize: str, name: str) -> None:
                 f"{name}: --quantize is {quantize!r}: it shares a scale among {block} weights, and a matrix of "
                 f"{module.out_features} x {module.in_features} cannot be dealt out so: choose int8 or bnb8"
             )
-        module.forward = functools.partial(
-            _forward, module, functools.partial(_HELD[quantize], module)
-        )
+        module.forward = multiply(module, functools.partial(_HELD[quantize], module))
     rounded = {id(module.weight) for module in maps}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in rounded:
@@ -169,6 +167,11 @@ def _bitsandbytes_nf4(module: Any, dtype: torch.dtype) -> Held:
 
 
 _HELD = {"int8": _torchao_int8, "bnb8": _bitsandbytes_int8, "bnb4": _bitsandbytes_nf4}
+
+
+def multiply(module: Any, held: Callable[[torch.dtype], Held]) -> Callable[[Tensor], Tensor]:
+    """The forward of a linear map whose weights `held` makes again from its integers."""
+    return functools.partial(_forward, module, held)
 
 
 class _Linear(torch.autograd.Function):

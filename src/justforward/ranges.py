@@ -64,6 +64,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
             "train_size",
             "shots",
             "max_length",
+            "length",
             "lora_rank",
             "prefix_length",
             "prompt_length",

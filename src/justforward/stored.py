@@ -53,7 +53,7 @@ class Stored(nn.Parameter):
         if id(self) not in memo:
             with _plain():
                 copied = nn.Parameter(plain(self).clone(), self.requires_grad)
-            make_stored(copied)
+            make_stored(copied, self._jf_dtype)
             memo[id(self)] = copied
         return memo[id(self)]
 
@@ -135,11 +135,11 @@ def compute_wide(tensors: Sequence[nn.Parameter]) -> None:
             make_stored(p)
 
 
-def make_stored(p: nn.Parameter) -> None:
-    """Let a parameter hand out its values where they are used; one of 16 bits on a CPU as float32."""
+def make_stored(p: nn.Parameter, dtype: torch.dtype | None = None) -> None:
+    """Let a parameter hand out its values where they are used, in a type: default, of 16 bits on a CPU float32, else its own."""
     cpu: Any = p.device.type == "cpu"
     set_up: Any = p
-    set_up._jf_dtype = torch.float32 if cpu and p.dtype in HALVES else p.dtype
+    set_up._jf_dtype = dtype or (torch.float32 if cpu and p.dtype in HALVES else p.dtype)
     set_up._jf_away = set_up._jf_due = set_up._jf_used = None
     p.__class__ = Stored
 

@@ -1,0 +1,474 @@
+"""`fits`: what a model takes to run and to tune, and what fits a device, from its configuration alone.
+
+Memory of a method = the weights (parameters and buffers of the real classes, on the meta device)
+                   + what is kept from step to step (grid, moments, best weights)
+                   + what a step has alive at its peak (`rehearse`: the step itself, run without values)
+                   + on a CPU what glibc's heap scatters (`heap`), and what a process takes by itself (`machine`).
+
+Of each storage in a step the size is c, c B, c L, c B L or c B L^2 in the batch B and the length L. So the bytes alive after each
+event are linear in B and quadratic in L, and rehearsals at two batches and three lengths give them for all; the peak is the largest
+over the events. The heap's share is taken to grow in proportion.
+
+Seconds of a step = the sum over its operations of max(floating-point operations / FLOP/s, bytes read and written / bandwidth),
+a roofline, forward by forward; of MeZO and for each sweep besides trainable weights x the time of a look, and for updates
+along a direction a row 2 x rows x weights / FLOP/s. Nothing is added for starting operations, and caches are not thought of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from justforward.config import FitsConfig
+from justforward.errors import UserError
+from justforward.heap import taken
+from justforward.machine import Device, device_of
+from justforward.prepare import use_threads
+from justforward.ranges import check_ranges
+from justforward.rehearse import METHODS, Method, Rehearsal, Settings, Stage
+from justforward.skeleton import Counts, Plan, build, count, read_plan, stand_in
+from justforward.stored import FORMATS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MOST_ROWS = 1 << 20
+_UNKNOWN_CONTEXT = 1 << 20  # tokens, where a configuration bounds none
+# What a model that cannot be run without values raises on the meta device.
+_FAILS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError, ImportError)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Account:
+    """The memory of one method as a function of the batch, at the length asked for, and of the length, at the batch.
+
+    Attributes:
+        fixed: bytes of weights, of what is kept, and of the process.
+        spread: what is taken from the system for each byte alive, at least 1.
+    """
+
+    fixed: int
+    spread: float
+    of_rows: Callable[[int], int]
+    of_length: Callable[[int], int]
+
+    def at_rows(self, rows: int) -> int:
+        """Bytes with a batch of so many rows."""
+        return self.fixed + round(self.spread * self.of_rows(rows))
+
+    def at_length(self, length: int) -> int:
+        """Bytes with rows of so many tokens."""
+        return self.fixed + round(self.spread * self.of_length(length))
+
+    def most_rows(self, memory: int) -> int:
+        """The largest batch that fits; 0 if none does."""
+        return _largest(lambda rows: self.at_rows(rows) <= memory, MOST_ROWS)
+
+    def longest(self, memory: int, context: int) -> int:
+        """The largest length that fits and that the model has; 0 if none does."""
+        return _largest(lambda length: self.at_length(length) <= memory, context)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method takes.
+
+    Attributes:
+        method: its name.
+        options: of the command, if it has some for it.
+        why_not: why the method does not go with this model; then nothing else is said.
+        trainable: weights that are tuned.
+        weights, kept, working, process: bytes: parameters and buffers; from step to step; alive in a step at its
+            peak, with what the heap scatters; of the process itself.
+        memory: their sum.
+        fits: whether that is at most the device's.
+        largest_batch: rows that fit at the length asked for; 0 if not one does.
+        largest_length: tokens that fit with the batch asked for; 0 likewise.
+        flops: floating-point operations of matrix products in a step.
+        seconds: of a step.
+    """
+
+    method: str
+    options: str | None = None
+    why_not: str | None = None
+    trainable: int = 0
+    weights: int = 0
+    kept: int = 0
+    working: int = 0
+    process: int = 0
+    memory: int = 0
+    fits: bool = False
+    largest_batch: int = 0
+    largest_length: int = 0
+    flops: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What `plan` says.
+
+    Attributes:
+        model, kind, dtype, quantize, batch_size, length: what was asked.
+        context: the most tokens that a text may have; None: not bounded.
+        parameters: by kind.
+        device: see there.
+        rows: one a method.
+        advice: what to change for what does not fit, a sentence each.
+        assumed: what was assumed.
+    """
+
+    model: str
+    kind: str
+    dtype: str
+    quantize: str | None
+    batch_size: int
+    length: int
+    context: int | None
+    parameters: Counts
+    device: Device
+    rows: list[Row] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+    def row(self, method: str) -> Row:
+        """That of a method."""
+        return next(row for row in self.rows if row.method == method)
+
+
+def plan(
+    model: str | Plan,
+    *,
+    batch_size: int = 8,
+    length: int = 128,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    lora_rank: int = 8,
+    lora_targets: str | None = None,
+    prefix_length: int = 5,
+    device: Device | None = None,
+    methods: tuple[Method, ...] = METHODS,
+    limits: bool = True,
+) -> Forecast:
+    """What a model takes with each method, and what fits.
+
+    Args:
+        model: as for `skeleton.read_plan`.
+        batch_size: rows a step.
+        length: tokens of each.
+        dtype: of the weights: float32, bfloat16, float16.
+        quantize: as for train.
+        lora_rank, lora_targets, prefix_length: as for train.
+        device: None: this machine, measured (`machine.device_of`).
+        methods: which.
+        limits: find out the largest batch and length too, which takes four times as long.
+
+    Raises:
+        UserError: there is no such model, or a length that it does not have.
+    """
+    what = read_plan(model) if isinstance(model, str) else model
+    if what.context is not None and length > what.context:
+        raise UserError(
+            f"--length is {length}: {what.name} has a context of {what.context} tokens: give at most that"
+        )
+    device = device or device_of(dtype=FORMATS[dtype])
+    whole = build(what, FORMATS[dtype])
+    parameters = count(whole)
+    settings = Settings(
+        what,
+        FORMATS[dtype],
+        quantize,
+        lora_rank,
+        lora_targets,
+        prefix_length,
+        keep_best=device.kind == "cpu",
+        wide=device.kind == "cpu",
+    )
+    stage = Stage(settings)
+    try:
+        stage.run(METHODS[0], batch_size, length)
+    except UserError:
+        raise
+    except _FAILS as error:
+        said = " ".join(str(error).split())[:160] or type(error).__name__
+        what = stand_in(
+            what, f"a {what.config.model_type} model cannot be run without its weights ({said})"
+        )
+        stage = Stage(replace(settings, plan=what))
+    rows = [_row(stage, method, batch_size, length, device, limits) for method in methods]
+    found = Forecast(
+        what.name,
+        what.kind,
+        dtype,
+        quantize,
+        batch_size,
+        length,
+        what.context,
+        parameters,
+        device,
+        rows,
+        [],
+        [*what.assumed, *_assumed(dtype, device)],
+    )
+    found.advice.extend(_advice(found))
+    return found
+
+
+def _assumed(dtype: str, device: Device) -> list[str]:
+    out = [
+        "rows of the same padded length; logits of one answer position a row, two label words of one token",
+        "fused attention: scores of all pairs of tokens are never whole",
+    ]
+    if dtype != "float32":
+        out.append(
+            f"{dtype} weights are computed with "
+            + (
+                "in float32, one matrix, or 16 MiB of one, at a time"
+                if device.kind == "cpu"
+                else f"in {dtype}"
+            )
+        )
+    if device.kind == "gpu":
+        out.append(
+            "tensors alone: what the GPU's allocator rounds up and its libraries' workspaces come on top"
+        )
+    return out
+
+
+def _row(stage: Stage, method: Method, rows: int, length: int, device: Device, limits: bool) -> Row:
+    try:
+        here = stage.run(method, rows, length)
+        account = account_of(stage, method, rows, length, device, here, limits)
+    except UserError as error:
+        return Row(method.name, method.options, str(error).split(": use ")[0])
+    memory = account.at_length(length)
+    process = _process(method, device)
+    seconds = (
+        here.trace.seconds(device.flops, device.bandwidth)
+        + here.sweeps * here.trainable * device.sweep
+    )
+    if method.way == "activation":
+        seconds += 2 * rows * here.trainable / device.flops
+    context = stage.settings.plan.context or _UNKNOWN_CONTEXT
+    kept = here.kept + here.made
+    return Row(
+        method.name,
+        method.options,
+        None,
+        here.trainable,
+        here.weights,
+        kept,
+        memory - here.weights - kept - process,
+        process,
+        memory,
+        memory <= device.memory,
+        account.most_rows(device.memory) if limits else 0,
+        account.longest(device.memory, context) if limits else 0,
+        here.trace.flops,
+        seconds,
+    )
+
+
+def _process(method: Method, device: Device) -> int:
+    # LoRA's start is drawn by the same kernels as directions
+    kernels = method.way in ("weight", "activation") or method.tuner == "lora"
+    return device.overhead.base + kernels * device.overhead.kernels
+
+
+def account_of(
+    stage: Stage,
+    method: Method,
+    rows: int,
+    length: int,
+    device: Device,
+    here: Rehearsal | None = None,
+    limits: bool = True,
+) -> Account:
+    """The memory of a method around a batch of so many rows and tokens.
+
+    Args:
+        stage: of the model.
+        method: which.
+        rows, length: where exactness is asked for.
+        device: whose heap and process count.
+        here: what the stage says there, if it is known.
+        limits: without, the account is good for these rows and this length alone.
+
+    Raises:
+        UserError: as `Stage.run`.
+    """
+    here = here or stage.run(method, rows, length)
+    alive = here.trace.alive()
+    peak = int(alive.max())
+    spread = max(taken(here.trace.events) / peak, 1.0) if device.kind == "cpu" and peak else 1.0
+    fixed = here.weights + here.kept + _process(method, device)
+    if not limits:
+        return Account(fixed, spread, lambda _: peak, lambda _: peak)
+
+    def run(r: int, n: int) -> NDArray[np.int64]:
+        return stage.run(method, r, n).trace.alive()
+
+    # with one row some copies are not made, which are with more
+    base, low = (rows, alive) if rows > 1 else (2, run(2, length))
+    of_rows = _polynomial(base, 1, [low, run(base + 1, length)], {rows: peak})
+    step = max(length // 4, 1) if length >= 3 else -1
+    curve = [alive, run(rows, length - step), run(rows, length - 2 * step)]
+    of_length = _polynomial(length, -step, curve, {length: peak})
+    if of_rows is None:
+        of_rows = partial(_peak_at, lambda r: run(r, length))
+    if of_length is None:
+        of_length = partial(_peak_at, lambda n: run(rows, n))
+    return Account(fixed, spread, of_rows, of_length)
+
+
+def _peak_at(run: Callable[[int], NDArray[np.int64]], x: int) -> int:
+    return int(run(x).max())
+
+
+def _polynomial(
+    start: int, step: int, values: list[NDArray[np.int64]], known: dict[int, int]
+) -> Callable[[int], int] | None:
+    """x -> the largest of the polynomials through the values [events] at start, start + step, and so on.
+
+    By Newton's forward differences, in whole numbers. None where the events are not the same at all places.
+    """
+    if len({len(v) for v in values}) > 1:
+        return None
+    differences: list[NDArray[np.int64]] = []
+    row = values
+    while row:
+        differences.append(row[0])
+        row = [after - before for before, after in pairwise(row)]
+    stacked = np.unique(np.stack(differences, axis=1), axis=0)  # many events are alike
+
+    def peak(x: int) -> int:
+        if x in known:
+            return known[x]
+        t, term, weights = (x - start) / step, 1.0, []
+        for k in range(stacked.shape[1]):
+            weights.append(term)
+            term *= (t - k) / (k + 1)
+        return round(float((stacked @ np.array(weights)).max()))
+
+    return peak
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest x from 1 to most that fits, of which all smaller ones do; 0 if 1 does not."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# ---------------------------------------------------------------------------------------------- advice
+
+
+def _advice(found: Forecast) -> list[str]:
+    """What to change for what does not fit: less of the batch or the length, or the method nearest to it that fits."""
+    out = []
+    possible = [row for row in found.rows if row.why_not is None]
+    smallest = {row.method: row for row in possible}
+    for row in possible:
+        if row.fits:
+            continue
+        ways = []
+        if row.largest_batch:
+            ways.append(f"a batch of {row.largest_batch}")
+        if row.largest_length:
+            ways.append(f"a length of {row.largest_length}")
+        for name in _NEARER.get(row.method, ()):
+            other = smallest.get(name)
+            if other is not None and other.fits:
+                ways.append(f"{other.method} ({size(other.memory)})")
+                break
+        lacking = size(row.memory - found.device.memory)
+        if not ways:
+            least = row.weights + row.kept + row.process
+            ways.append(
+                f"a device of more than {size(least)}: weights and what is kept take that whatever the batch"
+                if least > found.device.memory
+                else f"a device of {size(row.memory)}; a smaller batch and a smaller length together may do"
+            )
+            if found.quantize is None and row.method.startswith(
+                ("MeZO, LoRA", "MeZO, prefix", "AdamW, LoRA", "evaluation")
+            ):
+                ways.append(
+                    "--quantize int8 or bnb4, which keep its linear maps in a quarter or an eighth"
+                )
+        out.append(f"{row.method}: {lacking} too much: {', or '.join(ways)}")
+    return out
+
+
+# Methods that do nearly the same for less memory, the nearest first.
+_NEARER = {
+    "AdamW": ("AdamW, checkpointing", "AdamW, LoRA", "AdamW, LoRA, checkpointing", "MeZO, activation space", "MeZO, weight space"),
+    "AdamW, checkpointing": ("AdamW, LoRA, checkpointing", "MeZO, activation space", "MeZO, weight space"),
+    "SGD": ("SGD, checkpointing", "MeZO, activation space", "MeZO, weight space"),
+    "SGD, checkpointing": ("MeZO, activation space", "MeZO, weight space"),
+    "AdamW, LoRA": ("AdamW, LoRA, checkpointing", "MeZO, LoRA, activation space", "MeZO, LoRA, weight space"),
+    "AdamW, LoRA, checkpointing": ("MeZO, LoRA, activation space", "MeZO, LoRA, weight space"),
+    "AdamW, prefix": ("MeZO, prefix, activation space", "MeZO, prefix, weight space"),
+    "MeZO, weight space, adam with kept moments": ("MeZO, weight space",),
+    "MeZO, activation space": ("MeZO, weight space",),
+    "MeZO, LoRA, activation space": ("MeZO, LoRA, weight space",),
+    "MeZO, prefix, activation space": ("MeZO, prefix, weight space",),
+}  # fmt: skip
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            break
+        count /= 1000.0
+    return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 99.95 else f"{count:.3g} {unit}"
+
+
+# --------------------------------------------------------------------------------------------- command
+
+
+def fits(config: FitsConfig) -> Forecast:
+    """The command: the forecast that a configuration asks for.
+
+    Raises:
+        UserError: something in the input cannot be used.
+    """
+    check_ranges(config)
+    use_threads(config.threads)
+    what = read_plan(config.model)
+    device = device_of(
+        config.device,
+        config.memory,
+        config.bandwidth,
+        config.flops,
+        config.overhead,
+        FORMATS[config.dtype],
+    )
+    return plan(
+        what,
+        batch_size=config.batch_size,
+        length=config.length,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        lora_rank=config.lora_rank,
+        lora_targets=config.lora_targets,
+        prefix_length=config.prefix_length,
+        device=device,
+    )
+
+
+def as_json(found: Forecast) -> dict[str, Any]:
+    """A forecast as plain values; sizes are bytes."""
+    out = asdict(found)
+    out["parameters"]["total"] = found.parameters.total
+    return out
