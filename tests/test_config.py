@@ -219,6 +219,7 @@ CHANGED: dict[str, Any] = {
     "prompt_length": 3,
     "tune": "mlp",
     "quantize": "int8",
+    "dtype": "bfloat16",
     "max_forwards": 402,
     "eval_every": 7,
     "eval_batch_size": 3,
