@@ -66,9 +66,10 @@ class _Overlay:
             self.size += -(-size // _PAGE) * _PAGE
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
-                os.posix_fallocate(
-                    file.fileno(), 0, self.size
-                )  # or a full disk would be a SIGBUS later
+                if hasattr(os, "posix_fallocate"):  # or a full disk would be a SIGBUS later
+                    os.posix_fallocate(file.fileno(), 0, self.size)
+                else:
+                    os.truncate(file.fileno(), self.size)
                 self._map = mmap.mmap(file.fileno(), self.size, mmap.MAP_SHARED)
                 self._file = os.dup(file.fileno())
         except OSError as error:
