@@ -202,11 +202,11 @@ def _widen_kernel(
     row = (tl.program_id(0) // most).to(tl.int64)
     first = tl.load(starts + row)
     tile = first // _TILE + tl.program_id(0) % most
+    stream = stream.to(tl.uint32)
     if tile * _TILE < first + length:
         at = tile * _TILE + tl.arange(0, _TILE)
         inside = (at >= first) & (at < first + length)
         w = read(theta, at, inside, FORM)
-        stream = stream.to(tl.uint32)
         for d in range(count):
             k0, k1 = key(tl.load(seeds + d))
             w = w + draw(tile, k0, k1, stream, DOMAIN, SIGNS) * tl.load(cs + d)
