@@ -343,7 +343,9 @@ def test_any_range_of_16_bits_is_widened_as_by_plain_torch(
     name = "widen_signs" if signs else "widen"
     for module, here, there in ((gpu, theta.to(DEVICE), ours), (plain, theta, twin)):
         given = (here, there, first, first + size, np.uint64(stream), np.array(seeds, np.uint64))
-        with np.errstate(over="ignore"):  # the interpreter's: a look may go beyond the largest number
+        with np.errstate(
+            over="ignore"
+        ):  # the interpreter's: a look may go beyond the largest number
             getattr(module, name)(*given, cs)
     assert same([ours], [twin])
 
@@ -415,10 +417,10 @@ def test_whole_runs_in_16_bits_end_at_the_cpu_s_bits(
         named = [
             (f"w{i}", torch.nn.Parameter(t.to(device, dtype), False)) for i, t in enumerate(start)
         ]
-        with monkeypatch.context() as patch:
-            patch.setattr(Weights, "compiled", property(lambda _: compiled, lambda *_: None), raising=False)  # fmt: skip
-            weights = Weights(named, [0, 1, 0], FAMILIES[family], [1e-3, 1e-3])
+        weights = Weights(named, [0, 1, 0], FAMILIES[family], [1e-3, 1e-3])
         weights.compiled = compiled
+        for i, away in weights._away.items():
+            away.kernels, away.compiled = weights.kernels(i), compiled
         weights.look(1, [1e-3, 0.0], 1.0)
         weights.look(2**63, [1e-3, 1e-3], -1.0)
         matrix = weights.tensors[0]

@@ -245,17 +245,17 @@ def test_a_look_sees_what_it_sees_in_float32_and_moves_nothing(
 
 @pytest.mark.parametrize("rule", ["activation", "weight", "rank1"])
 def test_native_compute_in_16_bits_sees_roughly_what_float32_does(
-    pair: tuple[Any, Any], rule: str, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Any, Any], rule: str
 ) -> None:
     """As on a GPU, where what is stored in 16 bits is computed with in 16 bits and looked at by other kernels."""
     seen, losses = [], []
     for native in (False, True):
         model, dtype = copy.deepcopy(pair[0]), torch.bfloat16 if native else torch.float32
-        opt = jf.MeZO(model, eps=0.03, **RULES[rule])  # so long that the loss moves by more than bfloat16's rounding
+        opt = jf.MeZO(
+            model, eps=0.03, **RULES[rule]
+        )  # so long that the loss moves by more than bfloat16's rounding
 
-        def loss(
-            batch: Any, model: Any = model, dtype: torch.dtype = dtype
-        ) -> Tensor:
+        def loss(batch: Any, model: Any = model, dtype: torch.dtype = dtype) -> Tensor:
             logits = model(input_ids=batch["ids"]).logits
             assert logits.dtype == dtype
             predicted = logits[:, :-1].transpose(1, 2).float()
@@ -266,7 +266,7 @@ def test_native_compute_in_16_bits_sees_roughly_what_float32_does(
             p._jf_dtype = dtype
         if native:
             for one in opt.weights._away.values():
-                one._compiled, one._kernels, one._widen = False, plain, plain.widen
+                one.compiled, one.kernels = False, plain
         before = jf.fingerprint(model)
         step = opt.estimate(loss, batch_for(model))
         assert jf.fingerprint(model) == before
@@ -276,7 +276,7 @@ def test_native_compute_in_16_bits_sees_roughly_what_float32_does(
         losses.append(step.loss)
         assert opt.step(loss, batch_for(model)) == pytest.approx(step.loss, rel=0.1)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    assert seen[1] == pytest.approx(seen[0], abs=0.15)
+    assert seen[1] == pytest.approx(seen[0], abs=0.25)
     assert seen[1] != seen[0]
 
 

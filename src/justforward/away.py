@@ -27,6 +27,9 @@ class LookAway:
         factors: of rank-one directions, by seeds; None where z is dense.
         kernels: `noise.half`'s for its format, or those of `noise.devices`.
         compiled: whether these are Numba's.
+
+    Attributes:
+        kernels, compiled: as given.
     """
 
     def __init__(
@@ -38,14 +41,9 @@ class LookAway:
         kernels: Any,
         compiled: bool,
     ) -> None:
-        self._p, self._stream, self._factors, self._compiled = (
-            p,
-            np.uint64(stream),
-            factors,
-            compiled,
-        )
-        self._kernels, self._signs = kernels, signs
-        self._widen = kernels.widen_signs if signs else kernels.widen
+        self.kernels, self.compiled = kernels, compiled
+        self._p, self._stream, self._factors = p, np.uint64(stream), factors
+        self._signs = signs
         self._lengths: dict[int, float] = {}
         self._known: dict[int, tuple[Any, Any]] = {}
 
@@ -60,7 +58,7 @@ class LookAway:
     def values(self, first: int, last: int, out: Tensor) -> None:
         """Fill `out` [last - first] with elements first .. last: float32, or 16 bits, each rounded once."""
         flat = plain(self._p).view(-1)
-        if out.dtype != torch.float32 and (self._compiled or self._factors is not None):
+        if out.dtype != torch.float32 and (self.compiled or self._factors is not None):
             wide = torch.empty(last - first, device=out.device)
             self.values(first, last, wide)
             out.copy_(wide)
@@ -69,12 +67,12 @@ class LookAway:
             matrix = out.view(-1, columns)
             matrix.copy_(flat[first:last].view(-1, columns))
             self._add_outer(matrix, slice(first // columns, last // columns))
-        elif self._compiled:
+        elif self.compiled:
             bits, room = flat.view(torch.int16).numpy().view(np.uint16), out.numpy()
-            rest = self._directions()
+            rest, widen = self._directions(), self._widen
 
             def part(start: int, end: int) -> None:
-                self._widen(bits, room[start - first : end - first], start, end, *rest)
+                widen(bits, room[start - first : end - first], start, end, *rest)
 
             pool.share(part, first, last, _LEAST)
         else:
@@ -86,13 +84,17 @@ class LookAway:
             wide = plain(self._p)[which].float()
             self._add_outer(wide, which)
             out.copy_(wide)
-        elif self._compiled:
+        elif self.compiled:
             columns = self._p.shape[1]
             for row, at in zip(out, which.tolist(), strict=True):
                 self.values(at * columns, (at + 1) * columns, row)
         else:
             flat = plain(self._p).view(-1)
-            self._kernels.widen_rows(flat, out, which, *self._directions(), self._signs)
+            self.kernels.widen_rows(flat, out, which, *self._directions(), self._signs)
+
+    @property
+    def _widen(self) -> Any:
+        return self.kernels.widen_signs if self._signs else self.kernels.widen
 
     def _directions(self) -> tuple[Any, ...]:
         """What `widen` takes behind the range: stream, seeds, lengths."""

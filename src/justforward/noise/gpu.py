@@ -352,7 +352,15 @@ def adapt_outer(
     beta1, beta2, eps, window, stream, columns, a, b,
 ) -> None:  # fmt: skip
     """See `moments.adapt_outer`."""
-    directions = (exponents, exponents, 0.0, a.contiguous(), b.contiguous(), a.shape[1], int(columns))
+    directions = (
+        exponents,
+        exponents,
+        0.0,
+        a.contiguous(),
+        b.contiguous(),
+        a.shape[1],
+        int(columns),
+    )
     _adapt(theta, exponents, first, last, sum1, sum2, steps, ends, rates, decays, shares, beta1, beta2, eps, window,
            stream, directions, **_FAMILY[0], OUTER=True)  # fmt: skip
 

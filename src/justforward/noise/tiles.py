@@ -169,7 +169,9 @@ def read(theta, at, inside, FORM: tl.constexpr):
         # Exponents differ by 112; the product makes of subnormal numbers what they are, too.
         bits = stored.to(tl.uint16, bitcast=True).to(tl.uint32)
         size = ((bits & 0x7FFF) << 13).to(tl.float32, bitcast=True) * _UP
-        w = (size.to(tl.uint32, bitcast=True) | ((bits & 0x8000) << 16)).to(tl.float32, bitcast=True)
+        w = (size.to(tl.uint32, bitcast=True) | ((bits & 0x8000) << 16)).to(
+            tl.float32, bitcast=True
+        )
     return w
 
 
