@@ -446,7 +446,7 @@ def test_whole_runs_in_16_bits_end_at_the_cpu_s_bits(
 
 ARITHMETIC = r"^\s*(?:@!?%p\d+ )?((?:add|sub|mul|mad|fma|div|sqrt|rsqrt|rcp|cvt|ex2|lg2|sin|cos|tanh|abs|neg|min|max)\.[\w.]*f(?:16|32|64)[\w.]*)"
 # Those that IEEE 754 rounds correctly, exact ones, and integers to float; .ftz would flush subnormal numbers.
-ALLOWED = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32", "sqrt.rn.f32", "abs.f32", "neg.f32", "cvt.rn.f32.s32", "cvt.rn.f32.u32", "cvt.rn.f16.f32"}  # fmt: skip
+ALLOWED = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32", "sqrt.rn.f32", "abs.f32", "neg.f32", "cvt.rn.f32.s32", "cvt.rn.f32.u32", "cvt.rn.f16.f32", "cvt.rn.f16x2.f32"}  # fmt: skip
 
 
 def compile_all(capability: int, halves: list[torch.dtype]) -> dict[str, dict[str, Any]]:
