@@ -3,8 +3,8 @@
     python benchmarks/gpu.py
 
 Without a GPU the same calls are run small by Triton's interpreter, where it is installed: that shows whether the bits are
-equal, and no speed is measured. The model has the shapes of OPT-13B, 40 layers of 5,120, random float32 weights (52 GB;
---layers 20 needs half), and its forwards multiply in TF32.
+equal, and no speed is measured. The model has the shapes of OPT-13B, 40 layers of 5,120, random weights: in bfloat16
+(26 GB), computed with as they are, and in float32 (52 GB, where they fit; --layers 20 needs half), multiplied in TF32.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from _timing import Table, Things, arguments, in_turns
 import justforward as jf
 from justforward.directions import FAMILIES, Move, Weights
 from justforward.moments import Moments
-from justforward.noise import cpu, devices, spec
+from justforward.noise import cpu, devices, plain, spec
 from justforward.rules import Adam
+from justforward.stored import values
 from justforward.trajectory import Step
 
 GPU = torch.cuda.is_available()
@@ -54,6 +55,38 @@ def bits(table: Table, kernels: Any, count: int) -> None:
         table.add(what, share, "1", share == 1.0)
 
 
+def bits_of_halves(table: Table, kernels: Any, count: int) -> None:
+    """Weights in 16 bits after two steps, and as a look sees them, on both, in every bit."""
+    numbers = [np.array(x, np.uint64) for x in ([5, 2**63], [1, 2, 3])]
+    given = (np.uint64(3), numbers[0], np.array([1, 3]), numbers[1], np.full(3, 1e-3, np.float32))
+    for dtype in (torch.bfloat16, torch.float16):
+        found = []
+        for module, device in ((kernels, DEVICE), (plain, torch.device("cpu"))):
+            theta = torch.linspace(-0.1, 0.1, count).to(device, dtype)
+            flags = torch.zeros(-(-count // spec.TILE), dtype=torch.int8, device=device)
+            module.update(
+                theta, flags, 0, len(flags), *given, np.full(2, 1e-3, np.float32), np.float32(0.0)
+            )
+            seen = torch.empty(count - 1, dtype=dtype, device=device)
+            module.widen(theta, seen, 1, count, np.uint64(3), numbers[1], given[4])
+            found.append(torch.cat([theta, seen]).view(torch.int16).cpu())
+        share = int((found[0] == found[1]).sum()) / len(found[0])
+        table.add(
+            f"{dtype}: share of {len(found[0]):,} numbers with the CPU's bits",
+            share,
+            "1",
+            share == 1.0,
+        )
+
+
+def on_device(weights: Weights, kernels: Any) -> Weights:
+    """By Triton's kernels, also where its interpreter runs on the CPU."""
+    weights.compiled = False
+    for away in weights._away.values():
+        away.kernels, away.compiled = kernels, False
+    return weights
+
+
 def moves_of(weights: Weights) -> dict[str, Callable[[], Any]]:
     """What is done with weights, by name; the rates are such that they go nowhere."""
     moves = [
@@ -63,8 +96,14 @@ def moves_of(weights: Weights) -> dict[str, Callable[[], Any]]:
     adam = Moments(0, Adam(window=8))
     sign = iter(range(1 << 62))
     step = iter(range(1 << 62))
+
+    def look() -> Any:
+        weights.look(5, [1e-3], 1.0 - 2.0 * (next(sign) % 2))  # there and back
+        if weights.halves[0]:  # not moved, but handed out
+            values(weights.tensors[0])
+
     return {
-        "look": lambda: weights.look(5, [1e-3], 1.0 - 2.0 * (next(sign) % 2)),  # there and back
+        "look": look,
         "update": lambda: weights.update(moves[:1]),
         f"{STEPS} steps in one pass": lambda: weights.update(moves),
         "step of adam, window 8": lambda: adam.apply(
@@ -73,16 +112,18 @@ def moves_of(weights: Weights) -> dict[str, Callable[[], Any]]:
     }
 
 
-def kernels_by_family(table: Table, rows: int, rounds: int) -> None:
+def kernels_by_family(
+    table: Table, kernels: Any, dtype: torch.dtype, rows: int, rounds: int
+) -> None:
     """Each kernel against a plain read-modify-write of the same weights."""
     columns = 1024
-    plain = torch.empty(rows, columns, device=DEVICE).normal_(0.0, 0.02)
-    things: Things = {"read-modify-write": finished(lambda: plain.add_(1e-9))}
+    start = torch.empty(rows, columns, device=DEVICE).normal_(0.0, 0.02).to(dtype)
+    things: Things = {"read-modify-write": finished(lambda: start.add_(1e-9))}
     for family in ("gaussian", "rademacher", "rank1"):
-        weights = Weights([("w", plain.clone())], [0], FAMILIES[family], [1e-3])
-        weights.compiled = False  # by `devices.kernels`, also where the interpreter runs on the CPU
+        p = torch.nn.Parameter(start.clone(), requires_grad=False)
+        weights = on_device(Weights([("w", p)], [0], FAMILIES[family], [1e-3]), kernels)
         for name, thing in moves_of(weights).items():
-            things[f"{family} {name}"] = finished(thing)
+            things[f"{dtype} {family} {name}"] = finished(thing)
     if not GPU:
         for thing in things.values():
             thing()
@@ -96,8 +137,10 @@ def kernels_by_family(table: Table, rows: int, rounds: int) -> None:
         table.add(f"{name}: thousand million weights a second", speed, "-", True)
 
 
-def large_step(table: Table, layers: int, rows: int, length: int, rounds: int) -> None:
-    """A weight-space step of an OPT against two bare forwards of the same batch."""
+def large_step(
+    table: Table, kernels: Any, dtype: torch.dtype, layers: int, rows: int, length: int, rounds: int
+) -> None:
+    """Steps of an OPT, in weight space and in activation space, against two bare forwards of the same batch."""
     import transformers
 
     width, heads = (5120, 40) if GPU else (32, 2)
@@ -110,25 +153,32 @@ def large_step(table: Table, layers: int, rows: int, length: int, rounds: int) -
         num_attention_heads=heads,
         vocab_size=50272 if GPU else 64,
         max_position_embeddings=2048 if GPU else 64,
+        dtype=dtype,
     )
     with DEVICE:
-        model = transformers.OPTForCausalLM(config).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
         ids = torch.randint(4, config.vocab_size, (rows, length))
 
-    def loss() -> Any:
+    def losses(ids: Any) -> Any:
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-        return torch.nn.functional.cross_entropy(logits.float(), ids[:, 0])
+        return torch.nn.functional.cross_entropy(logits.float(), ids[:, 0], reduction="none")
 
     @torch.no_grad()
     def two_forwards() -> None:
-        loss()
-        loss()
+        losses(ids)
+        losses(ids)
 
+    things: Things = {"two forwards": finished(two_forwards)}
+    bare = (
+        in_turns(things, rounds)["two forwards"] if GPU else []
+    )  # of a model that nothing was done to yet
     opt = jf.MeZO(model, lr=1e-12)
-    opt.weights.compiled = False
-    things: Things = {
-        "two forwards": finished(two_forwards),
-        "step": finished(lambda: opt.step(loss)),
+    on_device(opt.weights, kernels)
+    rowwise = jf.MeZO(model, lr=1e-12, estimator="activation")
+    on_device(rowwise.weights, kernels)
+    things |= {
+        "step in weight space": finished(lambda: opt.step(lambda: losses(ids).mean())),
+        "step in activation space": finished(lambda: rowwise.step(losses, ids)),
     }
     if not GPU:
         for thing in things.values():
@@ -136,8 +186,12 @@ def large_step(table: Table, layers: int, rows: int, length: int, rounds: int) -
         return
     seconds = in_turns(things, rounds)
     millions = sum(p.numel() for p in model.parameters()) // 10**6
-    what = f"step / two forwards, {millions:,} M float32 weights, {rows} x {length}"
-    table.ratio(what, seconds["step"], seconds["two forwards"])
+    model_is = f"{millions:,} M {dtype} weights, {rows} x {length}"
+    for name in things:
+        table.ratio(f"{name} / two bare forwards, {model_is}", seconds[name], bare)
+    table.add(
+        f"peak GPU memory, {model_is} (GB)", torch.cuda.max_memory_allocated() / 1e9, "-", True
+    )
 
 
 def main() -> None:
@@ -161,11 +215,16 @@ def main() -> None:
         print("no GPU: a few thousand weights by Triton's interpreter; bits are compared, no speed is measured")  # fmt: skip
     table = Table(given.json)
     bits(table, gpu, given.millions * 10**6 if GPU else 3000)
-    kernels_by_family(table, given.millions * 1024 if GPU else 2, given.rounds)
-    if GPU:
-        large_step(table, given.layers, given.rows, given.length, given.rounds)
-    else:
-        large_step(table, layers=1, rows=2, length=8, rounds=1)
+    bits_of_halves(table, gpu, 10**7 if GPU else 3000)
+    size = (given.layers, given.rows, given.length, given.rounds) if GPU else (1, 2, 8, 1)
+    for dtype in (torch.bfloat16, torch.float32):
+        kernels_by_family(table, gpu, dtype, given.millions * 1024 if GPU else 2, given.rounds)
+        needed = dtype.itemsize * 12 * 5120**2 * given.layers * 1.1
+        if GPU and torch.cuda.get_device_properties(DEVICE).total_memory < needed:
+            print(f"the model in {dtype} does not fit: not measured")
+            continue
+        large_step(table, gpu, dtype, *size)
+        torch.cuda.empty_cache()
     table.print()
 
 

@@ -1,8 +1,8 @@
 """The Triton kernels: plain torch's bits on a GPU, or interpreted on the CPU; and what they compile to.
 
-Reading order: roundings, noise, weights, whole runs, compiled code. `make test-triton` installs Triton apart and runs these;
+Reading order: roundings, noise, weights, those of 16 bits, whole runs, compiled code. `make test-triton` installs Triton apart and runs these;
 without it they are skipped. `python tests/test_gpu.py 80` compiles each kernel for compute capability 8.0, which takes no
-GPU, and prints the arithmetic in it.
+GPU, and prints the arithmetic in it (`... 80 float16`: those of float32 and this format alone).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from justforward import stored
 from justforward.directions import FAMILIES, Move, Weights
 from justforward.moments import Moments
 from justforward.noise import devices, plain, reference, spec
@@ -43,6 +44,8 @@ SIZES = st.one_of(st.sampled_from([1, 1023, 1024, 1025, 2048]), st.integers(1, 3
 KERNELS = [
     f"{what}{how}" for what in ("look", "update", "adapt") for how in ("", "_signs", "_outer")
 ]
+STEPS = KERNELS[3:]  # those that 16 bits have too: looks do not move them
+DTYPE = st.sampled_from(stored.HALVES)
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -126,11 +129,15 @@ def f32(values: Any) -> Any:
     return np.asarray(values, np.float32)
 
 
-def arguments(name: str, rng: np.random.Generator, size: int) -> list[Any]:
+def arguments(
+    name: str, rng: np.random.Generator, size: int, dtype: torch.dtype = torch.float32
+) -> list[Any]:
     """What a kernel takes behind the range of tiles; tensors are on the CPU."""
+    half = dtype != torch.float32
     stream = np.uint64(rng.choice([0, 3, 2**32 - 1]))
     columns = int(rng.choice([1, 5, 33, 1500]))
-    scale = rng.choice([1e-18, 3e-8, 1e-3, 5.0])
+    far = [4e4, 3e37] if half else []  # up to the largest numbers, and beyond
+    scale = rng.choice([1e-18, 3e-8, 1e-3, 5.0, *(far if name.startswith("update") else [])])
 
     def seeds(count: int) -> Any:
         return rng.integers(0, 2**64, count, np.uint64)
@@ -140,7 +147,7 @@ def arguments(name: str, rng: np.random.Generator, size: int) -> list[Any]:
         return [torch.from_numpy(f32(x)) for x in (a, rng.normal(0, 1, (count, columns)))]
 
     what, _, how = name.partition("_")
-    back = f32(rng.choice([0.0, 1e-3, -1e-3]))
+    back = f32(0.0 if half else rng.choice([0.0, 1e-3, -1e-3]))
     if what == "look":
         times = f32(rng.choice([1.0, -2.0]))
         if how == "outer":
@@ -159,7 +166,7 @@ def arguments(name: str, rng: np.random.Generator, size: int) -> list[Any]:
         return [stream, dithers, ends, *directions, decays, back]
     sums = [rng.normal(0, 1, size), rng.uniform(0, 3, size)]
     moments = (
-        f32(rng.choice([1e-2, 1e-6], steps)), decays, f32(rng.uniform(0.01, 1, (steps, 2))),
+        f32(rng.choice([1e-2, 1e-6, *far], steps)), decays, f32(rng.uniform(0.01, 1, (steps, 2))),
         *(f32(rng.choice([0.0, 0.5, 0.999])) for _ in range(2)), f32(rng.choice([1e-8, 1e-30])), window, stream,
     )  # fmt: skip
     last = [columns, *directions] if how == "outer" else [*directions, back]
@@ -172,7 +179,8 @@ def moved(
     """Weights, grid and, of rules with moments, sums after a kernel."""
     here, *rest = (x.clone().to(device) if isinstance(x, Tensor) else x for x in (theta, *given))
     exponents = torch.zeros(-(-len(theta) // spec.TILE), dtype=torch.int8, device=device)
-    assert module.lay_grid(here, exponents, -29) == -1
+    if theta.dtype == torch.float32:
+        assert module.lay_grid(here, exponents, -29) == -1
     getattr(module, name)(here, exponents, 0, len(exponents), *rest)
     return [here, exponents, *(rest[:2] if name.startswith("adapt") else [])]
 
@@ -254,6 +262,110 @@ def test_nothing_to_move() -> None:
     gpu.fill_rows(torch.empty(2, 0, device=DEVICE), np.zeros(2, np.uint64), 0, 0, False)
 
 
+# -------------------------------------------------------------------------------------------- 16 bits
+
+
+def some_halves(rng: np.random.Generator, size: int, dtype: torch.dtype) -> Tensor:
+    """Any numbers of a format by their bits, subnormal ones and the largest among them; or ordinary weights."""
+    largest = torch.finfo(dtype).max
+    if rng.integers(2):
+        theta = some_weights(rng, size) * float(rng.choice([1.0, 1e4]))
+        return theta.clamp(-largest, largest).to(dtype)
+    bits = rng.integers(-(2**15), 2**15, size).astype(np.int16)
+    theta = torch.from_numpy(bits).view(dtype).nan_to_num(1.0, largest, -largest)
+    theta[torch.from_numpy(rng.random(size) < 0.02)] = largest
+    return theta
+
+
+@pytest.mark.parametrize("name", STEPS)
+@given(seed=st.integers(0, 2**63), size=SIZES, dtype=DTYPE)
+@settings(max_examples=10)
+def test_kernels_move_16_bits_as_plain_torch(
+    name: str, seed: int, size: int, dtype: torch.dtype
+) -> None:
+    rng = np.random.default_rng(seed)
+    theta = some_halves(rng, size, dtype)
+    given = arguments(name, rng, size, dtype)
+    with np.errstate(over="ignore"):  # the interpreter's: what goes beyond float32 is held
+        ours = moved(gpu, name, theta, given, DEVICE)
+    assert same(ours, moved(plain, name, theta, given, torch.device("cpu")))
+    assert ours[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_16_bits_drawn_reach_what_matters(name: str) -> None:
+    """Weights move, to subnormal numbers too, and tiles are held back, others not."""
+    for dtype in stored.HALVES:
+        seen = {"moved": False, "held": False, "not held": False, "subnormal": False}
+        for seed in range(60):
+            rng = np.random.default_rng(seed)
+            theta = some_halves(rng, 1500, dtype)
+            given = arguments(name, rng, 1500, dtype)
+            now, flags, *_ = moved(plain, name, theta, given, torch.device("cpu"))
+            changed = now.view(torch.int16) != theta.view(torch.int16)
+            seen["moved"] |= bool(changed.any())
+            seen["held"] |= bool(flags.any())
+            seen["not held"] |= bool(changed.any() and not flags.all())
+            small = (now.float().abs() < torch.finfo(dtype).tiny) & (now != 0)
+            # Steps of bfloat16 have no unit below the least normal number, and leave none.
+            seen["subnormal"] |= bool((changed & small).any()) or dtype == torch.bfloat16
+        assert all(seen.values()), (dtype, seen)
+
+
+@pytest.mark.parametrize("dtype", stored.HALVES)
+def test_a_flag_stays_and_other_tiles_of_16_bits_are_not_touched(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(3)
+    theta, given = some_weights(rng, 3000).to(dtype), arguments("update", rng, 3000, dtype)
+    whole = moved(gpu, "update", theta, given, DEVICE)
+    here, flags = theta.clone().to(DEVICE), torch.tensor([1, 0, 0], dtype=torch.int8, device=DEVICE)
+    gpu.update(here, flags, 1, 2, *given)
+    assert same([here[:1024], here[2048:]], [theta[:1024], theta[2048:]])
+    for first, last in ((2, 3), (1, 1), (0, 1)):
+        gpu.update(here, flags, first, last, *given)
+    assert same([here], [whole[0]])
+    assert flags.tolist() == [1, 0, 0]
+
+
+@given(
+    dtype=DTYPE, narrow=st.booleans(), signs=st.booleans(), seed=st.integers(0, 2**63),
+    seeds=st.lists(SEEDS, max_size=3), stream=STREAMS, first=st.integers(0, 2100), size=SIZES,
+)  # fmt: skip
+@settings(max_examples=25)
+def test_any_range_of_16_bits_is_widened_as_by_plain_torch(
+    dtype: torch.dtype, narrow: bool, signs: bool, seed: int, seeds: list[int], stream: int, first: int, size: int
+) -> None:  # fmt: skip
+    """Several directions on the way; into float32, or rounded once to the same format."""
+    rng = np.random.default_rng(seed)
+    theta = some_halves(rng, first + size + 7, dtype)
+    cs = f32(rng.choice([1e-3, -1e-5, 3e-40], len(seeds)))
+    out = [torch.full((size,), 7.0, dtype=dtype if narrow else torch.float32) for _ in range(2)]
+    ours, twin = out[0].to(DEVICE), out[1]
+    name = "widen_signs" if signs else "widen"
+    for module, here, there in ((gpu, theta.to(DEVICE), ours), (plain, theta, twin)):
+        given = (here, there, first, first + size, np.uint64(stream), np.array(seeds, np.uint64))
+        with np.errstate(
+            over="ignore"
+        ):  # the interpreter's: a look may go beyond the largest number
+            getattr(module, name)(*given, cs)
+    assert same([ours], [twin])
+
+
+@pytest.mark.parametrize("dtype", stored.HALVES)
+@pytest.mark.parametrize("columns", [1, 37, 1024, 1500])
+def test_rows_are_widened_as_by_plain_torch(columns: int, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(columns)
+    theta = some_weights(rng, 9 * columns).to(dtype)
+    rows = torch.tensor([8, 0, 3, 3])
+    seeds, cs = np.array([5, 2**64 - 2], np.uint64), f32([1e-3, -2e-3])
+    for signs in (False, True):
+        ours, twin = torch.empty(4, columns, device=DEVICE), torch.empty(4, columns)
+        gpu.widen_rows(theta.to(DEVICE), ours, rows.to(DEVICE), np.uint64(2), seeds, cs, signs)
+        plain.widen_rows(theta, twin, rows, np.uint64(2), seeds, cs, signs)
+        assert same([ours], [twin])
+    gpu.widen_rows(theta.to(DEVICE), ours[:0], rows[:0].to(DEVICE), 2, seeds, cs, False)
+    gpu.widen(theta.to(DEVICE), ours[0, :0], 5, 5, 2, seeds, cs)
+
+
 # ------------------------------------------------------------------------------------------- whole runs
 
 
@@ -291,14 +403,53 @@ def test_whole_runs_end_at_the_cpu_s_bits(family: str, monkeypatch: pytest.Monke
     assert same(run(DEVICE, False), run(torch.device("cpu"), True))
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_whole_runs_in_16_bits_end_at_the_cpu_s_bits(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What looks hand out, of all and of some rows, and what steps leave."""
+    dtype = torch.float16 if FAMILIES[family].signs else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) * 0.02 for shape in ((33, 40), (7,), (0, 5))]
+    monkeypatch.setattr(devices, "kernels", lambda _: gpu)
+
+    def run(device: torch.device, compiled: bool) -> list[Tensor]:
+        named = [
+            (f"w{i}", torch.nn.Parameter(t.to(device, dtype), False)) for i, t in enumerate(start)
+        ]
+        weights = Weights(named, [0, 1, 0], FAMILIES[family], [1e-3, 1e-3])
+        weights.compiled = compiled
+        for i, away in weights._away.items():
+            away.kernels, away.compiled = weights.kernels(i), compiled
+        weights.look(1, [1e-3, 0.0], 1.0)
+        weights.look(2**63, [1e-3, 1e-3], -1.0)
+        matrix = weights.tensors[0]
+        matrix._jf_dtype = torch.float32  # type: ignore[attr-defined]
+        rows = torch.nn.functional.embedding(torch.tensor([[5, 2], [5, 32]], device=device), matrix)
+        seen = [stored.values(matrix), stored.values(matrix, 3, 9), rows]
+        weights.look(1, [1e-3, 0.0], -1.0)
+        moves = [
+            Move(s, np.array([s, 2**63 + s], np.uint64), f32([[1e-3, -2e-5], [3e-6, 0.0]]), f32([1e-3, 0.0]))
+            for s in range(2)
+        ]  # fmt: skip
+        weights.update(moves[:1], back=[1e-3, 1e-3])
+        assert matrix._jf_away is None  # type: ignore[attr-defined]
+        weights.update(moves)
+        steps = [Step(i, (0.5, -2.0), scales=(1.0, 0.25), decays=(0.0, 0.5), rates=(0.015625, 0.5)) for i in range(2)]  # fmt: skip
+        Moments(3, Adam(window=2)).apply(weights, steps)
+        return [*seen, *(stored.plain(t) for t in weights.tensors), *weights.exponents]
+
+    assert same(run(DEVICE, False), run(torch.device("cpu"), True))
+
+
 # ---------------------------------------------------------------------------------------- compiled code
 
 ARITHMETIC = r"^\s*(?:@!?%p\d+ )?((?:add|sub|mul|mad|fma|div|sqrt|rsqrt|rcp|cvt|ex2|lg2|sin|cos|tanh|abs|neg|min|max)\.[\w.]*f(?:16|32|64)[\w.]*)"
 # Those that IEEE 754 rounds correctly, exact ones, and integers to float; .ftz would flush subnormal numbers.
-ALLOWED = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32", "sqrt.rn.f32", "abs.f32", "neg.f32", "cvt.rn.f32.s32", "cvt.rn.f32.u32"}  # fmt: skip
+ALLOWED = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32", "sqrt.rn.f32", "abs.f32", "neg.f32", "cvt.rn.f32.s32", "cvt.rn.f32.u32", "cvt.rn.f16.f32", "cvt.rn.f16x2.f32"}  # fmt: skip
 
 
-def compile_all(capability: int) -> dict[str, dict[str, Any]]:
+def compile_all(capability: int, halves: list[torch.dtype]) -> dict[str, dict[str, Any]]:
     """Of each launch that the kernels' names lead to: the arithmetic on floats in it, and machine instructions that fuse."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -306,12 +457,17 @@ def compile_all(capability: int) -> dict[str, dict[str, Any]]:
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     triton.runtime.JITFunction.run = lambda *given, **named: launches.append((given[0], given[1:], named))  # fmt: skip
     for seed in range(12):  # so that all windows, with and without kept sums, are among them
-        for name in KERNELS:
-            rng = np.random.default_rng(seed)
-            moved(gpu, name, torch.zeros(3000), arguments(name, rng, 3000), torch.device("cpu"))
+        for dtype in (torch.float32, *halves):
+            for name in KERNELS if dtype == torch.float32 else STEPS:
+                given = arguments(name, np.random.default_rng(seed), 3000, dtype)
+                moved(gpu, name, torch.zeros(3000, dtype=dtype), given, torch.device("cpu"))
+    nothing = np.zeros(2, np.uint64), np.zeros(2, np.float32)
     for signs in (False, True):
-        gpu.fill_rows(torch.zeros(2, 3000), np.zeros(2, np.uint64), 3, int(signs), signs)
-    kinds = {torch.float32: "*fp32", torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64"}
+        gpu.fill_rows(torch.zeros(2, 3000), nothing[0], 3, int(signs), signs)
+        for dtype in halves:
+            for out in (torch.float32, dtype):
+                gpu.widen(torch.zeros(3000, dtype=dtype), torch.zeros(9, dtype=out), 5, 14, 3, *nothing, signs=signs)  # fmt: skip
+    kinds = {torch.float32: "*fp32", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
     out: dict[str, dict[str, Any]] = {}
     for kernel, rest, named in launches:
         names = list(inspect.signature(kernel.fn).parameters)
@@ -338,16 +494,16 @@ def compile_all(capability: int) -> dict[str, dict[str, Any]]:
     return out
 
 
-@pytest.mark.parametrize("capability", [75, 100])
-def test_compiled_code_rounds_every_operation(capability: int, tmp_path: Any) -> None:
+@pytest.mark.parametrize(("capability", "half"), [(75, "float16"), (100, "bfloat16")])
+def test_compiled_code_rounds_every_operation(capability: int, half: str, tmp_path: Any) -> None:
     """Triton compiles for a GPU that is not there; in a process of its own, which does not interpret."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, __file__, str(capability)]
+    command = [sys.executable, __file__, str(capability), half]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout)
-    assert len(compiled) == 16, sorted(compiled)
+    assert len(compiled) == 16 + 13, sorted(compiled)  # the latter of 16 bits
     everything = {name for code in compiled.values() for name in code["arithmetic"]}
     everything = {name.removesuffix("x2") for name in everything}  # two at once
     assert {"add.rn.f32", "mul.rn.f32", "sqrt.rn.f32", "div.rn.f32"} <= everything <= ALLOWED
@@ -358,4 +514,5 @@ def test_compiled_code_rounds_every_operation(capability: int, tmp_path: Any) ->
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(int(sys.argv[1])), indent=1))
+    chosen = [stored.FORMATS[name] for name in sys.argv[2:]] or list(stored.HALVES)
+    print(json.dumps(compile_all(int(sys.argv[1]), chosen), indent=1))

@@ -243,6 +243,43 @@ def test_a_look_sees_what_it_sees_in_float32_and_moves_nothing(
     assert {type(p) for p in wide.parameters()} == {nn.Parameter}
 
 
+@pytest.mark.parametrize("rule", ["activation", "weight", "rank1"])
+def test_native_compute_in_16_bits_sees_roughly_what_float32_does(
+    pair: tuple[Any, Any], rule: str
+) -> None:
+    """As on a GPU, where what is stored in 16 bits is computed with in 16 bits and looked at by other kernels."""
+    seen, losses = [], []
+    for native in (False, True):
+        model, dtype = copy.deepcopy(pair[0]), torch.bfloat16 if native else torch.float32
+        opt = jf.MeZO(
+            model, eps=0.03, **RULES[rule]
+        )  # so long that the loss moves by more than bfloat16's rounding
+
+        def loss(batch: Any, model: Any = model, dtype: torch.dtype = dtype) -> Tensor:
+            logits = model(input_ids=batch["ids"]).logits
+            assert logits.dtype == dtype
+            predicted = logits[:, :-1].transpose(1, 2).float()
+            return nn.functional.cross_entropy(predicted, batch["ids"][:, 1:], reduction="none").mean(1)  # fmt: skip
+
+        for p in model.parameters():
+            assert type(p) is Stored
+            p._jf_dtype = dtype
+        if native:
+            for one in opt.weights._away.values():
+                one.compiled, one.kernels = False, plain
+        before = jf.fingerprint(model)
+        step = opt.estimate(loss, batch_for(model))
+        assert jf.fingerprint(model) == before
+        opt.apply(step)
+        assert jf.fingerprint(model) != before
+        seen.append(step.projected_grads)
+        losses.append(step.loss)
+        assert opt.step(loss, batch_for(model)) == pytest.approx(step.loss, rel=0.1)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert seen[1] == pytest.approx(seen[0], abs=0.25)
+    assert seen[1] != seen[0]
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_step_is_estimate_and_apply_and_a_log_is_the_model(rule: str, tmp_path: Path) -> None:
     base = make_model("llama", vocab_size=300).bfloat16()

@@ -25,8 +25,11 @@ class LookAway:
         stream: its noise stream.
         signs: z is rademacher.
         factors: of rank-one directions, by seeds; None where z is dense.
-        kernels: `noise.half`'s for its format, or `noise.plain`.
+        kernels: `noise.half`'s for its format, or those of `noise.devices`.
         compiled: whether these are Numba's.
+
+    Attributes:
+        kernels, compiled: as given.
     """
 
     def __init__(
@@ -38,13 +41,9 @@ class LookAway:
         kernels: Any,
         compiled: bool,
     ) -> None:
-        self._p, self._stream, self._factors, self._compiled = (
-            p,
-            np.uint64(stream),
-            factors,
-            compiled,
-        )
-        self._widen = kernels.widen_signs if signs else kernels.widen
+        self.kernels, self.compiled = kernels, compiled
+        self._p, self._stream, self._factors = p, np.uint64(stream), factors
+        self._signs = signs
         self._lengths: dict[int, float] = {}
         self._known: dict[int, tuple[Any, Any]] = {}
 
@@ -57,28 +56,55 @@ class LookAway:
         self._p._jf_away = self if self._lengths else None  # type: ignore[attr-defined]
 
     def values(self, first: int, last: int, out: Tensor) -> None:
-        """Fill `out`, float32 [last - first], with elements first .. last."""
+        """Fill `out` [last - first] with elements first .. last: float32, or 16 bits, each rounded once."""
         flat = plain(self._p).view(-1)
-        if self._factors is not None:
+        if out.dtype != torch.float32 and (self.compiled or self._factors is not None):
+            wide = torch.empty(last - first, device=out.device)
+            self.values(first, last, wide)
+            out.copy_(wide)
+        elif self._factors is not None:
             columns = self._p.shape[1]
             matrix = out.view(-1, columns)
             matrix.copy_(flat[first:last].view(-1, columns))
-            for seed, length in self._lengths.items():
-                if seed not in self._known:
-                    self._known[seed] = self._factors(np.array([seed], np.uint64))
-                a, b = (torch.as_tensor(part[0]) for part in self._known[seed])
-                matrix.addr_(a[first // columns : last // columns] * length, b)
-            return
+            self._add_outer(matrix, slice(first // columns, last // columns))
+        elif self.compiled:
+            bits, room = flat.view(torch.int16).numpy().view(np.uint16), out.numpy()
+            rest, widen = self._directions(), self._widen
+
+            def part(start: int, end: int) -> None:
+                widen(bits, room[start - first : end - first], start, end, *rest)
+
+            pool.share(part, first, last, _LEAST)
+        else:
+            self._widen(flat, out, first, last, *self._directions())
+
+    def rows(self, which: Tensor, out: Tensor) -> None:
+        """Fill `out` [R, columns] with rows `which` (int64 [R]) of a matrix; as `values`."""
+        if self._factors is not None:
+            wide = plain(self._p)[which].float()
+            self._add_outer(wide, which)
+            out.copy_(wide)
+        elif self.compiled:
+            columns = self._p.shape[1]
+            for row, at in zip(out, which.tolist(), strict=True):
+                self.values(at * columns, (at + 1) * columns, row)
+        else:
+            flat = plain(self._p).view(-1)
+            self.kernels.widen_rows(flat, out, which, *self._directions(), self._signs)
+
+    @property
+    def _widen(self) -> Any:
+        return self.kernels.widen_signs if self._signs else self.kernels.widen
+
+    def _directions(self) -> tuple[Any, ...]:
+        """What `widen` takes behind the range: stream, seeds, lengths."""
         seeds = np.array(list(self._lengths), np.uint64)
-        lengths = np.array(list(self._lengths.values()), np.float32)
-        if not self._compiled:
-            self._widen(flat, out, first, last, self._stream, seeds, lengths)
-            return
-        bits, room = flat.view(torch.int16).numpy().view(np.uint16), out.numpy()
+        return self._stream, seeds, np.array(list(self._lengths.values()), np.float32)
 
-        def part(start: int, end: int) -> None:
-            self._widen(
-                bits, room[start - first : end - first], start, end, self._stream, seeds, lengths
-            )
-
-        pool.share(part, first, last, _LEAST)
+    def _add_outer(self, matrix: Tensor, rows: Any) -> None:
+        """Add the rank-one directions to these rows."""
+        for seed, length in self._lengths.items():
+            if seed not in self._known:
+                self._known[seed] = self._factors(np.array([seed], np.uint64))  # type: ignore[misc]
+            a, b = (torch.as_tensor(part[0]) for part in self._known[seed])
+            matrix.addr_(a[rows] * length, b)

@@ -127,9 +127,9 @@ class Weights:
     def kernels(self, i: int) -> Any:
         """What moves tensor i: functions of the same names for each format and device."""
         if not self.compiled:
-            from justforward.noise import devices, plain
+            from justforward.noise import devices
 
-            return plain if self.halves[i] else devices.kernels(self.tensors[i].device)
+            return devices.kernels(self.tensors[i].device)
         if self.halves[i]:
             from justforward.noise import half
 

@@ -37,7 +37,10 @@ class Away(Protocol):
     """A look under way: what a parameter's values are while it lasts."""
 
     def values(self, first: int, last: int, out: Tensor) -> None:
-        """Fill `out`, float32 [last - first], with elements first .. last."""
+        """Fill `out` [last - first], float32 or of the type it is stored in, with elements first .. last."""
+
+    def rows(self, which: Tensor, out: Tensor) -> None:
+        """Fill `out` [R, columns] with rows `which` (int64 [R]) of a matrix."""
 
 
 class Stored(nn.Parameter):
@@ -206,10 +209,10 @@ def is_half(tensor: Tensor) -> bool:
 _rooms = threading.local()
 
 
-def _room(size: int, device: torch.device) -> Tensor:
+def _room(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A buffer of this thread, used again; one of its own where a graph might keep it."""
-    if torch.is_grad_enabled() or device.type != "cpu":
-        return torch.empty(size, dtype=torch.float32, device=device)
+    if torch.is_grad_enabled() or device.type != "cpu" or dtype != torch.float32:
+        return torch.empty(size, dtype=dtype, device=device)
     have: Tensor | None = getattr(_rooms, "room", None)
     if have is None or len(have) < size:
         _rooms.room = have = torch.empty(size, dtype=torch.float32)
@@ -233,13 +236,17 @@ def values(p: Tensor, first: int = 0, last: int | None = None, *, keep: bool = T
         if away is None and (keep or rows.dtype == dtype):
             return rows.to(dtype)
         size = rows.numel()
-        out = torch.empty(size, device=p.device) if keep else _room(size, p.device)
+        out = (
+            torch.empty(size, dtype=dtype, device=p.device)
+            if keep
+            else _room(size, dtype, p.device)
+        )
         if away is None:
             out.copy_(rows.reshape(-1))
         else:
             start = first * (p.numel() // max(p.shape[0], 1)) if p.dim() else 0
             away.values(start, start + size, out)
-        return out.view(rows.shape).to(dtype)
+        return out.view(rows.shape)
 
 
 def _use(p: Any) -> None:
@@ -310,11 +317,9 @@ def embedding(
             y = F.embedding(input, weight, padding_idx)
             return y if dtype is None else y.to(dtype)
         used, place = torch.unique(input, return_inverse=True)
-        rows = torch.empty(len(used), weight.shape[1], device=weight.device)
-        columns = weight.shape[1]
-        for row, token in zip(rows, used.tolist(), strict=True):
-            weight._jf_away.values(token * columns, (token + 1) * columns, row)
-        return F.embedding(place, rows).to(dtype)
+        rows = torch.empty(len(used), weight.shape[1], dtype=dtype, device=weight.device)
+        weight._jf_away.rows(used, rows)
+        return F.embedding(place, rows)
 
 
 _OPERATIONS: dict[Any, Any] = {

@@ -5,7 +5,10 @@ reference.py  plain torch, slow and readable: the twin
 cpu.py        Numba kernels: z, and z added to weights without ever being stored
 moments.py    the same for rules with moments
 llvm.py       what those take from LLVM by name
-gpu.py        the kernels of both in Triton, for NVIDIA GPUs
+formats.py    how a tile of each format is read, moved by a step and written back
+half.py       the kernels of both for weights of 16 bits, and these as a look sees them
+gpu.py        all of them in Triton, for NVIDIA GPUs
+tiles.py      what those do with one tile
 plain.py      the same kernels in plain torch, for all other devices
 devices.py    which of those two a device gets
 """

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from justforward.noise import plain, spec
 
@@ -74,26 +75,41 @@ def triton_version() -> str | None:
 def agree(device: torch.device) -> bool:
     """Whether steps by `gpu` on a device leave the bits that `plain` on the CPU does.
 
-    Two with decay, and one of a rule with moments whose squares are subnormal numbers.
+    Of weights in float32 and in 16 bits, subnormal ones among them: two steps with decay, one of a rule with moments whose
+    squares are subnormal numbers, and the widening of some of the weights.
     """
     from justforward.noise import gpu
 
-    found = []
-    for module, place in ((gpu, device), (plain, torch.device("cpu"))):
-        theta = torch.linspace(-1.0, 1.0, spec.TILE + 9).to(place)
-        exponents = torch.zeros(2, dtype=torch.int8, device=place)
+    cpu = torch.device("cpu")
+    return all(
+        all(map(torch.equal, _trial(gpu, dtype, device), _trial(plain, dtype, cpu)))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+
+
+def _trial(module: ModuleType, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What is left of some weights, by their bits, and of their grid."""
+    theta = torch.linspace(-1.0, 1.0, spec.TILE + 9)
+    theta[:99] *= 2.0**-20
+    theta = theta.to(device, dtype)
+    exponents = torch.zeros(2, dtype=torch.int8, device=device)
+    if dtype == torch.float32:
         module.lay_grid(theta, exponents, -29)
-        seeds, cs = np.array([1, 2**64 - 1, 3], np.uint64), np.array([1e-3, 3e-6, 4.0], np.float32)
-        steps, ends = np.array([4, 5], np.uint64), np.array([1, 3], np.int64)
-        decays = np.array([1e-2, 0.0], np.float32)
-        module.update(theta, exponents, 0, 2, 6, steps, ends, seeds, cs, decays, np.float32(1e-3))
-        rates, shares = np.array([1e-2], np.float32), np.ones((1, 2), np.float32)
-        module.adapt(
-            theta, exponents, 0, 2, theta, theta, steps[:1], ends[:1], rates, decays[1:], shares,
-            0.9, 0.9, 1e-30, 1, 6, seeds[:1], cs[:1] * np.float32(1e-17), np.float32(0.0),
-        )  # fmt: skip
-        found.append((theta.cpu().view(torch.int32), exponents.cpu()))
-    return all(map(torch.equal, *found))
+    seeds, cs = np.array([1, 2**64 - 1, 3], np.uint64), np.array([1e-3, 3e-6, 4.0], np.float32)
+    steps, ends = np.array([4, 5], np.uint64), np.array([1, 3], np.int64)
+    decays = np.array([1e-2, 0.0], np.float32)
+    back = np.float32(1e-3 if dtype == torch.float32 else 0.0)
+    module.update(theta, exponents, 0, 2, 6, steps, ends, seeds, cs, decays, back)
+    rates, shares = np.array([1e-2], np.float32), np.ones((1, 2), np.float32)
+    module.adapt(
+        theta, exponents, 0, 2, theta, theta, steps[:1], ends[:1], rates, decays[1:], shares,
+        0.9, 0.9, 1e-30, 1, 6, seeds[:1], cs[:1] * np.float32(1e-17), np.float32(0.0),
+    )  # fmt: skip
+    wide = torch.zeros(0, device=device)
+    if dtype != torch.float32:
+        wide = torch.empty(spec.TILE, device=device)
+        module.widen(theta, wide, 5, 5 + spec.TILE, 6, seeds, cs)
+    return [x.cpu().view(torch.int8) for x in (theta, exponents, wide)]
 
 
 @functools.cache

@@ -1,6 +1,6 @@
-"""Triton kernels: `cpu` and `moments` for tensors on a GPU. The same names, meaning and bits.
+"""Triton kernels: `cpu`, `moments` and `half` for tensors on a GPU. The same names, meaning and bits.
 
-A program takes one tile of 1,024 weights, keeps it in registers for all steps and writes it once. What keeps the bits:
+A program takes one tile of 1,024 weights, of float32 or of 16 bits (each a kernel of its own, from the same text), keeps it in registers for all steps and writes it once. What keeps the bits:
 products and sums are never fused (`_launch` says so at every launch), square root and quotient are those that round
 correctly, and rounding to an integer is arithmetic of its own. `TRITON_INTERPRET=1`, set before Triton is imported,
 runs the same text on the CPU.
@@ -23,6 +23,9 @@ from torch import Tensor
 
 from justforward.noise import spec
 from justforward.noise.tiles import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
     adapted,
     cross,
     draw,
@@ -33,12 +36,16 @@ from justforward.noise.tiles import (
     magnitude,
     outer,
     place,
+    read,
     settle,
+    write,
+    write_nearest,
 )
 
 TILE = spec.TILE
 OPTIONS = {"enable_fp_fusion": False}  # Triton's default is to fuse a * b + c, which rounds once
 _TILE = tl.constexpr(TILE)
+_FORMS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _FAMILY = [
     {"DOMAIN": spec.DOMAIN_GAUSSIAN, "SIGNS": False},
     {"DOMAIN": spec.DOMAIN_RADEMACHER, "SIGNS": True},
@@ -98,10 +105,10 @@ def _look_outer_kernel(theta, exponents, size, first, a, b, columns, times):
 @triton.jit(do_not_specialize=["first", "stream", "count"])
 def _update_kernel(
     theta, exponents, size, first, stream, steps, ends, count, decays, lanes,
-    seeds, cs, back, DOMAIN: tl.constexpr, SIGNS: tl.constexpr,
+    seeds, cs, back, FORM: tl.constexpr, DOMAIN: tl.constexpr, SIGNS: tl.constexpr,
 ):  # fmt: skip
     tile, at, inside = place(first, size)
-    w = tl.load(theta + at, mask=inside, other=0.0)
+    w = read(theta, at, inside, FORM)
     k = tl.load(exponents + tile).to(tl.int32)
     stream = stream.to(tl.uint32)
     for s in range(count):
@@ -114,17 +121,18 @@ def _update_kernel(
         if (s == 0) & (back != 0.0):
             w = look_along(w, k, z, back, 1.0)
         seed, decay = tl.load(steps + s), tl.load(decays + s)
-        w, k = settle(w, k, total, inside, tile, seed, stream, lanes + s * _TILE, decay)
-    tl.store(theta + at, w, mask=inside)
+        w, k = settle(w, k, total, inside, tile, seed, stream, lanes + s * _TILE, decay, FORM)
+    write(theta, at, inside, w, FORM)
     tl.store(exponents + tile, k.to(tl.int8))
 
 
 @triton.jit(do_not_specialize=["first", "stream", "count"])
 def _update_outer_kernel(
-    theta, exponents, size, first, stream, steps, ends, count, decays, lanes, a, b, rows, columns
-):
+    theta, exponents, size, first, stream, steps, ends, count, decays, lanes,
+    a, b, rows, columns, FORM: tl.constexpr,
+):  # fmt: skip
     tile, at, inside = place(first, size)
-    w = tl.load(theta + at, mask=inside, other=0.0)
+    w = read(theta, at, inside, FORM)
     k = tl.load(exponents + tile).to(tl.int32)
     row, column = cross(tile, columns)
     stream = stream.to(tl.uint32)
@@ -132,8 +140,8 @@ def _update_outer_kernel(
         d0, d1 = tl.load(ends + s), tl.load(ends + s + 1)
         total = outer(a, b, row, column, inside, rows, columns, d0, d1)
         seed, decay = tl.load(steps + s), tl.load(decays + s)
-        w, k = settle(w, k, total, inside, tile, seed, stream, lanes + s * _TILE, decay)
-    tl.store(theta + at, w, mask=inside)
+        w, k = settle(w, k, total, inside, tile, seed, stream, lanes + s * _TILE, decay, FORM)
+    write(theta, at, inside, w, FORM)
     tl.store(exponents + tile, k.to(tl.int8))
 
 
@@ -141,10 +149,10 @@ def _update_outer_kernel(
 def _adapt_kernel(
     theta, exponents, size, first, stream, steps, ends, count, decays, lanes,
     sum1, sum2, rates, shares, beta1, beta2, eps, before, window, seeds, cs, back, a, b, rows, columns,
-    DOMAIN: tl.constexpr, SIGNS: tl.constexpr, OUTER: tl.constexpr, KEPT: tl.constexpr,
+    FORM: tl.constexpr, DOMAIN: tl.constexpr, SIGNS: tl.constexpr, OUTER: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     tile, at, inside = place(first, size)
-    w = tl.load(theta + at, mask=inside, other=0.0)
+    w = read(theta, at, inside, FORM)
     k = tl.load(exponents + tile).to(tl.int32)
     stream = stream.to(tl.uint32)
     if OUTER:
@@ -178,12 +186,31 @@ def _adapt_kernel(
             v = v * beta2 + g * g
         total = adapted(m, v, shares + 2 * s, tl.load(rates + s), eps)
         seed, decay = tl.load(steps + s), tl.load(decays + s)
-        w, k = settle(w, k, total, inside, tile, seed, stream, lanes + s * _TILE, decay)
-    tl.store(theta + at, w, mask=inside)
+        w, k = settle(w, k, total, inside, tile, seed, stream, lanes + s * _TILE, decay, FORM)
+    write(theta, at, inside, w, FORM)
     tl.store(exponents + tile, k.to(tl.int8))
     if KEPT:
         tl.store(sum1 + at, m, mask=inside)
         tl.store(sum2 + at, v, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "most", "stream", "count"])
+def _widen_kernel(
+    theta, out, starts, length, most, stream, seeds, cs, count,
+    FORM: tl.constexpr, OUT: tl.constexpr, DOMAIN: tl.constexpr, SIGNS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // most).to(tl.int64)
+    first = tl.load(starts + row)
+    tile = first // _TILE + tl.program_id(0) % most
+    stream = stream.to(tl.uint32)
+    if tile * _TILE < first + length:
+        at = tile * _TILE + tl.arange(0, _TILE)
+        inside = (at >= first) & (at < first + length)
+        w = read(theta, at, inside, FORM)
+        for d in range(count):
+            k0, k1 = key(tl.load(seeds + d))
+            w = w + draw(tile, k0, k1, stream, DOMAIN, SIGNS) * tl.load(cs + d)
+        write_nearest(out, row * length + (at - first), inside, w, OUT)
 
 
 # -------------------------------------------------------------------------------- the names of `cpu`
@@ -211,6 +238,11 @@ def _put(values: Any, kind: Any, device: torch.device) -> Tensor:
 def _signed(word: int) -> int:
     """The int32 with the bits of a word, so that the type of an argument never depends on its value."""
     return word - (1 << 32) if word >> 31 else word
+
+
+def _seen(theta: Tensor) -> Tensor:
+    """Weights as the kernels see them."""
+    return theta if theta.dtype == torch.float32 else theta.view(torch.int16)
 
 
 def _tiles(size: int) -> int:
@@ -270,8 +302,8 @@ def update(
     """See `cpu.update`."""
     device = theta.device
     directions = _put(seeds, np.uint64, device), _put(cs, np.float32, device)
-    _launch(_update_kernel, last - first, device, theta, exponents, len(theta), first,
-            *_taken(theta, stream, steps, ends, decays), *directions, float(back), **_FAMILY[signs])  # fmt: skip
+    _launch(_update_kernel, last - first, device, _seen(theta), exponents, len(theta), first,
+            *_taken(theta, stream, steps, ends, decays), *directions, float(back), FORM=_FORMS[theta.dtype], **_FAMILY[signs])  # fmt: skip
 
 
 def update_signs(*arguments: Any) -> None:
@@ -283,8 +315,9 @@ def update_outer(
     theta, exponents, first, last, columns, stream, steps, ends, a, b, decays
 ) -> None:  # fmt: skip
     """See `cpu.update_outer`."""
-    _launch(_update_outer_kernel, last - first, theta.device, theta, exponents, len(theta), first,
-            *_taken(theta, stream, steps, ends, decays), a.contiguous(), b.contiguous(), a.shape[1], int(columns))  # fmt: skip
+    _launch(_update_outer_kernel, last - first, theta.device, _seen(theta), exponents, len(theta), first,
+            *_taken(theta, stream, steps, ends, decays), a.contiguous(), b.contiguous(), a.shape[1], int(columns),
+            FORM=_FORMS[theta.dtype])  # fmt: skip
 
 
 def _adapt(
@@ -292,11 +325,11 @@ def _adapt(
     beta1, beta2, eps, window, stream, directions: tuple[Any, ...], **constants: bool,
 ) -> None:  # fmt: skip
     device, kept = theta.device, int(window) == 0
-    sums = (sum1, sum2) if kept else (theta, theta)  # not touched
-    _launch(_adapt_kernel, last - first, device, theta, exponents, len(theta), first,
+    sums = (sum1, sum2) if kept else (exponents, exponents)  # not touched
+    _launch(_adapt_kernel, last - first, device, _seen(theta), exponents, len(theta), first,
             *_taken(theta, stream, steps, ends, decays), *sums, _put(rates, np.float32, device),
             _put(shares, np.float32, device), float(beta1), float(beta2), float(eps), len(ends) - len(steps),
-            int(window), *directions, **constants, KEPT=kept)  # fmt: skip
+            int(window), *directions, **constants, FORM=_FORMS[theta.dtype], KEPT=kept)  # fmt: skip
 
 
 def adapt(
@@ -306,7 +339,7 @@ def adapt(
     """See `moments.adapt`."""
     held = _put(seeds, np.uint64, theta.device), _put(cs, np.float32, theta.device), float(back)
     _adapt(theta, exponents, first, last, sum1, sum2, steps, ends, rates, decays, shares, beta1, beta2, eps, window,
-           stream, (*held, theta, theta, 0, 0), **_FAMILY[signs], OUTER=False)  # fmt: skip
+           stream, (*held, exponents, exponents, 0, 0), **_FAMILY[signs], OUTER=False)  # fmt: skip
 
 
 def adapt_signs(*arguments: Any) -> None:
@@ -319,6 +352,41 @@ def adapt_outer(
     beta1, beta2, eps, window, stream, columns, a, b,
 ) -> None:  # fmt: skip
     """See `moments.adapt_outer`."""
-    directions = (theta, theta, 0.0, a.contiguous(), b.contiguous(), a.shape[1], int(columns))
+    directions = (
+        exponents,
+        exponents,
+        0.0,
+        a.contiguous(),
+        b.contiguous(),
+        a.shape[1],
+        int(columns),
+    )
     _adapt(theta, exponents, first, last, sum1, sum2, steps, ends, rates, decays, shares, beta1, beta2, eps, window,
            stream, directions, **_FAMILY[0], OUTER=True)  # fmt: skip
+
+
+def _widen(theta, out, starts: Tensor, length: int, stream, seeds, cs, signs: bool) -> None:
+    most = (length + TILE - 2) // TILE + 1  # tiles that so many elements touch, wherever they begin
+    directions = _put(seeds, np.uint64, theta.device), _put(cs, np.float32, theta.device)
+    _launch(_widen_kernel, len(starts) * most, theta.device, _seen(theta), _seen(out), starts, length, most,
+            _signed(int(stream)), *directions, len(seeds), FORM=_FORMS[theta.dtype], OUT=_FORMS[out.dtype],
+            **_FAMILY[signs])  # fmt: skip
+
+
+def widen(theta, out, first, last, stream, seeds, cs, *, signs: bool = False) -> None:
+    """See `plain.widen`."""
+    if last > first:
+        starts = _put([first], np.int64, theta.device)
+        _widen(theta, out, starts, last - first, stream, seeds, cs, signs)
+
+
+def widen_signs(*arguments: Any) -> None:
+    """See `plain.widen_signs`."""
+    widen(*arguments, signs=True)
+
+
+def widen_rows(theta, out, rows, stream, seeds, cs, signs) -> None:
+    """See `plain.widen_rows`."""
+    length = out.shape[1]
+    if length:
+        _widen(theta, out, rows.to(torch.int64) * length, length, stream, seeds, cs, bool(signs))

@@ -180,7 +180,7 @@ def widen(
     cs: Any,
     signs: bool = False,
 ) -> None:
-    """See `half._make_widen`."""
+    """See `half._make_widen`; here `out` may be of 16 bits, and what is written is rounded to the nearest."""
     wide = theta[first:last].float()
     for seed, c in zip(seeds, cs, strict=True):
         wide += _z(seed, stream, first, last - first, signs, theta.device) * float(c)
@@ -192,6 +192,15 @@ def widen_signs(
 ) -> None:
     """`widen` with z rademacher."""
     widen(theta, out, first, last, stream, seeds, cs, signs=True)
+
+
+def widen_rows(
+    theta: Tensor, out: Tensor, rows: Tensor, stream: Any, seeds: Any, cs: Any, signs: bool
+) -> None:
+    """`widen` of the rows (int64 [R]) of a matrix into `out` [R, columns]."""
+    columns = out.shape[1]
+    for r, row in enumerate(rows.tolist()):
+        widen(theta, out[r], row * columns, (row + 1) * columns, stream, seeds, cs, signs)
 
 
 def _settle(

@@ -28,6 +28,13 @@ _D0 = tl.constexpr(spec.DITHER_MULTIPLIER)
 _DITHER_TILE = tl.constexpr(spec.DOMAIN_DITHER_TILE)
 _DITHER_LANE = tl.constexpr(spec.DOMAIN_DITHER_LANE)
 _LIMIT = tl.constexpr(spec.GRID_LIMIT)
+# How weights are stored: FORM. Those of 16 bits are seen as int16.
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+_WHOLE, _BRAIN = tl.constexpr(FLOAT32), tl.constexpr(BFLOAT16)
+_BITS1, _BITS2 = tl.constexpr(spec.BFLOAT16.bits), tl.constexpr(spec.FLOAT16.bits)
+_LEAST1, _LEAST2 = tl.constexpr(spec.BFLOAT16.least), tl.constexpr(spec.FLOAT16.least)
+_LARGEST1, _LARGEST2 = tl.constexpr(spec.BFLOAT16.largest), tl.constexpr(spec.FLOAT16.largest)
+_UP, _DOWN = tl.constexpr(2.0**112), tl.constexpr(2.0**-112)
 
 
 @triton.jit
@@ -151,6 +158,50 @@ def place(first, size):
 
 
 @triton.jit
+def read(theta, at, inside, FORM: tl.constexpr):
+    """Weights as float32, 0 where there are none."""
+    stored = tl.load(theta + at, mask=inside, other=0)
+    if FORM == _WHOLE:
+        w = stored
+    elif FORM == _BRAIN:
+        w = (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        # Exponents differ by 112; the product makes of subnormal numbers what they are, too.
+        bits = stored.to(tl.uint16, bitcast=True).to(tl.uint32)
+        size = ((bits & 0x7FFF) << 13).to(tl.float32, bitcast=True) * _UP
+        w = (size.to(tl.uint32, bitcast=True) | ((bits & 0x8000) << 16)).to(
+            tl.float32, bitcast=True
+        )
+    return w
+
+
+@triton.jit
+def write(theta, at, inside, w, FORM: tl.constexpr):
+    """`read` undone: the weights are numbers that their form has."""
+    if FORM == _WHOLE:
+        tl.store(theta + at, w, mask=inside)
+    else:
+        bits = w.to(tl.uint32, bitcast=True)
+        if FORM != _BRAIN:
+            size = tl.abs(w) * _DOWN
+            bits = (size.to(tl.uint32, bitcast=True) << 3) | (bits & _SIGN)
+        tl.store(theta + at, (bits >> 16).to(tl.uint16).to(tl.int16, bitcast=True), mask=inside)
+
+
+@triton.jit
+def write_nearest(out, at, inside, w, FORM: tl.constexpr):
+    """Write float32 rounded to the nearest number of a form, ties to even."""
+    if FORM == _WHOLE:
+        tl.store(out + at, w, mask=inside)
+    elif FORM == _BRAIN:
+        bits = w.to(tl.uint32, bitcast=True)
+        bits = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+        tl.store(out + at, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=inside)
+    else:
+        tl.store(out + at, w.to(tl.float16).to(tl.int16, bitcast=True), mask=inside)
+
+
+@triton.jit
 def look_along(w, k, z, c, times):
     """w += times q rint(c z / q)."""
     return w + _rint(z * (power(-k) * c)) * (power(k) * times)
@@ -166,19 +217,45 @@ def _word(tile, seed, stream):
 
 
 @triton.jit
-def settle(w, k, total, inside, tile, seed, stream, lanes, decay):
-    """w += q floor((total - decay w) / q + dither), and a coarser grid when the headroom is used up."""
+def _settle_half(w, total, u, inside, FORM: tl.constexpr):
+    """q (floor(w / q) + floor(total / q + (rest + dither))), and whether a weight was held at the largest number."""
+    BITS: tl.constexpr = _BITS1 if FORM == _BRAIN else _BITS2
+    LEAST: tl.constexpr = _LEAST1 if FORM == _BRAIN else _LEAST2
+    LARGEST: tl.constexpr = _LARGEST1 if FORM == _BRAIN else _LARGEST2
+    here = w.to(tl.int32, bitcast=True) & _SIZE
+    there = (w + total).to(tl.int32, bitcast=True) & _SIZE
+    k = tl.maximum((tl.maximum(here, there) >> 23) - BITS, LEAST)
+    q, inverse = power(k), power(-k)
+    n = w * inverse
+    whole = _floor(n)
+    moved = (whole + _floor(total * inverse + ((n - whole) + u))) * q
+    large = inside & (tl.abs(moved) > LARGEST)
+    most = tl.where(moved > 0.0, LARGEST, -LARGEST)
+    w = tl.where(inside, tl.where(large, most, moved), 0.0)
+    return w, tl.max(large.to(tl.int32), axis=0)
+
+
+@triton.jit
+def settle(w, k, total, inside, tile, seed, stream, lanes, decay, FORM: tl.constexpr):
+    """w += q floor((total - decay w) / q + dither), and a coarser grid when the headroom is used up.
+
+    With 16 bits, k is no grid but the flag that `_settle_half` sets.
+    """
     if decay != 0.0:
         total = total - w * decay
-    q = power(k)
     h = tl.load(lanes + tl.arange(0, _TILE)).to(tl.uint32, bitcast=True)
     h = h + _word(tile, seed, stream)
     h = (h ^ (h >> 16)) * _D0
     u = (h >> 8).to(tl.int32).to(tl.float32) * _POW_M24
-    w = tl.where(inside, w + _floor(total * power(-k) + u) * q, 0.0)
-    largest = magnitude(w)
-    if largest > q * _LIMIT:
-        w, k = lay(w, k, largest)
+    if FORM == _WHOLE:
+        q = power(k)
+        w = tl.where(inside, w + _floor(total * power(-k) + u) * q, 0.0)
+        largest = magnitude(w)
+        if largest > q * _LIMIT:
+            w, k = lay(w, k, largest)
+    else:
+        w, held = _settle_half(w, total, u, inside, FORM)
+        k = tl.maximum(k, held)
     return w, k
 
 
