@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import io
+import json
 import logging
 import math
 import os
@@ -24,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from justforward.errors import UserError
+from justforward.mapped import put_weights, read_table
 from justforward.quantised import quantising, settle
 from justforward.sources import PACKAGED, check_source
 from justforward.stored import FORMATS, as_stored, compute_model_wide
@@ -46,6 +48,7 @@ LOAD_ERRORS = (
     SafetensorError,
 )
 STALE_SECONDS = 3600.0
+STORED, TABLE = "stored", "gguf.json"  # in place of a type: a .gguf without its weights, and where they are in it
 
 Kind = Literal["causal", "masked", "seq2seq"]
 
@@ -63,12 +66,12 @@ def load_model(
             safetensors, a folder that holds one .gguf or the .gguf itself, or a hub name such as
             "facebook/opt-125m". Anything that looks like a path never touches the network.
         notify: called with a sentence before something slow (the one-time conversion).
-        quantize: keep the linear maps in 8 or 4 bits, as `quantised` has it: then nothing of the model
-            requires a gradient.
+        quantize: keep the linear maps in 8 or 4 bits, as `quantised` has it, or ("gguf") the matrices of a .gguf as
+            they are stored, as `mapped` has it: then nothing of the model requires a gradient.
         dtype: what weights are stored in; those of 16 bits compute in float32 (`stored`).
 
     Raises:
-        UserError: the source does not exist or is not a whole language model of one of these kinds; as `quantised`.
+        UserError: the source does not exist or is not a whole language model of one of these kinds; as `quantised` and `mapped`.
     """
     if str(src) == PACKAGED:
         return _load_gguf(_packaged_gguf(), notify, quantize, dtype)
@@ -80,6 +83,12 @@ def load_model(
         ggufs = list(path.glob("*.gguf"))
         if ggufs and not any(path.glob("*.safetensors")):
             return _load_gguf(ggufs[0], notify, quantize, dtype)
+    if quantize == "gguf":
+        raise UserError(
+            f"{src}: --quantize is 'gguf': it keeps the matrices of a .gguf as they are stored, and this is none: give "
+            "the path of one, or leave it out"
+        )
+    if path.is_dir():
         hint = "copy the folder again from where it came"
         return _load(str(path), hint=hint, local=True, quantize=quantize, dtype=dtype)
     hint = "it is no folder here; as a hub name it needs the network and a repository"
@@ -111,7 +120,13 @@ def cache_folder() -> Path:
 
 
 def _load(
-    name: str, *, hint: str, local: bool, quantize: str | None, dtype: str
+    name: str,
+    *,
+    hint: str,
+    local: bool,
+    quantize: str | None,
+    dtype: str,
+    weights: Callable[[Any, PretrainedConfig], PreTrainedModel] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     where: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _quiet():
@@ -130,7 +145,7 @@ def _load(
             raise UserError(
                 f"--quantize is {quantize!r}: {name} is an encoder-decoder, whose layers are not quantised: leave it out"
             )
-        rounded = {} if quantize is None else quantising(quantize)
+        rounded = {} if quantize is None or weights is not None else quantising(quantize)
         with _one_line(name, "the tokenizer", hint):
             tokenizer = AutoTokenizer.from_pretrained(name, **where)
         # transformers builds one of special tokens alone, or none, where a folder has none; T5's has "\u2581" besides
@@ -146,6 +161,8 @@ def _load(
             "masked": AutoModelForMaskedLM,
             "seq2seq": AutoModelForSeq2SeqLM,
         }
+        if weights is not None:
+            return weights(autos[kind], config).eval(), tokenizer
         with _one_line(name, "the weights (safetensors)", hint):
             loaded: Any = autos[kind].from_pretrained(
                 name,
@@ -316,13 +333,46 @@ def _packaged_gguf() -> Path:
 def _load_gguf(
     path: Path, notify: Callable[[str], None] | None, quantize: str | None, dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    given: Any = None
+    if quantize == "gguf":
+        if dtype != "float32":
+            raise UserError(
+                f"--dtype is {dtype!r}: what --quantize leaves as it is stays float32: leave it out"
+            )
+        dtype = STORED
+
+        def given(auto: Any, config: PretrainedConfig) -> PreTrainedModel:
+            return _mapped(auto, config, path, folder, notify)
+
     folder = _converted(path, notify, dtype)
     hint = f"delete {folder} to have it converted again"
-    return _load(str(folder), hint=hint, local=True, quantize=quantize, dtype=dtype)
+    return _load(
+        str(folder), hint=hint, local=True, quantize=quantize, dtype=dtype, weights=given
+    )
+
+
+def _mapped(
+    auto: Any,
+    config: PretrainedConfig,
+    path: Path,
+    folder: Path,
+    notify: Callable[[str], None] | None,
+) -> PreTrainedModel:
+    """The model with the file's own blocks as its weights."""
+    from accelerate import init_empty_weights
+
+    hint = "give a .gguf of a model that transformers can convert"
+    with _one_line(str(path), "it", hint):
+        table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
+        config.name_or_path = str(path)  # what an adapter will name as its base
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+        put_weights(model, path, table, notify)
+    return model
 
 
 def _converted(gguf: Path, notify: Callable[[str], None] | None, dtype: str) -> Path:
-    """The folder of safetensors of that type made from a .gguf, made now if it is not there yet.
+    """The folder of safetensors of that type made from a .gguf, made now if it is not there yet; of `STORED` without weights.
 
     It is named after the sha256 of the file, so another file never meets an old conversion.
     """
@@ -335,13 +385,43 @@ def _converted(gguf: Path, notify: Callable[[str], None] | None, dtype: str) -> 
     folder = cache_folder() / f"{gguf.stem}-{digest[:16]}{kind}"
     if folder.is_dir():
         return folder
-    if notify is not None:
-        notify(f"converting {gguf.name} once into {folder} (about half a minute)")
-    model, tokenizer = _read_gguf(gguf, FORMATS[dtype])
+    if dtype == STORED:
+        if notify is not None:
+            notify(f"reading tokenizer and settings of {gguf.name} once into {folder}")
+        model, tokenizer, table = _read_settings(gguf)
+    else:
+        if notify is not None:
+            notify(f"converting {gguf.name} once into {folder} (about half a minute)")
+        model, tokenizer = _read_gguf(gguf, FORMATS[dtype])
+        table = None
     with whole_folder(folder, keep_existing=True) as temporary, _quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if table is not None:
+            (temporary / TABLE).write_text(json.dumps(table), encoding="utf-8")
     return folder
+
+
+def _read_settings(gguf: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """All of a .gguf but its weights: config, tokenizer, and where they are."""
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    hint = "give a .gguf of a model that transformers can convert"
+    with _quiet(), _one_line(str(gguf), "it", hint):
+        table = read_table(gguf)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, local_files_only=True
+        )
+        settings = dict(table["config"])
+        config: Any = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    causal: dict[str, Any] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if config.model_type not in causal:
+        raise UserError(
+            f"{gguf}: a {config.model_type} model does not predict the next token: {hint}"
+        )
+    config.architectures = [causal[config.model_type]]
+    return config, tokenizer, table
 
 
 def _read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:
