@@ -50,6 +50,8 @@ ROOMS = [
     "hessian",
     "sources",
     "quantised",
+    "blocks",
+    "mapped",
     "models",
     "store",
     "trunk",

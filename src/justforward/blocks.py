@@ -51,7 +51,9 @@ def _compiled(fill: Any, data: Any, numbers: Any, room: Any, first: int, last: i
     fill(data, numbers[first:last], room[first:last], HALVES)
 
 
-def _by_torch(dtype: torch.dtype, data: Any, numbers: Any, room: Any, first: int, last: int) -> None:
+def _by_torch(
+    dtype: torch.dtype, data: Any, numbers: Any, room: Any, first: int, last: int
+) -> None:
     kept = torch.from_numpy(data).view(dtype)
     torch.from_numpy(room[first:last]).copy_(kept[torch.from_numpy(numbers[first:last])])
 

@@ -8,8 +8,11 @@ else, or the tensor is a vector, the values are made as the conversion makes the
 
 from __future__ import annotations
 
+import importlib
+import json
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +25,9 @@ from justforward.errors import UserError
 from justforward.stored import pack
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
-Table = dict[str, Any]
+HEADER = "gguf.json"
 
 
 class Blocks:
@@ -56,17 +59,49 @@ class Blocks:
             yield self._data[start : start + step].data
 
 
-def read_table(path: Path) -> Table:
-    """What a .gguf says before its weights: to be kept, since gguf's reader takes seconds and memory for long vocabularies.
+@dataclass
+class Header:
+    """What a .gguf says before its weights, which is kept: gguf's reader takes seconds and memory for long vocabularies,
+    and transformers' table of names as long.
 
-    Returns:
-        architecture, config (as transformers reads it), tensors: name, form, shape as torch has it, first byte, bytes.
+    Attributes:
+        architecture: its name in gguf.
+        config: as transformers reads it.
+        saved_as: the model's class.
+        names: the model's parameter for a tensor.
+        tensors: name, form, shape as torch has it, first byte, bytes.
+    """
+
+    architecture: str
+    config: dict[str, Any]
+    saved_as: str
+    names: dict[str, str]
+    tensors: list[tuple[str, str, list[int], int, int]]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write it, and the model's config beside it."""
+        config = _config_of(self.config)
+        config.architectures = [self.saved_as]
+        config.save_pretrained(folder)
+        (Path(folder) / HEADER).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def read_header(path: Path, auto: Any) -> Header:
+    """Read a .gguf up to its weights.
+
+    Args:
+        path: the file.
+        auto: the class of transformers that makes the model.
 
     Raises:
         UserError: its numbers are stored the other way round, or transformers converts its architecture by other means.
     """
     from gguf import GGUFReader
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint, read_field
+    from transformers.modeling_gguf_pytorch_utils import (
+        get_gguf_hf_weights_map,
+        load_gguf_checkpoint,
+        read_field,
+    )
 
     reader: Any = GGUFReader(path)
     if reader.byte_order != "I":
@@ -80,57 +115,87 @@ def read_table(path: Path) -> Table:
             "known here: leave it out"
         )
     tensors = [
-        [t.name, t.tensor_type.name, [int(n) for n in reversed(t.shape)], int(t.data_offset), int(t.n_bytes)]
+        (t.name, t.tensor_type.name, [int(n) for n in reversed(t.shape)], int(t.data_offset), int(t.n_bytes))
         for t in reader.tensors
     ]  # fmt: skip
-    config = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
-    return {"architecture": architecture, "config": config, "tensors": tensors}
+    config: dict[str, Any] = load_gguf_checkpoint(str(path))["config"]  # type: ignore[no-untyped-call]
+    model = _empty(auto, _config_of(config))
+    names = get_gguf_hf_weights_map(model, _processor(architecture, config))
+    return Header(architecture, config, type(model).__name__, names, tensors)
 
 
-def _otherwise() -> set[str]:
-    """Architectures that a newer transformers converts by rules of another kind."""
-    try:
-        from transformers.integrations.gguf import GGUF_ARCHS
-    except ImportError:
-        return set()
-    return set(GGUF_ARCHS)
-
-
-def put_weights(
-    model: PreTrainedModel,
+def build(
+    auto: Any,
+    config: PretrainedConfig,
     path: Path,
-    table: Table,
+    folder: Path,
     note: Callable[[str], None] | None = None,
-) -> None:
-    """Give a model without weights those of a .gguf, frozen.
+) -> PreTrainedModel:
+    """The model of a .gguf with the file's own matrices, frozen.
 
     Args:
-        model: of `table`'s config, its parameters on the meta device; changed in place.
+        auto: as `read_header` has it.
+        config: the model's.
         path: the file, which stays mapped.
-        table: as `read_table` has it.
+        folder: where its header was saved.
         note: called with a sentence where matrices could not be kept as they are stored.
 
     Raises:
         UserError: a tensor is stored in a form that gguf cannot dequantise, does not fit, or is missing.
     """
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
+    header = Header(**json.loads((folder / HEADER).read_text(encoding="utf-8")))
+    config.name_or_path = str(path)  # what an adapter will name as its base
+    model = _empty(auto, config)
+    _put_weights(model, path, header, note)
+    return model
+
+
+def _config_of(config: dict[str, Any]) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    settings = dict(config)
+    made: PretrainedConfig = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return made
+
+
+def _empty(auto: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """A model whose parameters have no memory; buffers, which are computed, have."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    return model
+
+
+def _processor(architecture: str, config: dict[str, Any]) -> Any:
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     processors: dict[str, Any] = TENSOR_PROCESSORS
-    processor = processors.get(table["architecture"], TensorProcessor)(config=table["config"])
-    names: dict[str, str] = get_gguf_hf_weights_map(model, processor)  # type: ignore[no-untyped-call]
+    return processors.get(architecture, TensorProcessor)(config=config)
+
+
+def _otherwise() -> set[str]:
+    """Architectures that a newer transformers converts by rules of another kind."""
+    try:
+        rules = importlib.import_module("transformers.integrations.gguf")
+    except ImportError:
+        return set()
+    return set(rules.GGUF_ARCHS)
+
+
+def _put_weights(
+    model: PreTrainedModel, path: Path, header: Header, note: Callable[[str], None] | None
+) -> None:
+    processor, names = _processor(header.architecture, header.config), header.names
     # copied where it is written to, which nobody does: torch knows no read-only memory
     file = np.asarray(np.memmap(path, mode="c"))
     made: dict[str, Any] = {"tensors": {}}  # by the model's names, as processors have it
-    for name, form, shape, first, size in table["tensors"]:
+    for name, form, shape, first, size in header.tensors:
         data = file[first : first + size]
         if len(data) < size:
             raise UserError(f"{path}: ends within {name}: copy the file again")
         if len(shape) == 2:
-            found = _place(processor, name, tuple(shape), names)
+            found = _place(processor, name, (shape[0], shape[1]), names)
             if found is not None:
                 target, order, transposed = found
                 _check_form(path, name, form)
@@ -153,7 +218,9 @@ def put_weights(
                 f"{path}: no weights for {name}, which would be random: give a .gguf of a whole model"
             )
         p.requires_grad_(False)
-    left = {target: values.numel() for target, values in made["tensors"].items() if values.dim() > 1}
+    left = {
+        target: values.numel() for target, values in made["tensors"].items() if values.dim() > 1
+    }
     if left and note is not None:
         size = 4 * sum(left.values()) / 2**20
         note(
@@ -219,10 +286,9 @@ def _place(
         r, c = (rows.T, places.T) if transposed else (rows, places)
         if r.shape != shape or not (r == r[:, :1]).all() or not (c == columns).all():
             continue
-        order = torch.from_numpy(r[:, 0].astype(np.int64))
-        numbers = torch.arange(shape[0])
-        if torch.equal(order.sort().values, numbers):
-            return target, None if torch.equal(order, numbers) else order, transposed
+        order, as_stored = torch.from_numpy(r[:, 0].astype(np.int64)), torch.arange(shape[0])
+        if torch.equal(order.sort().values, as_stored):
+            return target, None if torch.equal(order, as_stored) else order, transposed
     return None
 
 

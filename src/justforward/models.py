@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import io
-import json
 import logging
 import math
 import os
@@ -25,10 +24,10 @@ import torch
 from safetensors import SafetensorError
 
 from justforward.errors import UserError
-from justforward.mapped import put_weights, read_table
+from justforward.mapped import build, read_header
 from justforward.quantised import quantising, settle
 from justforward.sources import PACKAGED, check_source
-from justforward.stored import FORMATS, as_stored, compute_model_wide
+from justforward.stored import FORMATS, as_stored, compute_model_wide, packed_in, refuse_packed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +47,8 @@ LOAD_ERRORS = (
     SafetensorError,
 )
 STALE_SECONDS = 3600.0
-STORED, TABLE = "stored", "gguf.json"  # in place of a type: a .gguf without its weights, and where they are in it
+STORED = "stored"  # in place of a type: a .gguf without its weights
+_HINT = "give a .gguf of a model that transformers can convert"
 
 Kind = Literal["causal", "masked", "seq2seq"]
 
@@ -99,14 +99,23 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
     """Writes model and tokenizer as a folder that appears whole or not at all.
 
     Raises:
-        UserError: `out` exists, or cannot be written (read-only, no space left).
+        UserError: `out` exists, or cannot be written (read-only, no space left); the model's matrices are a .gguf's.
     """
     out = Path(out)
+    adapter = model is not inner_model(model)  # of which only what it adds is saved
+    settings: dict[str, Any] = {}
+    for parameter in model.parameters():
+        if not adapter:
+            refuse_packed(parameter, "be saved whole")
+        elif packed_in(parameter) is not None:
+            # peft would look for a config.json at the base, or in the network, to see whether these were resized
+            settings["save_embedding_layers"] = False
+    if not adapter:
+        settings["max_shard_size"] = "2GB"  # a shard is in memory while it is written
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already: give a new name or remove it")
     with whole_folder(out) as temporary, _quiet(), as_stored(model):
-        whole: Any = {"max_shard_size": "2GB"}  # a shard is in memory while it is written
-        model.save_pretrained(temporary, **(whole if model is inner_model(model) else {}))
+        model.save_pretrained(temporary, **settings)
         tokenizer.save_pretrained(temporary)
 
 
@@ -162,7 +171,8 @@ def _load(
             "seq2seq": AutoModelForSeq2SeqLM,
         }
         if weights is not None:
-            return weights(autos[kind], config).eval(), tokenizer
+            made: Any = weights(autos[kind], config)
+            return made.eval(), tokenizer
         with _one_line(name, "the weights (safetensors)", hint):
             loaded: Any = autos[kind].from_pretrained(
                 name,
@@ -342,33 +352,12 @@ def _load_gguf(
         dtype = STORED
 
         def given(auto: Any, config: PretrainedConfig) -> PreTrainedModel:
-            return _mapped(auto, config, path, folder, notify)
+            with _one_line(str(path), "its weights", hint):
+                return build(auto, config, path, folder, notify)
 
     folder = _converted(path, notify, dtype)
     hint = f"delete {folder} to have it converted again"
-    return _load(
-        str(folder), hint=hint, local=True, quantize=quantize, dtype=dtype, weights=given
-    )
-
-
-def _mapped(
-    auto: Any,
-    config: PretrainedConfig,
-    path: Path,
-    folder: Path,
-    notify: Callable[[str], None] | None,
-) -> PreTrainedModel:
-    """The model with the file's own blocks as its weights."""
-    from accelerate import init_empty_weights
-
-    hint = "give a .gguf of a model that transformers can convert"
-    with _one_line(str(path), "it", hint):
-        table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
-        config.name_or_path = str(path)  # what an adapter will name as its base
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-        put_weights(model, path, table, notify)
-    return model
+    return _load(str(folder), hint=hint, local=True, quantize=quantize, dtype=dtype, weights=given)
 
 
 def _converted(gguf: Path, notify: Callable[[str], None] | None, dtype: str) -> Path:
@@ -382,53 +371,41 @@ def _converted(gguf: Path, notify: Callable[[str], None] | None, dtype: str) -> 
     except OSError as error:
         raise UserError(f"{gguf}: cannot be read: {error.strerror or error}") from error
     kind = "" if dtype == "float32" else f"-{dtype}"
+    if dtype == STORED:  # which parameter a tensor is
+        kind += f"-{importlib.metadata.version('transformers')}"
     folder = cache_folder() / f"{gguf.stem}-{digest[:16]}{kind}"
     if folder.is_dir():
         return folder
     if dtype == STORED:
         if notify is not None:
             notify(f"reading tokenizer and settings of {gguf.name} once into {folder}")
-        model, tokenizer, table = _read_settings(gguf)
+        model, tokenizer = _read_settings(gguf)
     else:
         if notify is not None:
             notify(f"converting {gguf.name} once into {folder} (about half a minute)")
         model, tokenizer = _read_gguf(gguf, FORMATS[dtype])
-        table = None
     with whole_folder(folder, keep_existing=True) as temporary, _quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        if table is not None:
-            (temporary / TABLE).write_text(json.dumps(table), encoding="utf-8")
     return folder
 
 
-def _read_settings(gguf: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """All of a .gguf but its weights: config, tokenizer, and where they are."""
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def _read_settings(gguf: Path) -> tuple[Any, Any]:
+    """All of a .gguf but its weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hint = "give a .gguf of a model that transformers can convert"
-    with _quiet(), _one_line(str(gguf), "it", hint):
-        table = read_table(gguf)
+    with _quiet(), _one_line(str(gguf), "it", _HINT):
+        header = read_header(gguf, AutoModelForCausalLM)
         tokenizer = AutoTokenizer.from_pretrained(
             str(gguf.parent), gguf_file=gguf.name, local_files_only=True
         )
-        settings = dict(table["config"])
-        config: Any = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    causal: dict[str, Any] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    if config.model_type not in causal:
-        raise UserError(
-            f"{gguf}: a {config.model_type} model does not predict the next token: {hint}"
-        )
-    config.architectures = [causal[config.model_type]]
-    return config, tokenizer, table
+    return header, tokenizer
 
 
 def _read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name, file = str(gguf.parent), gguf.name
-    hint = "give a .gguf of a model that transformers can convert"
+    name, file, hint = str(gguf.parent), gguf.name, _HINT
     # transformers draws this one bar without asking its own settings
     with _quiet(), contextlib.redirect_stderr(io.StringIO()), _one_line(str(gguf), "it", hint):
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file, local_files_only=True)

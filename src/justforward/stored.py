@@ -24,7 +24,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from justforward.errors import UserError
 
@@ -330,13 +329,13 @@ class _Frozen(torch.autograd.Function):
         return linear(x, *weight) if turned else matmul(x, *weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return (matmul if ctx.turned else linear)(grad, *ctx.weight), None, None
+        # itself, so that it can be differentiated again
+        return _Frozen.apply(grad, ctx.weight, not ctx.turned), None, None  # type: ignore[no-untyped-call]
 
 
 def _graphed(x: Any, weight: Any) -> bool:
-    return packed_in(weight) is not None and torch.is_grad_enabled() and x.requires_grad
+    return packed_in(weight) is not None and torch.is_grad_enabled() and bool(x.requires_grad)
 
 
 def _use(p: Any) -> None:
@@ -367,8 +366,10 @@ def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
 
 
 def _sliced(weight: Any) -> bool:
+    packed = packed_in(weight)
     return (
         getattr(weight, "_jf_dtype", None) == torch.float32
+        and not (packed is not None and packed.transposed)  # whose rows lie across
         and weight.numel() > SLICE
         and not torch.is_grad_enabled()
     )
@@ -378,7 +379,8 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) ->
     """`torch.addmm`."""
     with _plain():
         if _graphed(mat1, mat2):
-            return beta * values(input) + alpha * matmul(mat1, mat2)
+            y: Tensor = beta * values(input) + alpha * matmul(mat1, mat2)
+            return y
         return torch.addmm(
             values(input), values(mat1), values(mat2, keep=False), beta=beta, alpha=alpha
         )
@@ -389,6 +391,13 @@ def matmul(input: Any, other: Any) -> Tensor:
     with _plain():
         if _graphed(input, other):
             y: Tensor = _Frozen.apply(input, (other,), False)  # type: ignore[no-untyped-call]
+            return y
+        if packed_in(other) is not None and _sliced(other):
+            y = torch.zeros(*input.shape[:-1], other.shape[1])
+            step = max(SLICE // other.shape[1], 1)
+            for start in range(0, other.shape[0], step):
+                end = min(start + step, other.shape[0])
+                y += input[..., start:end] @ values(other, start, end, keep=False)
             return y
         return torch.matmul(values(input), values(other, keep=False))
 
