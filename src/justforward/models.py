@@ -378,7 +378,9 @@ def _converted(gguf: Path, notify: Callable[[str], None] | None, dtype: str) -> 
         return folder
     if dtype == STORED:
         if notify is not None:
-            notify(f"reading tokenizer and settings of {gguf.name} once into {folder}")
+            notify(
+                f"reading tokenizer and settings of {gguf.name} once into {folder} (about half a minute)"
+            )
         model, tokenizer = _read_settings(gguf)
     else:
         if notify is not None:
