@@ -362,11 +362,12 @@ def test_saving_refuses_what_exists(tmp_path: Path) -> None:
         save_model(make_model("gpt2"), make_tokenizer(), tmp_path / "out")
 
 
-class _Fails:
+class _Fails(torch.nn.Module):
     def __init__(self, error: BaseException) -> None:
+        super().__init__()
         self.error = error
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
         (Path(folder) / "half").write_text("x")
         raise self.error
 
@@ -401,7 +402,8 @@ def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("JUSTFORWARD_CACHE", str(tmp_path / "cache"))
     read: list[Path] = []
 
-    def read_gguf(path: Path) -> tuple[Any, Any]:
+    def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+        assert dtype == torch.float32
         read.append(path)
         return make_model("llama"), make_tokenizer()
 
