@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import MASKED, make_model, make_tokenizer
-from justforward import cli, models
+from justforward import cli, kept, models
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
@@ -362,11 +362,12 @@ def test_saving_refuses_what_exists(tmp_path: Path) -> None:
         save_model(make_model("gpt2"), make_tokenizer(), tmp_path / "out")
 
 
-class _Fails:
+class _Fails(torch.nn.Module):
     def __init__(self, error: BaseException) -> None:
+        super().__init__()
         self.error = error
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
         (Path(folder) / "half").write_text("x")
         raise self.error
 
@@ -401,7 +402,8 @@ def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("JUSTFORWARD_CACHE", str(tmp_path / "cache"))
     read: list[Path] = []
 
-    def read_gguf(path: Path) -> tuple[Any, Any]:
+    def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+        assert dtype == torch.float32
         read.append(path)
         return make_model("llama"), make_tokenizer()
 
@@ -430,7 +432,7 @@ def test_a_gguf_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_faster_of_two_conversions_wins(tmp_path: Path) -> None:
-    with models.whole_folder(tmp_path / "out", keep_existing=True) as temporary:
+    with kept.whole_folder(tmp_path / "out", keep_existing=True) as temporary:
         (temporary / "mine").write_text("slow")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").write_text("fast")
@@ -443,7 +445,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     old.mkdir()
     new.mkdir()
     os.utime(old, (0, 0))
-    with models.whole_folder(tmp_path / "out") as temporary:
+    with kept.whole_folder(tmp_path / "out") as temporary:
         (temporary / "x").write_text("x")
     assert sorted(os.listdir(tmp_path)) == [".out.2.2.tmp", "out"]
 

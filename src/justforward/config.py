@@ -22,8 +22,8 @@ Start = Literal["auto", "base", "probe", "deep", "last"]
 PROBED = ("probe", "deep")  # the head starts as a probe of training rows
 FITTED = (*PROBED, "last")  # something is fitted to training rows before the first step
 Prompting = Literal["both", "with", "without"]
-Quantize = Literal["int8", "bnb8", "bnb4"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantize = Literal["int8", "bnb8", "bnb4", "gguf"]
 DeviceKind = Literal["cpu", "gpu"]
 Method = Literal["zero-shot", "icl", "probe", "first-order"]
 
@@ -87,7 +87,7 @@ class TrainConfig:
         prompt_length: tokens of the prompt; likewise.
         tune: regular expression; of the tuner's parameters those whose name it finds are tuned (default all).
         dtype: how weights are stored: float32, bfloat16 or float16 (half the memory; on a CPU they are computed with in float32 one matrix at a time).
-        quantize: keep the base model's linear maps in 8 or 4 bits (int8: torchao; bnb8, bnb4: bitsandbytes), for lora, prefix and prompt.
+        quantize: keep the base model's linear maps in 8 or 4 bits (int8: torchao; bnb8, bnb4: bitsandbytes), or the matrices of a .gguf as it stores them (gguf), for lora, prefix and prompt.
         offload: folder on a local disk for the weights that are tuned, while they are: for models larger than memory; nothing of it stays.
         reuse: run each text once through the layers below what is tuned, and keep what they give.
         cache: folder to keep that in for further runs (default a temporary file beside `out`).

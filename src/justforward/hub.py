@@ -14,7 +14,7 @@ from typing import Any
 
 from justforward.declaration import SPLITS, Declaration
 from justforward.errors import UserError
-from justforward.models import cache_folder, whole_folder
+from justforward.kept import cache_folder, whole_folder
 
 HUB = "hub"  # what --data says; ./hub is a folder of that name
 SOURCE = "source.json"  # where the rows came from

@@ -13,9 +13,6 @@ import importlib.metadata
 import io
 import logging
 import math
-import os
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,9 +21,11 @@ import torch
 from safetensors import SafetensorError
 
 from justforward.errors import UserError
+from justforward.kept import cache_folder, whole_folder
+from justforward.mapped import build, read_header
 from justforward.quantised import quantising, settle
 from justforward.sources import PACKAGED, check_source
-from justforward.stored import FORMATS, as_stored, compute_model_wide
+from justforward.stored import FORMATS, as_stored, compute_model_wide, packed_in, refuse_packed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +44,8 @@ LOAD_ERRORS = (
     ImportError,
     SafetensorError,
 )
-STALE_SECONDS = 3600.0
+STORED = "stored"  # in place of a type: a .gguf without its weights
+_HINT = "give a .gguf of a model that transformers can convert"
 
 Kind = Literal["causal", "masked", "seq2seq"]
 
@@ -63,12 +63,12 @@ def load_model(
             safetensors, a folder that holds one .gguf or the .gguf itself, or a hub name such as
             "facebook/opt-125m". Anything that looks like a path never touches the network.
         notify: called with a sentence before something slow (the one-time conversion).
-        quantize: keep the linear maps in 8 or 4 bits, as `quantised` has it: then nothing of the model
-            requires a gradient.
+        quantize: keep the linear maps in 8 or 4 bits, as `quantised` has it, or ("gguf") the matrices of a .gguf as
+            they are stored, as `mapped` has it: then nothing of the model requires a gradient.
         dtype: what weights are stored in; those of 16 bits compute in float32 (`stored`).
 
     Raises:
-        UserError: the source does not exist or is not a whole language model of one of these kinds; as `quantised`.
+        UserError: the source does not exist or is not a whole language model of one of these kinds; as `quantised` and `mapped`.
     """
     if str(src) == PACKAGED:
         return _load_gguf(_packaged_gguf(), notify, quantize, dtype)
@@ -80,6 +80,12 @@ def load_model(
         ggufs = list(path.glob("*.gguf"))
         if ggufs and not any(path.glob("*.safetensors")):
             return _load_gguf(ggufs[0], notify, quantize, dtype)
+    if quantize == "gguf":
+        raise UserError(
+            f"{src}: --quantize is 'gguf': it keeps the matrices of a .gguf as they are stored, and this is none: give "
+            "the path of one, or leave it out"
+        )
+    if path.is_dir():
         hint = "copy the folder again from where it came"
         return _load(
             str(path), hint=hint, local=True, quantize=quantize, dtype=dtype, notify=notify
@@ -128,21 +134,24 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
     """Writes model and tokenizer as a folder that appears whole or not at all.
 
     Raises:
-        UserError: `out` exists, or cannot be written (read-only, no space left).
+        UserError: `out` exists, or cannot be written (read-only, no space left); the model's matrices are a .gguf's.
     """
     out = Path(out)
+    adapter = model is not inner_model(model)  # of which only what it adds is saved
+    settings: dict[str, Any] = {}
+    for parameter in model.parameters():
+        if not adapter:
+            refuse_packed(parameter, "be saved whole")
+        elif packed_in(parameter) is not None:
+            # peft would look for a config.json at the base, or in the network, to see whether these were resized
+            settings["save_embedding_layers"] = False
+    if not adapter:
+        settings["max_shard_size"] = "2GB"  # a shard is in memory while it is written
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already: give a new name or remove it")
     with whole_folder(out) as temporary, _quiet(), as_stored(model):
-        whole: Any = {"max_shard_size": "2GB"}  # a shard is in memory while it is written
-        model.save_pretrained(temporary, **(whole if model is inner_model(model) else {}))
+        model.save_pretrained(temporary, **settings)
         tokenizer.save_pretrained(temporary)
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $JUSTFORWARD_CACHE, or ~/.cache/justforward."""
-    named = os.environ.get("JUSTFORWARD_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "justforward"
 
 
 # ----------------------------------------------------------------------------------------- loading
@@ -156,6 +165,7 @@ def _load(
     quantize: str | None,
     dtype: str,
     notify: Callable[[str], None] | None,
+    weights: Callable[[Any, PretrainedConfig], PreTrainedModel] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     where: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _quiet():
@@ -168,7 +178,7 @@ def _load(
             raise UserError(
                 f"--quantize is {quantize!r}: {name} is an encoder-decoder, whose layers are not quantised: leave it out"
             )
-        rounded = {} if quantize is None else quantising(quantize)
+        rounded = {} if quantize is None or weights is not None else quantising(quantize)
         with _one_line(name, "the tokenizer", hint):
             tokenizer = AutoTokenizer.from_pretrained(name, **where)
         # transformers builds one of special tokens alone, or none, where a folder has none; T5's has "\u2581" besides
@@ -179,6 +189,9 @@ def _load(
                 f"{name}: its tokenizer has no mask token, which a masked model is asked with: "
                 "copy the tokenizer that the model was trained with there"
             )
+        if weights is not None:
+            made: Any = weights(auto_class(kind), config)
+            return made.eval(), tokenizer
         with _one_line(name, "the weights (safetensors)", hint):
             loaded: Any = auto_class(kind).from_pretrained(
                 name,
@@ -376,19 +389,46 @@ def _packaged_gguf() -> Path:
 def _load_gguf(
     path: Path, notify: Callable[[str], None] | None, quantize: str | None, dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    given: Any = None
+    if quantize == "gguf":
+        if dtype != "float32":
+            raise UserError(
+                f"--dtype is {dtype!r}: what --quantize leaves as it is stays float32: leave it out"
+            )
+        dtype = STORED
+
+        def given(auto: Any, config: PretrainedConfig) -> PreTrainedModel:
+            with _one_line(str(path), "its weights", hint):
+                return build(auto, config, path, folder, notify)
+
     folder = _converted(path, notify, dtype)
     hint = f"delete {folder} to have it converted again"
-    return _load(str(folder), hint=hint, local=True, quantize=quantize, dtype=dtype, notify=notify)
+    return _load(
+        str(folder),
+        hint=hint,
+        local=True,
+        quantize=quantize,
+        dtype=dtype,
+        notify=notify,
+        weights=given,
+    )
 
 
 def _converted(gguf: Path, notify: Callable[[str], None] | None, dtype: str) -> Path:
-    """The folder of safetensors of that type made from a .gguf, made now if it is not there yet."""
+    """The folder of safetensors of that type made from a .gguf, made now if it is not there yet; of `STORED` without weights."""
     folder = _folder_for(gguf, dtype)
     if folder.is_dir():
         return folder
-    if notify is not None:
-        notify(f"converting {gguf.name} once into {folder} (about half a minute)")
-    model, tokenizer = _read_gguf(gguf, FORMATS[dtype])
+    if dtype == STORED:
+        if notify is not None:
+            notify(
+                f"reading tokenizer and settings of {gguf.name} once into {folder} (about half a minute)"
+            )
+        model, tokenizer = _read_settings(gguf)
+    else:
+        if notify is not None:
+            notify(f"converting {gguf.name} once into {folder} (about half a minute)")
+        model, tokenizer = _read_gguf(gguf, FORMATS[dtype])
     with whole_folder(folder, keep_existing=True) as temporary, _quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -403,14 +443,27 @@ def _folder_for(gguf: Path, dtype: str = "float32") -> Path:
     except OSError as error:
         raise UserError(f"{gguf}: cannot be read: {error.strerror or error}") from error
     kind = "" if dtype == "float32" else f"-{dtype}"
+    if dtype == STORED:  # which parameter a tensor is
+        kind += f"-{importlib.metadata.version('transformers')}"
     return cache_folder() / f"{gguf.stem}-{digest[:16]}{kind}"
+
+
+def _read_settings(gguf: Path) -> tuple[Any, Any]:
+    """All of a .gguf but its weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet(), _one_line(str(gguf), "it", _HINT):
+        header = read_header(gguf, AutoModelForCausalLM)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, local_files_only=True
+        )
+    return header, tokenizer
 
 
 def _read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name, file = str(gguf.parent), gguf.name
-    hint = "give a .gguf of a model that transformers can convert"
+    name, file, hint = str(gguf.parent), gguf.name, _HINT
     # transformers draws this one bar without asking its own settings
     with _quiet(), contextlib.redirect_stderr(io.StringIO()), _one_line(str(gguf), "it", hint):
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file, local_files_only=True)
@@ -432,45 +485,3 @@ def _read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model, tokenizer
-
-
-@contextlib.contextmanager
-def whole_folder(out: Path, *, keep_existing: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `out` to write into, synced and renamed to `out` at the end.
-
-    Left by an exception, or by Ctrl-C, it is removed. With keep_existing, another process that
-    was faster wins and this one's work is dropped.
-    """
-    temporary = out.parent / f".{out.name}.{os.getpid()}.{time.monotonic_ns()}.tmp"
-    try:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale(out)
-            temporary.mkdir()
-            yield temporary
-            mode = temporary.stat().st_mode & 0o666
-            for file in temporary.iterdir():
-                file.chmod(mode)  # safetensors writes 0600 whatever the umask says
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        except (OSError, SafetensorError) as error:
-            said = " ".join(str(getattr(error, "strerror", None) or error).split())
-            raise UserError(
-                f"{out}: cannot be written: {said}: make room or give a folder you may write to"
-                + (" in JUSTFORWARD_CACHE" if keep_existing else "")
-            ) from error
-        try:
-            temporary.rename(out)
-        except OSError as error:
-            if not (keep_existing and out.is_dir()):
-                raise UserError(f"{out}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_stale(out: Path) -> None:
-    """Removes what a killed process left half-written beside `out`."""
-    for left in out.parent.glob(f".{out.name}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # another process may be removing it too
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)

@@ -17,7 +17,7 @@ from justforward import noise
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
 from justforward.moments import Moments, compile_kernels, course_of
-from justforward.stored import compute_model_wide, plain, stored_dtype
+from justforward.stored import compute_model_wide, packed_in, plain, stored_dtype
 from justforward.trajectory import Course, Log, Step, read_log
 
 
@@ -25,7 +25,7 @@ def fingerprint(model: nn.Module) -> str:
     """sha256 over name, dtype, shape and bytes of every parameter and buffer (tied ones under each name).
 
     Of quantised weights, over the integers and what gives them their values: that is inside the tensor (torchao), or
-    in the state_dict beside the parameters (bitsandbytes). Works in slices, so that it never holds a copy of a tensor.
+    in the state_dict beside the parameters (bitsandbytes), or what holds them in its place (`stored.Packed`). Works in slices, so that it never holds a copy of a tensor.
     """
     digest = hashlib.sha256()
     state = model.state_dict()
@@ -55,6 +55,10 @@ def _slices(tensor: Any) -> Iterable[Any]:
             part = getattr(tensor, name)
             yield f"{name}\0{part.dtype}\0{tuple(part.shape)}\0".encode()
             yield from _slices(part)
+        return
+    packed = packed_in(tensor)
+    if packed is not None:
+        yield from packed.parts()
         return
     flat = plain(tensor).reshape(-1)
     for start in range(0, flat.numel(), 1 << 24):

@@ -1,5 +1,7 @@
 """Frozen base models whose linear maps are kept in 8 or 4 bits, for tuners that add to them (LoRA, prefix, prompt).
 
+(A .gguf whose matrices are kept as it has them is in `mapped`.)
+
     int8   torchao: int8, a float32 scale for each output
     bnb8   bitsandbytes: the int8 of LLM.int8() (arXiv 2208.07339, section 2), a float32 scale for each output
     bnb4   bitsandbytes: NF4 (QLoRA, arXiv 2305.14314, section 3), a float32 scale for each 64 weights
@@ -68,7 +70,8 @@ def quantising(quantize: str) -> dict[str, Any]:
 def library_version(quantize: str | None) -> dict[str, str]:
     """Name and version of the library that does it; nothing where none is needed, or where it is not installed."""
     with contextlib.suppress(PackageNotFoundError):
-        return {} if quantize is None else {LIBRARIES[quantize]: version(LIBRARIES[quantize])}
+        name = LIBRARIES.get(quantize or "", quantize)  # "gguf" is a library's own name
+        return {} if name is None else {name: version(name)}
     return {}
 
 

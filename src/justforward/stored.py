@@ -1,4 +1,4 @@
-"""Weights that are stored in 16 bits and computed with in another type: float32 on a CPU, their own elsewhere.
+"""Weights that are stored otherwise than they are computed with: in 16 bits, in a file, or packed in a form of their own.
 
 Matrix products of 16-bit numbers are slow on most CPUs, and too coarse to see what a look changes. So a parameter of this
 class hands the operations that it is passed to (`__torch_function__`) its values as float32, made where they are needed: one
@@ -8,6 +8,8 @@ tells a model that it is float32, so that what flows through the model is; `plai
 It may also be kept in a file (`ondisk`): then what it is computed with is read when it is needed, and a step waits until that is
 read anyway; `plain` and all other uses see it done.
 
+A matrix may also be packed: frozen, kept by someone else (`Packed`; the blocks of a .gguf, say) and unpacked where it is used.
+
 A look along a dense direction (weight space) is taken here too: the direction is added to the values that are handed out,
 and what is stored is only read. So looks leave every bit where it was whatever the format, and lose nothing to rounding.
 """
@@ -15,7 +17,7 @@ and what is stored is only read. So looks leave every bit where it was whatever 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -43,16 +45,38 @@ class Away(Protocol):
         """Fill `out` [R, columns] with rows `which` (int64 [R]) of a matrix."""
 
 
+class Packed(Protocol):
+    """A matrix in a form of its own: what it holds, and its numbers where they are wanted.
+
+    Attributes:
+        form: its name, for messages.
+        transposed: the rows that it has are the columns of the parameter.
+    """
+
+    form: str
+    transposed: bool
+
+    def unpack(self, rows: Tensor, out: Tensor) -> None:
+        """Fill `out`, float32 [n, columns], with the rows of these numbers, int64 [n]."""
+
+    def parts(self) -> Iterable[Any]:
+        """All that its numbers follow from, as bytes, for a fingerprint."""
+
+
 class Stored(nn.Parameter):
-    """A parameter stored in 16 bits, or in a file. Set up by `compute_wide` and `ondisk`, never constructed."""
+    """A parameter stored in 16 bits, in a file or packed. Set up by `compute_wide`, `ondisk` and `pack`, never constructed."""
 
     _jf_away: Away | None
     _jf_dtype: torch.dtype  # what it computes in
     _jf_due: Callable[[], None] | None  # what is still to be done to what is stored
     _jf_used: Callable[[], None] | None  # told of each use in a forward
+    _jf_packed: Packed | None  # what holds its numbers in its place
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A parameter of its own, stored and computed with alike."""
+        packed = self._jf_packed
+        if packed is not None:
+            return memo.setdefault(id(self), pack(packed, self.shape))
         if id(self) not in memo:
             with _plain():
                 copied = nn.Parameter(plain(self).clone(), self.requires_grad)
@@ -62,6 +86,7 @@ class Stored(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as what is stored."""
+        refuse_packed(self, "be pickled")
         with _plain():
             stored: Any = nn.Parameter(plain(self), self.requires_grad)
             return stored.__reduce_ex__(protocol)
@@ -81,14 +106,19 @@ class Stored(nn.Parameter):
                 if attribute == "dtype":
                     return args[0]._jf_dtype
                 if attribute == "data":
+                    refuse_packed(args[0], "be had by .data")
                     settle(args[0])
                 if attribute not in _OF_VALUES:
                     return func(*args, **kwargs)
             elif name in ("__set__", "__delete__") or func in _AS_STORED:
                 if func is Tensor.detach:
+                    packed = packed_in(args[0])
+                    if packed is not None:
+                        return pack(packed, args[0].shape)
                     settle(args[0])
                 return func(*args, **kwargs)
             if isinstance(args[0] if args else None, Stored) and _writes(name):
+                refuse_packed(args[0], f"be written by {name}")
                 raise UserError(
                     f"a parameter of {tuple(args[0].shape)} stored as {args[0].dtype} is written by {name}, which would "
                     "change a copy of it: write to its .data"
@@ -143,8 +173,38 @@ def make_stored(p: nn.Parameter, dtype: torch.dtype | None = None) -> None:
     cpu: Any = p.device.type == "cpu"
     set_up: Any = p
     set_up._jf_dtype = dtype or (torch.float32 if cpu and p.dtype in HALVES else p.dtype)
-    set_up._jf_away = set_up._jf_due = set_up._jf_used = None
+    set_up._jf_away = set_up._jf_due = set_up._jf_used = set_up._jf_packed = None
     p.__class__ = Stored
+
+
+def pack(packed: Packed, shape: Sequence[int]) -> nn.Parameter:
+    """A frozen parameter whose numbers are packed: float32 for the model, and no memory but that of `packed`.
+
+    Args:
+        packed: what holds its numbers.
+        shape: of the parameter, [rows, columns].
+    """
+    # whatever would go round what is below meets no numbers
+    p = nn.Parameter(torch.full((), torch.nan).expand(*shape), requires_grad=False)
+    make_stored(p)
+    p._jf_packed = packed  # type: ignore[attr-defined]
+    return p
+
+
+def packed_in(tensor: Any) -> Packed | None:
+    """What holds a tensor's numbers in its place; None where it holds them itself."""
+    found: Packed | None = getattr(tensor, "__dict__", {}).get("_jf_packed")
+    return found
+
+
+def refuse_packed(tensor: Any, what: str) -> None:
+    """Raise UserError where a tensor is packed, and so cannot be done this to."""
+    packed = packed_in(tensor)
+    if packed is not None:
+        raise UserError(
+            f"a parameter of {tuple(tensor.shape)} is kept as {packed.form}, frozen, and cannot {what}: load the model "
+            "without --quantize (quantize=None)"
+        )
 
 
 def settle(p: Tensor) -> None:
@@ -166,8 +226,8 @@ def compute_model_wide(model: nn.Module) -> None:
 
 @contextmanager
 def as_stored(model: nn.Module) -> Iterator[None]:
-    """While inside, the model's parameters are what they are stored as: for saving."""
-    found = [p for p in model.parameters() if type(p) is Stored]
+    """While inside, the model's parameters are what they are stored as, packed ones as ever: for saving."""
+    found = [p for p in model.parameters() if type(p) is Stored and packed_in(p) is None]
     for p in found:
         settle(p)
     with _plain():
@@ -181,7 +241,12 @@ def as_stored(model: nn.Module) -> Iterator[None]:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """What is stored, sharing its memory."""
+    """What is stored, sharing its memory.
+
+    Raises:
+        UserError: it is packed.
+    """
+    refuse_packed(tensor, "be had as plain numbers")
     settle(tensor)
     with _plain():
         return tensor.detach()
@@ -232,6 +297,9 @@ def values(p: Tensor, first: int = 0, last: int | None = None, *, keep: bool = T
         if dtype is None:
             return rows
         _use(p)
+        packed = packed_in(p)
+        if packed is not None:
+            return _unpacked(p, packed, first, p.shape[0] if last is None else last, keep)
         away: Away | None = p._jf_away  # type: ignore[attr-defined]
         if away is None and (keep or rows.dtype == dtype):
             return rows.to(dtype)
@@ -249,6 +317,34 @@ def values(p: Tensor, first: int = 0, last: int | None = None, *, keep: bool = T
         return out.view(rows.shape)
 
 
+def _unpacked(p: Tensor, packed: Packed, first: int, last: int, keep: bool) -> Tensor:
+    start, end = (0, p.shape[1]) if packed.transposed else (first, last)
+    columns = p.shape[0] if packed.transposed else p.shape[1]
+    size = (end - start) * columns
+    room = torch.empty(size) if keep else _room(size, torch.float32, p.device)
+    out = room.view(end - start, columns)
+    packed.unpack(torch.arange(start, end), out)
+    return out.T[first:last] if packed.transposed else out
+
+
+class _Frozen(torch.autograd.Function):
+    """x W^T, or x W, with a packed W, which is unpacked again for the gradient: a graph would keep all of the model."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: tuple[Tensor], turned: bool) -> Tensor:
+        ctx.weight, ctx.turned = weight, turned
+        return linear(x, *weight) if turned else matmul(x, *weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # itself, so that it can be differentiated again
+        return _Frozen.apply(grad, ctx.weight, not ctx.turned), None, None  # type: ignore[no-untyped-call]
+
+
+def _graphed(x: Any, weight: Any) -> bool:
+    return packed_in(weight) is not None and torch.is_grad_enabled() and bool(x.requires_grad)
+
+
 def _use(p: Any) -> None:
     settle(p)
     if p._jf_used is not None:
@@ -259,6 +355,9 @@ def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """`F.linear`; a weight of many rows a slice at a time."""
     with _plain():
         bias = bias if bias is None else values(bias)
+        if _graphed(x, weight):
+            y: Tensor = _Frozen.apply(x, (weight,), True)  # type: ignore[no-untyped-call]
+            return y if bias is None else y + bias
         if not _sliced(weight):
             return F.linear(x, values(weight, keep=False), bias)
         out, columns = weight.shape
@@ -274,8 +373,10 @@ def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
 
 
 def _sliced(weight: Any) -> bool:
+    packed = packed_in(weight)
     return (
         getattr(weight, "_jf_dtype", None) == torch.float32
+        and not (packed is not None and packed.transposed)  # whose rows lie across
         and weight.numel() > SLICE
         and not torch.is_grad_enabled()
     )
@@ -284,6 +385,9 @@ def _sliced(weight: Any) -> bool:
 def addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     """`torch.addmm`."""
     with _plain():
+        if _graphed(mat1, mat2):
+            y: Tensor = beta * values(input) + alpha * matmul(mat1, mat2)
+            return y
         return torch.addmm(
             values(input), values(mat1), values(mat2, keep=False), beta=beta, alpha=alpha
         )
@@ -292,6 +396,16 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) ->
 def matmul(input: Any, other: Any) -> Tensor:
     """`torch.matmul`."""
     with _plain():
+        if _graphed(input, other):
+            y: Tensor = _Frozen.apply(input, (other,), False)  # type: ignore[no-untyped-call]
+            return y
+        if packed_in(other) is not None and _sliced(other):
+            y = torch.zeros(*input.shape[:-1], other.shape[1])
+            step = max(SLICE // other.shape[1], 1)
+            for start in range(0, other.shape[0], step):
+                end = min(start + step, other.shape[0])
+                y += input[..., start:end] @ values(other, start, end, keep=False)
+            return y
         return torch.matmul(values(input), values(other, keep=False))
 
 
@@ -313,6 +427,14 @@ def embedding(
         dtype = getattr(weight, "_jf_dtype", None)
         if dtype is not None:
             _use(weight)
+        packed = packed_in(weight)
+        if packed is not None:
+            if packed.transposed:
+                return F.embedding(input, values(weight))
+            used, place = torch.unique(input, return_inverse=True)
+            rows = torch.empty(len(used), weight.shape[1])
+            packed.unpack(used, rows)
+            return F.embedding(place, rows)
         if dtype is None or getattr(weight, "_jf_away", None) is None:
             y = F.embedding(input, weight, padding_idx)
             return y if dtype is None else y.to(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from justforward.errors import UserError
-from justforward.stored import HALVES, Stored, is_half, plain, stored_dtype
+from justforward.stored import HALVES, Stored, is_half, packed_in, plain, stored_dtype
 
 
 def check_trainable(name: str, tensor: Tensor) -> None:
@@ -18,6 +18,11 @@ def check_trainable(name: str, tensor: Tensor) -> None:
     advice = "freeze it (requires_grad_(False))"
     if tensor.is_meta:
         raise UserError(f"parameter {name} is on the meta device and has no values: load it first")
+    packed = packed_in(tensor)
+    if packed is not None:
+        raise UserError(
+            f"parameter {name} is kept as {packed.form}, which has no room for a step: {advice}"
+        )
     if tensor.dtype not in (torch.float32, *HALVES):
         raise UserError(
             f"parameter {name} is {tensor.dtype}: only float32, bfloat16 and float16 can be tuned; "
