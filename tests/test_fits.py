@@ -301,7 +301,12 @@ def test_seconds_follow_the_device() -> None:
 
 
 def test_sixteen_bits_halve_the_weights() -> None:
-    given: dict[str, Any] = {"device": device(), "length": 16, "methods": SOME[:3], "limits": False}
+    given: dict[str, Any] = {
+        "device": device(kind="cpu"),
+        "length": 16,
+        "methods": SOME[:3],
+        "limits": False,
+    }
     whole = plan(small("llama"), **given)
     half = plan(small("llama"), dtype="bfloat16", **given)
     assert half.row("evaluation").weights == pytest.approx(

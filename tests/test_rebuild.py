@@ -305,7 +305,7 @@ def test_nothing_is_left_of_a_replay_without_room(
 ) -> None:
     from transformers import PreTrainedModel
 
-    def full(self: Any, folder: Path) -> None:
+    def full(self: Any, folder: Path, **options: Any) -> None:
         (folder / "model.safetensors").write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
