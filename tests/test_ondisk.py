@@ -146,6 +146,8 @@ def test_a_run_on_disk_is_the_run_in_memory(
                          out=str(tmp_path / "memory"), max_forwards=30, eval_every=10, lr=3e-2, threads=1, start=start,  # type: ignore[arg-type]
                          patience=0, dtype=dtype)  # type: ignore[arg-type]  # fmt: skip
     quiet = Progress(io.StringIO())
+    with pytest.raises(UserError, match=r"--offload is '.*/none': no such folder: make it"):
+        train(replace(config, offload=str(tmp_path / "none")), quiet)
     memory = train(config, quiet)
     config = replace(
         config, out=str(tmp_path / "disk"), offload=str(tmp_path), lr_schedule="linear"

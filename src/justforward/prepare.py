@@ -35,11 +35,15 @@ MOST_TEST, MOST_VALIDATION = 400, 200
 
 
 def check_names(config: TrainConfig) -> None:
-    """Refuse an unknown estimator or family.
+    """Refuse an unknown estimator or family, and a place for weights that is none.
 
     Raises:
         UserError: naming those that there are.
     """
+    if config.offload is not None and not Path(config.offload).is_dir():
+        raise UserError(
+            f"--offload is {config.offload!r}: no such folder: make it, on a local disk"
+        )
     for option, value, known in (
         ("estimator", config.estimator, ESTIMATORS),
         ("family", config.family or "gaussian", FAMILIES),
