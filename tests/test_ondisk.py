@@ -7,6 +7,8 @@ import errno
 import gc
 import io
 import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,23 @@ def test_two_steps_may_wait_for_one_tensor(tmp_path: Path) -> None:
             opt.step(model, x)
     assert torch.equal(disk.idle.weight.detach(), memory.idle.weight.detach())
     assert not torch.equal(disk.idle.weight.detach(), base.idle.weight.detach())
+
+
+def test_ctrl_c_in_a_forward_leaves_no_step_half_done(tmp_path: Path) -> None:
+    base = make_model("llama", vocab_size=300)
+    memory, disk = copy.deepcopy(base), moved(copy.deepcopy(base), tmp_path)
+    batch = batch_for(base)
+    for model in (memory, disk):
+        opt = jf.MeZO(model, lr=1e-2, rule="rms", estimator="activation")
+        opt.step(loss_of(model), batch)
+    waiting = [p for p in disk.parameters() if p._jf_due is not None]
+    written = waiting[3]._jf_disk
+    waiting[3]._jf_disk = lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.01), written())
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        loss_of(disk)(batch)
+    assert waiting[3]._jf_due is None
+    assert any(p._jf_due is not None for p in waiting)
+    assert jf.fingerprint(disk) == jf.fingerprint(memory)
 
 
 def test_what_is_tied_stays_tied_and_the_file_goes_with_the_model(tmp_path: Path) -> None:

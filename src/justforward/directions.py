@@ -19,6 +19,7 @@ from torch import Tensor
 
 from justforward.away import LookAway
 from justforward.errors import UserError
+from justforward.interrupts import Shield
 from justforward.moves import Move, parts_of
 from justforward.noise import spec
 from justforward.pool import share, together
@@ -333,11 +334,14 @@ class Weights:
         before = p._jf_due
 
         def due() -> None:
-            p._jf_due = None
-            if before is not None:
-                before()
-            share(call, 0, len(self.exponents[i]), _SMALLEST_SHARE)
-            p._jf_disk()
+            with (
+                Shield()
+            ):  # this may be within the user's closure, which Ctrl-C may leave at any moment
+                p._jf_due = None
+                if before is not None:
+                    before()
+                share(call, 0, len(self.exponents[i]), _SMALLEST_SHARE)
+                p._jf_disk()
 
         p._jf_due = due
 
