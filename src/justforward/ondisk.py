@@ -13,6 +13,7 @@ continued makes the file anew, from base and log.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import sys
@@ -52,6 +53,11 @@ def keep_on_disk(tensors: Iterable[nn.Parameter], folder: str | Path) -> int:
     for place, p in enumerate(found):
         overlay.take(place, p)
     return overlay.size
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 class _Overlay:
@@ -123,4 +129,4 @@ class _Overlay:
         """Begin to write it back, so that its pages can be forgotten when memory is short."""
         if sys.platform == "linux":
             start, size = (ctypes.c_int64(x) for x in (self._starts[place], self._sizes[place]))
-            ctypes.CDLL(None).sync_file_range(self._file, start, size, _WRITE)
+            _library().sync_file_range(self._file, start, size, _WRITE)

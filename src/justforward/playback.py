@@ -112,9 +112,21 @@ def check_base(model: nn.Module, log: Log) -> list[tuple[str, Tensor]]:
         raise UserError(
             f"{log.path}: directions are {header['family']!r}, this version knows {', '.join(FAMILIES)}: use the version that wrote it"
         )
+    found = _tensors_of(model, log)
+    base = fingerprint(model)
+    if base != header["base"]:
+        raise UserError(
+            f"{log.path}: made from a base model with fingerprint {header['base'][:16]}..., this model has {base[:16]}...: "
+            "the values differ: load the very base the run started from"
+        )
+    return found
+
+
+def _tensors_of(model: nn.Module, log: Log, dtypes: bool = True) -> list[tuple[str, Tensor]]:
+    """The log's tensors in the model: of the same names, shapes and, if asked for, types; else UserError."""
     have = dict(model.named_parameters(remove_duplicate=False))
     found: list[tuple[str, Tensor]] = []
-    for name, shape, dtype, _ in header["tensors"]:
+    for name, shape, dtype, _ in log.header["tensors"]:
         if name not in have:
             raise UserError(
                 f"{log.path}: tunes parameter {name}, which this model does not have: another model or layout"
@@ -122,18 +134,12 @@ def check_base(model: nn.Module, log: Log) -> list[tuple[str, Tensor]]:
         for what, theirs, ours in (
             ("shape", shape, list(have[name].shape)),
             ("dtype", dtype, str(stored_dtype(have[name]))),
-        ):
+        )[: 2 if dtypes else 1]:
             if theirs != ours:
                 raise UserError(
                     f"{log.path}: parameter {name} has {what} {theirs} in the log and {ours} in this model: another base model"
                 )
         found.append((name, have[name]))
-    base = fingerprint(model)
-    if base != header["base"]:
-        raise UserError(
-            f"{log.path}: made from a base model with fingerprint {header['base'][:16]}..., this model has {base[:16]}...: "
-            "the values differ: load the very base the run started from"
-        )
     return found
 
 
@@ -149,14 +155,7 @@ def same_records(model: nn.Module, path: str | os.PathLike[str]) -> int:
         UserError: the log is damaged, or tunes a parameter that the model has not, or has in another shape.
     """
     log = read_log(path)
-    have = dict(model.named_parameters(remove_duplicate=False))
-    tensors: list[tuple[str, Tensor]] = []
-    for name, shape, *_ in log.header["tensors"]:
-        if name not in have or list(have[name].shape) != shape:
-            raise UserError(
-                f"{log.path}: tunes parameter {name} {shape}, which this model does not have"
-            )
-        tensors.append((name, have[name]))
+    tensors = _tensors_of(model, log, dtypes=False)
     compute_model_wide(model)
     return _apply_log(tensors, log, log.steps)
 

@@ -130,14 +130,8 @@ def _writes(name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
-_OF_VALUES = {
-    "T",
-    "mT",
-    "H",
-    "mH",
-    "real",
-    "imag",
-}  # attributes that are not the same of what is stored
+# Attributes that are not the same of what is stored.
+_OF_VALUES = {"T", "mT", "H", "mH", "real", "imag"}
 _AS_STORED = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_floating_point, Tensor.is_contiguous,
               Tensor.stride, Tensor.is_complex, Tensor.__len__, Tensor.__hash__, Tensor.data_ptr, Tensor.detach, Tensor.element_size,
               Tensor.requires_grad_, Tensor.untyped_storage, Tensor.get_device, Tensor.storage_offset, Tensor.ndimension,
@@ -427,20 +421,15 @@ def embedding(
         dtype = getattr(weight, "_jf_dtype", None)
         if dtype is not None:
             _use(weight)
-        packed = packed_in(weight)
-        if packed is not None:
-            if packed.transposed:
-                return F.embedding(input, values(weight))
-            used, place = torch.unique(input, return_inverse=True)
-            rows = torch.empty(len(used), weight.shape[1])
-            packed.unpack(used, rows)
-            return F.embedding(place, rows)
-        if dtype is None or getattr(weight, "_jf_away", None) is None:
+        packed, away = packed_in(weight), getattr(weight, "_jf_away", None)
+        if packed is not None and packed.transposed:
+            return F.embedding(input, values(weight))
+        if packed is None and away is None:
             y = F.embedding(input, weight, padding_idx)
             return y if dtype is None else y.to(dtype)
         used, place = torch.unique(input, return_inverse=True)
         rows = torch.empty(len(used), weight.shape[1], dtype=dtype, device=weight.device)
-        weight._jf_away.rows(used, rows)
+        (away.rows if packed is None else packed.unpack)(used, rows)
         return F.embedding(place, rows)
 
 
