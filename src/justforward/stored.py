@@ -421,7 +421,8 @@ def embedding(
         dtype = getattr(weight, "_jf_dtype", None)
         if dtype is not None:
             _use(weight)
-        packed, away = packed_in(weight), getattr(weight, "_jf_away", None)
+        packed = packed_in(weight)
+        away: Any = getattr(weight, "_jf_away", None)
         if packed is not None and packed.transposed:
             return F.embedding(input, values(weight))
         if packed is None and away is None:
