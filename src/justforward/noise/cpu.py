@@ -30,9 +30,7 @@ from justforward.noise.formats import (
     open_bfloat16,
     open_float16,
     power,
-    settle,
-    settle_bfloat16,
-    settle_float16,
+    settle_as,
     take_decay,
     u32,
     u64,
@@ -331,12 +329,7 @@ def make_update(SIGNS: bool, DOMAIN: Any, FORM: int) -> Any:
                         part[i] = f32(part[i] + f32(rint(f32(z[i] * home)) * q))
                 word = one_word(tile, steps[s], stream, _DITHER_TILE)
                 take_decay(part, acc, decays[s])
-                if WHOLE:
-                    settle(part, exponents, tile, values, scale, lanes[s], word)
-                elif BRAIN:
-                    settle_bfloat16(part, exponents, tile, values, scale, lanes[s], word)
-                else:
-                    settle_float16(part, exponents, tile, values, scale, lanes[s], word)
+                settle_as(WHOLE, BRAIN, part, exponents, tile, values, scale, lanes[s], word)
             if not WHOLE:
                 if BRAIN:
                     close_bfloat16(theta, tile, part)
@@ -415,12 +408,7 @@ def make_update_outer(FORM: int) -> Any:
                 start = ends[s]
                 word = one_word(tile, steps[s], stream, _DITHER_TILE)
                 take_decay(part, acc, decays[s])
-                if WHOLE:
-                    settle(part, exponents, tile, acc, _ONE, lanes[s], word)
-                elif BRAIN:
-                    settle_bfloat16(part, exponents, tile, acc, _ONE, lanes[s], word)
-                else:
-                    settle_float16(part, exponents, tile, acc, _ONE, lanes[s], word)
+                settle_as(WHOLE, BRAIN, part, exponents, tile, acc, _ONE, lanes[s], word)
             if not WHOLE:
                 if BRAIN:
                     close_bfloat16(theta, tile, part)

@@ -163,3 +163,14 @@ open_bfloat16, settle_bfloat16, close_bfloat16 = _store(
     wide_bfloat16, narrow_bfloat16, spec.BFLOAT16
 )
 open_float16, settle_float16, close_float16 = _store(wide_float16, narrow_float16, spec.FLOAT16)
+
+
+@inline
+def settle_as(WHOLE, BRAIN, part, exponents, tile, values, scale, lanes, word):
+    """`settle` of float32 if WHOLE, else of bfloat16 if BRAIN, else of float16."""
+    if WHOLE:
+        settle(part, exponents, tile, values, scale, lanes, word)
+    elif BRAIN:
+        settle_bfloat16(part, exponents, tile, values, scale, lanes, word)
+    else:
+        settle_float16(part, exponents, tile, values, scale, lanes, word)

@@ -28,9 +28,7 @@ from justforward.noise.formats import (
     open_bfloat16,
     open_float16,
     power,
-    settle,
-    settle_bfloat16,
-    settle_float16,
+    settle_as,
     take_decay,
     u64,
 )
@@ -144,12 +142,7 @@ def make_adapt(SIGNS: bool, DOMAIN: Any, FORM: int) -> Any:
                     _adapted(acc, m, v, shares[s, 0], shares[s, 1], rates[s], eps)
                     word = one_word(tile, steps[s], stream, _DITHER_TILE)
                     take_decay(part, acc, decays[s])
-                    if WHOLE:
-                        settle(part, exponents, tile, acc, _ONE, lanes[s], word)
-                    elif BRAIN:
-                        settle_bfloat16(part, exponents, tile, acc, _ONE, lanes[s], word)
-                    else:
-                        settle_float16(part, exponents, tile, acc, _ONE, lanes[s], word)
+                    settle_as(WHOLE, BRAIN, part, exponents, tile, acc, _ONE, lanes[s], word)
             if not WHOLE:
                 if BRAIN:
                     close_bfloat16(theta, tile, part)
@@ -203,12 +196,7 @@ def make_adapt_outer(FORM: int) -> Any:
                     _adapted(acc, m, v, shares[s, 0], shares[s, 1], rates[s], eps)
                     word = one_word(tile, steps[s], stream, _DITHER_TILE)
                     take_decay(part, acc, decays[s])
-                    if WHOLE:
-                        settle(part, exponents, tile, acc, _ONE, lanes[s], word)
-                    elif BRAIN:
-                        settle_bfloat16(part, exponents, tile, acc, _ONE, lanes[s], word)
-                    else:
-                        settle_float16(part, exponents, tile, acc, _ONE, lanes[s], word)
+                    settle_as(WHOLE, BRAIN, part, exponents, tile, acc, _ONE, lanes[s], word)
             if not WHOLE:
                 if BRAIN:
                     close_bfloat16(theta, tile, part)
