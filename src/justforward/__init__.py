@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from justforward.errors import NonFiniteLoss, UserError
     from justforward.optim import MeZO, linear_samples
     from justforward.playback import fingerprint, replay
+    from justforward.trainer import MeZOSeq2SeqTrainer, MeZOTrainer
+    from justforward.training_arguments import MeZOConfig, MeZOSeq2SeqConfig
     from justforward.trajectory import Log, Step, read_log, verify
     from justforward.variants import Blocks, Modified
 
@@ -19,6 +21,10 @@ __all__ = [
     "Blocks",
     "Log",
     "MeZO",
+    "MeZOConfig",
+    "MeZOSeq2SeqConfig",
+    "MeZOSeq2SeqTrainer",
+    "MeZOTrainer",
     "Modified",
     "NonFiniteLoss",
     "Step",
@@ -36,6 +42,10 @@ _HOMES = {
     "Blocks": "variants",
     "Log": "trajectory",
     "MeZO": "optim",
+    "MeZOConfig": "training_arguments",
+    "MeZOSeq2SeqConfig": "training_arguments",
+    "MeZOSeq2SeqTrainer": "trainer",
+    "MeZOTrainer": "trainer",
     "Modified": "variants",
     "NonFiniteLoss": "errors",
     "Step": "trajectory",
