@@ -99,7 +99,7 @@ class MeZOTrainer(Trainer):
             )
         self.args.mezo()  # what cannot be read is refused now
         self._micro: list[tuple[Any, Any]] = []
-        self._rows_checked = False
+        self._rows_checked = self._ignores_items = False
         self._skipped_in_a_row = 0
         self._skipped_since_logged = 0
 
@@ -155,6 +155,9 @@ class MeZOTrainer(Trainer):
         optimizer: LoopMeZO = self.optimizer
         try:
             if self.args.estimator == "activation":
+                if not self._rows_checked:
+                    self._check_rows(model, micro)
+                    self._rows_checked = True
                 loss = optimizer.step(*self._row_losses(model, micro))
             else:
                 loss = optimizer.step(
@@ -268,33 +271,36 @@ class MeZOTrainer(Trainer):
                     found.append(self.row_losses(model, batch).view(times, size) * weight)
             return torch.cat(found, dim=1).flatten()
 
-        if not self._rows_checked and type(self).row_losses is MeZOTrainer.row_losses:
-            self._check_rows(model, micro, losses, rows)
-        self._rows_checked = True
         return losses, torch.arange(rows)
 
     def _divisor(self, inputs: Any, items: Any) -> float:
         """By what the losses of a micro-batch's rows are divided, so that they add up to its part of the loss."""
-        parts = self._parts(items)
-        if parts == 1 and items is not None and self.model_accepts_loss_kwargs:
+        if items is not None and not self._ignores_items:
             return float(items)
         labels = inputs["labels"]
         if is_causal(self.model):
             labels = labels[:, 1:]
-        return float(labels.ne(-100).sum()) * parts
+        return float(labels.ne(-100).sum()) * self._parts(items)
 
-    def _check_rows(
-        self, model: nn.Module, micro: MicroBatches, losses: Callable[[Tensor], Tensor], rows: int
-    ) -> None:
-        """Refuse losses of rows that do not add up to Trainer's."""
+    def _check_rows(self, model: nn.Module, micro: MicroBatches) -> None:
+        """Refuse losses of rows that do not add up to Trainer's, and find out what these are divided by.
+
+        Trainer tells a model that takes any keyword how many items there are in all, and takes its loss to be divided by
+        that. Some models (classifiers, T5) divide by their own number all the same.
+        """
         with looking_mode(self.model):
             whole = math.fsum(float(self._part_of_loss(model, *part)) for part in micro)
-            mean = float(losses(torch.arange(rows)).double().mean())
-        if math.isfinite(whole) and not math.isclose(mean, whole, rel_tol=1e-3, abs_tol=1e-4):
-            raise UserError(
-                f'estimator="activation": the cross-entropies of the rows come to {mean:.6g}, compute_loss says {whole:.6g}: override '
-                'row_losses, one loss a row, or use estimator="weight"'
-            )
+            for self._ignores_items in (False, True):
+                losses, numbers = self._row_losses(model, micro)
+                mean = float(losses(numbers).double().mean())
+                if not math.isfinite(whole) or math.isclose(
+                    mean, whole, rel_tol=1e-3, abs_tol=1e-4
+                ):
+                    return
+        raise UserError(
+            f'estimator="activation": the losses of the rows come to {mean:.6g}, compute_loss says {whole:.6g}: override '
+            'row_losses, one loss a row, or use estimator="weight"'
+        )
 
     # -- checkpoints and the log ------------------------------------------------------------------------------------
 
@@ -336,9 +342,11 @@ class MeZOTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
-            max_steps, train_dataloader, resume_from_checkpoint
-        )
+        self.create_optimizer()
+        with as_stored(self.model):  # accelerate puts the weights where they are to be
+            prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
         path = self._log_folder / LOG
         if resume_from_checkpoint is None:
             self.optimizer.open_log(path)
