@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ pytestmark = [
 ]
 
 Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> Iterator[None]:
+    """accelerate collects garbage before every training, which with all of torch and Numba loaded takes longer than it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def texts(count: int, seed: int = 0, length: int = 10) -> Rows:
