@@ -84,6 +84,7 @@ def run(script: Path, *arguments: Any) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_a_trainer_script_with_the_diff_is_interrupted_and_resumed(
     tmp_path: Path, model_folder: Path, lines: Path
 ) -> None:
@@ -114,10 +115,17 @@ def test_a_trainer_script_with_the_diff_is_interrupted_and_resumed(
     assert jf.fingerprint(base) == jf.fingerprint(tuned)
 
 
-def test_the_script_before_the_diff_runs(tmp_path: Path, model_folder: Path, lines: Path) -> None:
-    given = ("--model", model_folder, "--data", lines, "--steps", 1, "--out", tmp_path / "out")
-    run(TRAINER / "before.py", *given)
+@pytest.mark.parametrize("kind", [pytest.param("before", marks=pytest.mark.slow), "after"])
+def test_the_script_with_and_without_the_diff(
+    tmp_path: Path, model_folder: Path, lines: Path, kind: str
+) -> None:
+    script = TRAINER / "before.py"
+    if kind == "after":
+        script = tmp_path / "after.py"
+        script.write_text(after(), encoding="utf-8")
+    run(script, "--model", model_folder, "--data", lines, "--steps", 2, "--out", tmp_path / "out")
     assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "trajectory.jfl").is_file() == (kind == "after")
 
 
 @pytest.mark.parametrize("name", LOOPS)
