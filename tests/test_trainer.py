@@ -752,6 +752,7 @@ def test_rows_without_a_length(tmp_path: Path) -> None:
     assert_replayed(base, model, tmp_path, 3)
 
 
+@pytest.mark.filterwarnings("ignore")  # theirs, of all kinds
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "mlflow"])
 def test_trackers(tmp_path: Path, tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(tracker)

@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 _SCALER = (
     "autocast rounds the two losses whose difference is looked for, and fp16's scaler scales gradients, of which there "
-    "are none: leave it out, or load the model in 16 bits (from_pretrained(..., dtype=torch.bfloat16))"
+    "are none: say bf16=False and fp16=False, or load the model in 16 bits (from_pretrained(..., dtype=torch.bfloat16))"
 )
 _CAST = "evaluation would round the weights themselves: leave it out"
 _SHARDED = "it shards gradients and optimizer states, of which there are none: leave it out"
