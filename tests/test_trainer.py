@@ -284,27 +284,50 @@ def test_the_same_with_an_adapter(tmp_path: Path) -> None:
     check_resume(tmp_path, lambda: adapted("llama"), {"estimator": "activation"})
 
 
-def check_resume(tmp_path: Path, make: Any, changes: dict[str, Any]) -> None:
+def test_the_same_where_a_step_was_skipped(tmp_path: Path) -> None:
+    """The log has one step fewer than Trainer counts."""
+    rows = texts(12)
+    for row in rows[2:4]:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    changes = {"train_sampling_strategy": "sequential"}
+    check_resume(tmp_path, lambda: make_model("gpt2"), changes, rows, taken=5)
+
+
+def test_a_model_that_the_trainer_makes_is_made_again_by_each_train(tmp_path: Path) -> None:
+    more = {"model_init": lambda: make_model("gpt2")}
+    trainer = make_trainer(None, tmp_path, more=more)  # type: ignore[arg-type]
+    prints = []
+    for _ in range(2):
+        trainer.train()
+        prints.append(jf.fingerprint(trainer.model))
+    assert prints[0] == prints[1]
+    assert_replayed(make_model("gpt2"), trainer.model, tmp_path, 4)
+    assert (tmp_path / "trajectory-1.jfl").is_file()
+
+
+def check_resume(
+    tmp_path: Path, make: Any, changes: dict[str, Any], rows: Rows | None = None, taken: int = 6
+) -> None:
     """Six steps; then the last four again, by another process as it were, with data in the same order."""
     whole, out = Prints(), tmp_path / "run"
     common = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, **changes}
     base = make()
     model = copy.deepcopy(base)
-    make_trainer(model, out, more={"callbacks": [whole]}, **common).train()
-    assert len(set(whole.seen)) == 6
+    make_trainer(model, out, rows, more={"callbacks": [whole]}, **common).train()
+    assert len(set(whole.seen)) == taken
     log = (out / "trajectory.jfl").read_bytes()
-    assert_replayed(base, model, out, 6)
+    assert_replayed(base, model, out, taken)
 
     shutil.rmtree(out / "checkpoint-4")
     shutil.rmtree(out / "checkpoint-6")
     (out / "trajectory.jfl").write_bytes(log[:-13])  # as a kill leaves it
     rest = Prints()
     model = make()
-    make_trainer(model, out, more={"callbacks": [rest]}, **common).train(
+    make_trainer(model, out, rows, more={"callbacks": [rest]}, **common).train(
         resume_from_checkpoint=True
     )
     assert rest.seen == whole.seen[2:]
-    assert_replayed(base, model, out, 6)
+    assert_replayed(base, model, out, taken)
     assert sorted(path.name for path in out.glob("*.jfl")) == ["trajectory.jfl"]
 
 
@@ -799,6 +822,14 @@ def test_several_workers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(MeZOConfig, "world_size", property(lambda self: 2))
     with pytest.raises(UserError, match="runs in one process, here are 2"):
         make_trainer(make_model("gpt2"), tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setenv(
+        "WORLD_SIZE", "3"
+    )  # as torchrun sets it; transformers does not look without a GPU
+    with pytest.raises(UserError, match="runs in one process, here are 3"):
+        make_trainer(make_model("gpt2"), tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    make_trainer(make_model("gpt2"), tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(MeZOConfig, "n_gpu", property(lambda self: 4))
     with pytest.raises(UserError, match="uses one GPU, this process sees 4"):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
@@ -48,10 +49,16 @@ def check_workers(args: TrainingArguments) -> None:
     Raises:
         UserError: there are several processes, or several GPUs in this one.
     """
-    if args.world_size > 1:
+    said = os.environ.get(
+        "WORLD_SIZE", ""
+    )  # without a GPU transformers asks for it with use_cpu only
+    counts = [args.world_size, int(said) if said.isdecimal() else 1]
+    if dist.is_available() and dist.is_initialized():
+        counts.append(dist.get_world_size())
+    if max(counts) > 1:
         raise UserError(
-            f"MeZOTrainer runs in one process, here are {args.world_size}: start the script with python, not with torchrun or "
-            "accelerate launch (or with --num_processes 1)"
+            f"MeZOTrainer runs in one process, here are {max(counts)}: start the script with python, not with torchrun or "
+            "accelerate launch (or with one process)"
         )
     if args.n_gpu > 1:
         raise UserError(
@@ -66,8 +73,8 @@ class MeZOTrainer(Trainer):
     gradients are tuned, so a peft model's adapter is. With accumulation the loss of a step is that of all its micro-batches,
     weighted as Trainer weights them, seen along the same direction.
 
-    In the logs `grad_norm` is the root mean square of the step's projected gradients, before any clipping: an unbiased
-    estimate of its square is the squared norm of the gradient. A step whose loss is NaN or infinite is not taken, as with
+    In the logs `grad_norm` is the root mean square of the step's projected gradients, before any clipping: its square is an
+    estimate of the gradient's squared norm, right on average. A step whose loss is NaN or infinite is not taken, as with
     Trainer's own loss scaling: the weights and the learning rate stay, the loss is shown as it is, `skipped_steps` counts.
 
     The weights move in `training_step`, so `on_pre_optimizer_step` comes after that. `optimizer.step()` changes nothing.
