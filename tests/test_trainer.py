@@ -21,7 +21,13 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 import justforward as jf
 from conftest import make_model
 from justforward.errors import NonFiniteLoss, UserError
-from justforward.trainer import MeZOConfig, MeZOSeq2SeqConfig, MeZOSeq2SeqTrainer, MeZOTrainer
+from justforward.trainer import (
+    MeZOConfig,
+    MeZOSeq2SeqConfig,
+    MeZOSeq2SeqTrainer,
+    MeZOTrainer,
+    check_workers,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks
@@ -402,10 +408,13 @@ def test_the_best_model_has_the_log_that_leads_to_it(tmp_path: Path, only_model:
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     assert_replayed(base, model, tmp_path, 2)
     assert len(jf.read_log(tmp_path / "trajectory-1.jfl").steps) == 4
-    trainer.train()  # from the best one, whose log goes on or has a new one for a base
-    best = copy.deepcopy(base)
-    jf.replay(best, tmp_path / ("trajectory-1.jfl" if not only_model else "trajectory-2.jfl"), 2)
-    assert jf.read_log(tmp_path / "trajectory.jfl").steps
+    best = copy.deepcopy(model)
+    trainer.train()  # from the best one: its log goes on, or without a state there is one with it for a base
+    steps = int(str(trainer.state.best_model_checkpoint).rpartition("-")[2])
+    if only_model:
+        assert_replayed(best, trainer.model, tmp_path, steps)
+    else:
+        assert_replayed(base, trainer.model, tmp_path, 2 + steps)
 
 
 def test_an_interrupt_leaves_the_weights_of_the_last_step_and_a_run_to_resume(
@@ -823,17 +832,23 @@ def test_several_workers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="runs in one process, here are 2"):
         make_trainer(make_model("gpt2"), tmp_path)
     monkeypatch.undo()
-    monkeypatch.setenv(
-        "WORLD_SIZE", "3"
-    )  # as torchrun sets it; transformers does not look without a GPU
-    with pytest.raises(UserError, match="runs in one process, here are 3"):
-        make_trainer(make_model("gpt2"), tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    make_trainer(make_model("gpt2"), tmp_path)
-    monkeypatch.undo()
     monkeypatch.setattr(MeZOConfig, "n_gpu", property(lambda self: 4))
     with pytest.raises(UserError, match="uses one GPU, this process sees 4"):
         make_trainer(make_model("gpt2"), tmp_path)
+
+
+def test_workers_that_transformers_does_not_see_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun without a GPU: transformers runs as many trainings side by side, unless it is told use_cpu."""
+    args = config(tmp_path)
+    for said, refused in (("3", True), ("1", False), ("many", False)):
+        monkeypatch.setenv("WORLD_SIZE", said)
+        if refused:
+            with pytest.raises(UserError, match="runs in one process, here are 3"):
+                check_workers(args)
+        else:
+            check_workers(args)
 
 
 def test_what_accelerate_launch_says_is_refused_too(

@@ -107,7 +107,7 @@ def set_aside(path: Path) -> None:
         while other.exists():
             other = path.with_stem(f"{path.stem}-{next(numbers)}")
         path.rename(other)
-        logger.warning(f"{path} is another run's log: kept as {other.name}")
+        logger.warning(f"{path} is kept as {other.name}: another log takes its place")
 
 
 def put_log(log: Log, path: Path) -> None:
