@@ -176,7 +176,7 @@ def test_accumulation_is_one_estimate_over_all_micro_batches(
         items = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in micro)
         losses.append(
             opt.step(
-                lambda micro=micro, items=items: math.fsum(
+                lambda micro=micro, items=items: sum(
                     float(plain(**batch, num_items_in_batch=items).loss) for batch in micro
                 )
             )
@@ -604,6 +604,14 @@ def test_a_loss_of_ones_own(tmp_path: Path) -> None:
     make_trainer(other, tmp_path / "b", kind=Mine, eps=0.1).train()
     assert jf.fingerprint(other) == jf.fingerprint(model)
 
+    class Number(MeZOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return float(model(input_ids=inputs["input_ids"]).logits[0, 0, 0])  # no tensor at all
+
+    trainer = make_trainer(other, tmp_path / "c", kind=Number, gradient_accumulation_steps=2)
+    trainer.train()
+    assert trainer.optimizer.steps == 4
+
 
 def test_activation_space_refuses_a_loss_that_it_does_not_know(tmp_path: Path) -> None:
     def other(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -648,7 +656,7 @@ def test_activation_space_needs_labels_that_are_numbers(tmp_path: Path) -> None:
 def test_a_loss_that_is_nan_is_shown_and_its_step_not_taken(tmp_path: Path, estimator: str) -> None:
     rows = texts(8)
     for row in rows[2:4]:
-        row["labels"] = torch.full_like(row["labels"], -100)  # 0 / 0
+        row["labels"] = torch.full_like(row["labels"], -100)  # 0 / 0, the mean over nothing
     prints = Prints()
     base = make_model("gpt2")
     model = copy.deepcopy(base)

@@ -162,13 +162,11 @@ class MeZOTrainer(Trainer):
         optimizer: LoopMeZO = self.optimizer
         try:
             if self.args.estimator == "activation":
-                if not self._rows_checked:
-                    self._check_rows(model, micro)
-                    self._rows_checked = True
+                self._rows_checked = self._rows_checked or self._check_rows(model, micro)
                 loss = optimizer.step(*self._row_losses(model, micro))
             else:
                 loss = optimizer.step(
-                    lambda: math.fsum(float(self._part_of_loss(model, *part)) for part in micro)
+                    lambda: sum(self._part_of_loss(model, *part) for part in micro)
                 )
         except NonFiniteLoss as error:
             optimizer.step_was_skipped = True
@@ -181,13 +179,12 @@ class MeZOTrainer(Trainer):
         self._skipped_in_a_row = 0
         return loss
 
-    def _part_of_loss(self, model: nn.Module, inputs: Any, items: Any) -> Tensor:
+    def _part_of_loss(self, model: nn.Module, inputs: Any, items: Any) -> float:
         """A micro-batch's part of the loss of the step, as Trainer weights it."""
         with self.compute_loss_context_manager():
             # `compute_loss` may take the labels out of its inputs
-            loss = self.compute_loss(model, copy.copy(inputs), num_items_in_batch=items)
-        assert isinstance(loss, Tensor)
-        return loss / self._parts(items)
+            loss: Any = self.compute_loss(model, copy.copy(inputs), num_items_in_batch=items)
+        return float(loss) / self._parts(items)
 
     def _parts(self, items: Any) -> int:
         """By what Trainer divides the loss of a micro-batch."""
@@ -210,12 +207,15 @@ class MeZOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the steps that were skipped since the last time."""
-        if "loss" in logs:
-            self._tr_loss.zero_()  # Trainer subtracts it from itself, which leaves a NaN there for good
-            if self._skipped_since_logged:
-                logs["skipped_steps"] = self._skipped_since_logged
-                self._skipped_since_logged = 0
+        if "loss" in logs and self._skipped_since_logged:
+            logs["skipped_steps"] = self._skipped_since_logged
+            self._skipped_since_logged = 0
         super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if self._globalstep_last_logged == self.state.global_step:
+            tr_loss.zero_()  # Trainer subtracts it from itself, which leaves a NaN there for good
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Those of the looks: Trainer's count is that of three forwards."""
@@ -289,21 +289,24 @@ class MeZOTrainer(Trainer):
             labels = labels[:, 1:]
         return float(labels.ne(-100).sum()) * self._parts(items)
 
-    def _check_rows(self, model: nn.Module, micro: MicroBatches) -> None:
+    def _check_rows(self, model: nn.Module, micro: MicroBatches) -> bool:
         """Refuse losses of rows that do not add up to Trainer's, and find out what these are divided by.
 
         Trainer tells a model that takes any keyword how many items there are in all, and takes its loss to be divided by
         that. Some models (classifiers, T5) divide by their own number all the same.
+
+        Returns:
+            Whether it could be told: a loss that is NaN says nothing.
         """
         with looking_mode(self.model):
-            whole = math.fsum(float(self._part_of_loss(model, *part)) for part in micro)
+            whole = sum(self._part_of_loss(model, *part) for part in micro)
             for self._ignores_items in (False, True):
                 losses, numbers = self._row_losses(model, micro)
                 mean = float(losses(numbers).double().mean())
-                if not math.isfinite(whole) or math.isclose(
-                    mean, whole, rel_tol=1e-3, abs_tol=1e-4
-                ):
-                    return
+                if not math.isfinite(whole):
+                    return False
+                if math.isclose(mean, whole, rel_tol=1e-3, abs_tol=1e-4):
+                    return True
         raise UserError(
             f'estimator="activation": the losses of the rows come to {mean:.6g}, compute_loss says {whole:.6g}: override '
             'row_losses, one loss a row, or use estimator="weight"'
