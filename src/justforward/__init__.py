@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from justforward import noise
     from justforward.errors import NonFiniteLoss, UserError
-    from justforward.optim import MeZO, linear_samples
+    from justforward.optim import MeZO
     from justforward.playback import fingerprint, replay
+    from justforward.sights import Sight
     from justforward.trajectory import Log, Step, read_log, verify
-    from justforward.variants import Blocks, Modified
+    from justforward.variants import Blocks, Modified, linear_samples
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "MeZO",
     "Modified",
     "NonFiniteLoss",
+    "Sight",
     "Step",
     "UserError",
     "fingerprint",
@@ -38,10 +40,11 @@ _HOMES = {
     "MeZO": "optim",
     "Modified": "variants",
     "NonFiniteLoss": "errors",
+    "Sight": "sights",
     "Step": "trajectory",
     "UserError": "errors",
     "fingerprint": "playback",
-    "linear_samples": "optim",
+    "linear_samples": "variants",
     "read_log": "trajectory",
     "replay": "playback",
     "verify": "trajectory",
