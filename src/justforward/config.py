@@ -462,6 +462,7 @@ class CompareConfig:
         again: a method whose cells are run again.
         cell_minutes: stop a cell after so many minutes (default no limit).
         threads: CPU threads of each cell (default torch's choice).
+        jobs: cells run side by side; with threads, jobs x threads is best no more than the cores. Their seconds are those beside the others.
         json: print the result as one JSON object, the last line on stdout.
     """
 
@@ -474,4 +475,5 @@ class CompareConfig:
     again: str | None = None
     cell_minutes: float | None = None
     threads: int | None = None
+    jobs: int = 1
     json: bool = False
