@@ -42,6 +42,7 @@ ROOMS = [
     "moments",
     "playback",
     "estimators",
+    "sights",
     "groups",
     "modified",
     "ondisk",

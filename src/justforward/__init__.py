@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from justforward import noise
     from justforward.errors import NonFiniteLoss, UserError
-    from justforward.optim import MeZO, linear_samples
+    from justforward.optim import MeZO
     from justforward.playback import fingerprint, replay
+    from justforward.sights import Sight
     from justforward.trainer import MeZOSeq2SeqTrainer, MeZOTrainer
     from justforward.training_arguments import MeZOConfig, MeZOSeq2SeqConfig
     from justforward.trajectory import Log, Step, read_log, verify
-    from justforward.variants import Blocks, Modified
+    from justforward.variants import Blocks, Modified, linear_samples
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "MeZOTrainer",
     "Modified",
     "NonFiniteLoss",
+    "Sight",
     "Step",
     "UserError",
     "fingerprint",
@@ -48,10 +50,11 @@ _HOMES = {
     "MeZOTrainer": "trainer",
     "Modified": "variants",
     "NonFiniteLoss": "errors",
+    "Sight": "sights",
     "Step": "trajectory",
     "UserError": "errors",
     "fingerprint": "playback",
-    "linear_samples": "optim",
+    "linear_samples": "variants",
     "read_log": "trajectory",
     "replay": "playback",
     "verify": "trajectory",

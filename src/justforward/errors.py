@@ -13,6 +13,7 @@ class NonFiniteLoss(ArithmeticError):
     Attributes:
         step: index of the step that was being estimated.
         loss: the value that came out.
+        where: along which look, and of which row where that is known.
     """
 
     def __init__(self, step: int, loss: float, where: str) -> None:
@@ -22,3 +23,4 @@ class NonFiniteLoss(ArithmeticError):
         )
         self.step = step
         self.loss = loss
+        self.where = where

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from justforward.directions import FAMILIES
 from justforward.errors import UserError
 
 LONGEST_EPS = 100.0
@@ -81,6 +82,25 @@ def check_group(group: dict[str, Any]) -> None:
             raise UserError(f"{key} is {value!r}: it must be {allowed}")
 
 
+def check_state(own: Any, kind: dict[str, Any], exponents: Sequence[Tensor]) -> dict[str, Any]:
+    """A state, if it is of an optimizer of this kind, with grids like these.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if own is None:
+        raise UserError("load_state_dict: not the state of a MeZO optimizer")
+    for key, here in kind.items():
+        if own[key] != here:
+            raise UserError(
+                f"load_state_dict: the {key} is {own[key]} in the state and {here} here"
+            )
+    if [tuple(e.shape) for e in own["exponents"]] != [tuple(e.shape) for e in exponents]:
+        raise UserError("load_state_dict: the state is of other tensors")
+    state: dict[str, Any] = own
+    return state
+
+
 def split(
     groups: Sequence[dict[str, Any]],
     names: Sequence[Sequence[str]],
@@ -105,3 +125,13 @@ def split(
             out_names.append([called[i] for i in mine])
             out_labels.append(label)
     return out, out_names, out_labels
+
+
+def family_of(family: str | None, estimator: str) -> str:
+    """Name in `FAMILIES` of the directions that an estimator takes."""
+    name = family or "gaussian"
+    if name not in FAMILIES:
+        raise UserError(f"family is {family!r}: it must be one of {', '.join(FAMILIES)}")
+    if estimator == "activation":
+        return {"gaussian": "rank1", "rademacher": "rank1-rademacher"}.get(name, name)
+    return name

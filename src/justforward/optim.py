@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,15 +19,16 @@ from torch.optim import Optimizer
 from justforward import noise, rules
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
-from justforward.estimators import Draws, RowLooks, Seen, Site, look_weights, looking_mode
-from justforward.groups import check_group, parameter_groups, split
+from justforward.estimators import Draws, RowLooks, Site, look_weights, looking_mode
+from justforward.groups import check_group, check_state, family_of, parameter_groups, split
 from justforward.interrupts import Shield
 from justforward.modified import measure
 from justforward.moments import compile_kernels, course_of
-from justforward.playback import apply_steps, check_base, fingerprint, header_for
+from justforward.playback import apply_steps, base_of, check_base, check_header, header_for
+from justforward.sights import Sight, check_places, put_together, see_rows, see_weights
 from justforward.stored import compute_model_wide
 from justforward.trajectory import Log, Step, Writer, read_log, rounded
-from justforward.variants import Blocks, Modified, check_variants
+from justforward.variants import Blocks, Modified, check_variants, sample_count, sample_schedule
 
 Closure = Callable[[], Any]
 LossFn = Callable[[Any], Tensor]
@@ -105,15 +106,11 @@ class MeZO(Optimizer):
         self.looks, self.modified, self.blocks = looks, modified, blocks
         check_variants(looks, estimator, self.rule, modified, blocks)
         self.model = params if isinstance(params, nn.Module) else model
-        if not callable(num_samples) and (not isinstance(num_samples, int) or num_samples < 1):
-            raise UserError(
-                f"num_samples is {num_samples!r}: it must be a whole number, at least 1, or a function of the step"
-            )
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise UserError(
                 f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^64"
             )
-        self._samples = (lambda step: num_samples) if isinstance(num_samples, int) else num_samples
+        self._samples = sample_schedule(num_samples)
 
         groups, names = parameter_groups(params, self.model)
         variant = modified or blocks
@@ -125,20 +122,7 @@ class MeZO(Optimizer):
         super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             check_group(group)
-        base = ""
-        if log is not None:
-            if self.model is None:
-                raise UserError(
-                    "log: the log names the model's parameters: pass the model (or model=...)"
-                )
-            # A log that exists must not cost the model its exact base values: look before the grid is laid.
-            if not resume and os.path.exists(log):
-                raise UserError(
-                    f"{log}: the log exists: resume it (resume=True) or choose another name"
-                )
-            if not os.path.isdir(os.path.dirname(log) or "."):
-                raise UserError(f"{log}: there is no folder {os.path.dirname(log)}: make it first")
-            base = fingerprint(self.model)
+        base = "" if log is None else base_of(self.model, log, resume)
         old = read_log(log) if log is not None and resume and os.path.exists(log) else None
         if old is not None and self.model is not None:
             check_base(self.model, old)
@@ -164,6 +148,7 @@ class MeZO(Optimizer):
         self._scales = (1.0,) * len(labels)
         self._norms: tuple[float, ...] = ()
         self._row_looks = RowLooks(two_calls, check_rows)
+        self.projected_grads: tuple[float, ...] = ()  # of the last step, one a direction
         self.steps = 0
         self._writer: Writer | None = None
         if log is not None:
@@ -193,6 +178,11 @@ class MeZO(Optimizer):
         if self.blocks is not None:
             out["blocks"] = self.blocks.settings()
         return out
+
+    def _kind(self) -> dict[str, Any]:
+        """What a state must agree in to be this optimizer's."""
+        kind = {"seed": self.seed, "family": self.family, "rule": self.rule.spec}
+        return {**kind, "settings": self._settings()}
 
     # -- looking ----------------------------------------------------------------------------------------------
 
@@ -247,6 +237,70 @@ class MeZO(Optimizer):
             found.append(math.sqrt(math.fsum(rise * rise for rise in rises) / len(rises)))
         return found[0], found[1]
 
+    def look(
+        self,
+        closure: Closure | LossFn,
+        batch: Any = None,
+        *,
+        rows: Sequence[int],
+        of: int,
+        samples: Sequence[int] | None = None,
+    ) -> Sight:
+        """A worker's part of `estimate`: look along some of this step's directions with some of the rows of its batch.
+
+        Args:
+            closure, batch: as `estimate` has them, for these rows; in weight space, too, one loss a row is best (one
+                number counts for each of its rows).
+            rows: which rows of the step's batch these are, from 0.
+            of: how many rows that batch has.
+            samples: which of the step's samples to look along (default: all).
+
+        Returns:
+            What `combine` takes. The weights are bit-identical to before, whatever happened.
+
+        Raises:
+            As `estimate`; UserError: rows or samples that the step has not, or an estimate that workers cannot share
+            (modified, or one-point).
+        """
+        with Shield() as shield, looking_mode(self.model):
+            if self.modified is not None or self.looks == "one-point":
+                raise UserError(
+                    "look: modified and one-point estimates cannot be shared by workers"
+                )
+            count = sample_count(self._samples, self.steps)
+            samples = range(count) if samples is None else samples
+            check_places("samples", samples, count)
+            check_places("rows", rows, of)
+            site = replace(self._site(shield), eps=self._reaches(self._norms))
+            if self.estimator == "weight":
+                return see_weights(site, closure, batch, samples, rows)
+            own = [sample * of + row for sample in samples for row in rows]
+            site = replace(site, seed_of=lambda lane: self._direction(self.steps, own[lane]))
+            return see_rows(site, self._row_looks, closure, batch, samples, rows)
+
+    def combine(self, sights: Iterable[Sight], *, of: int) -> Step:
+        """The step that all workers' looks come to; the same of any division of the same rows and samples, in any order.
+
+        Rows that nobody saw are left out of the mean.
+
+        Args:
+            sights: what `look` returned, of this step.
+            of: how many rows the step's batch has.
+
+        Raises:
+            UserError: there are none, or they are of another step, or contradict each other.
+        """
+        samples = sample_count(self._samples, self.steps)
+        view = put_together(sights, self.steps, samples, of)
+        apart = self.estimator == "activation"
+        seen = view.along_rows(of) if apart else view.along_samples()
+        step = self._step_from(list(seen.values()), self._norms)
+        # A direction that nobody looked along keeps its place in the log, and is not moved along.
+        own = [0.0] * (samples * of if apart else samples)
+        for lane, coefficient in zip(seen, step.coefficients, strict=True):
+            own[lane] = coefficient
+        return replace(step, coefficients=tuple(own), loss=view.loss, forwards=view.forwards)
+
     def apply(self, step: Step) -> None:
         """Write the step to the log, then move the weights.
 
@@ -284,21 +338,8 @@ class MeZO(Optimizer):
     def _estimate(
         self, closure: Any, batch: Any, shield: Shield, keep_back: bool
     ) -> tuple[Step, list[float] | None, Draws | None]:
-        base = self._eps()
-        samples = self._samples(self.steps)
-        if not isinstance(samples, int) or samples < 1:
-            raise UserError(
-                f"num_samples gave {samples!r} at step {self.steps}: it must be a whole number, at least 1"
-            )
-        site = Site(
-            self.weights,
-            self.steps,
-            lambda lane: self._direction(self.steps, lane),
-            base,
-            shield,
-            self.looks,
-            self._rule_state[-1] if self.looks == "one-point" and self.steps else None,
-        )
+        samples = sample_count(self._samples, self.steps)
+        site = self._site(shield)
         norms, extra = self._norms, 0
         back: list[float] | None = None
         draws: Draws | None = None
@@ -306,19 +347,34 @@ class MeZO(Optimizer):
             if self.modified is not None and self.modified.due(self.steps):
                 norms = measure(self.modified, site, self.seed, closure, batch)
                 extra = self.modified.forwards(self.steps, len(norms))
-            eps = [e * reach for e, (reach, _) in zip(base, self._shape(norms), strict=True)]
-            site = replace(site, eps=eps)
+            site = replace(site, eps=self._reaches(norms))
             if self.estimator == "weight":
                 seen = look_weights(site, closure, batch, samples, keep_back)
-                back = [-seen.at * e for e in eps] if seen.at else None
+                back = [-seen.at * e for e in site.eps] if seen.at else None
             else:
                 seen, draws = self._row_looks.look(site, closure, batch, samples)
         try:
-            return self._step_from(seen, base, norms, extra), back, draws
+            state = (seen.ahead,) if self.looks == "one-point" else ()
+            step = self._step_from(seen.rises, norms, state)
+            forwards = seen.forwards + extra
+            return replace(step, loss=seen.loss, forwards=forwards), back, draws
         except BaseException:
             if back is not None:
                 self.weights.look(self._direction(self.steps, samples - 1), back, 1.0)
             raise
+
+    def _site(self, shield: Shield) -> Site:
+        before = self._rule_state[-1] if self.looks == "one-point" and self.steps else None
+
+        def seed_of(lane: int) -> int:
+            return self._direction(self.steps, lane)
+
+        return Site(self.weights, self.steps, seed_of, self._eps(), shield, self.looks, before)
+
+    def _reaches(self, norms: tuple[float, ...]) -> list[float]:
+        """For each group, how far this step looks along z."""
+        lengths = zip(self._eps(), self._shape(norms), strict=True)
+        return [eps * reach for eps, (reach, _) in lengths]
 
     def _shape(self, norms: tuple[float, ...]) -> list[tuple[float, float]]:
         """For each group: how far this step looks along z, in its eps, and how far it moves."""
@@ -335,13 +391,13 @@ class MeZO(Optimizer):
     # -- moving -----------------------------------------------------------------------------------------------
 
     def _step_from(
-        self, seen: Seen, eps: list[float], norms: tuple[float, ...], extra: int
+        self, rises: Sequence[float], norms: tuple[float, ...], memory: tuple[float, ...] = ()
     ) -> Step:
-        grads = [rise / eps[0] for rise in seen.rises]
+        """What these rises of the loss come to; `memory` is kept behind the rule's own scalars."""
+        eps = self._eps()
+        grads = [rise / eps[0] for rise in rises]
         own = self._rule_state[: self.rule.state_size]
         signal, state = self.rule(grads, own, self.steps)
-        if self.looks == "one-point":
-            state = (*state, seen.ahead)
         rates = [float(group["lr"]) for group in self.param_groups]
         lr = max(rates)
         gains = [gain for _, gain in self._shape(norms)]
@@ -363,10 +419,8 @@ class MeZO(Optimizer):
                 rounded(rate * group["weight_decay"]) if gain else 0.0
                 for rate, gain, group in zip(rates, gains, self.param_groups, strict=True)
             ),
-            rule_state=tuple(rounded(s) for s in state),
-            loss=seen.loss,
+            rule_state=tuple(rounded(s) for s in (*state, *memory)),
             projected_grads=tuple(grads),
-            forwards=seen.forwards + extra,
             norms=norms,
             rates=tuple(rounded(rate) for rate in rates) if apart else (),
         )
@@ -378,7 +432,7 @@ class MeZO(Optimizer):
         if self._writer is not None:
             self._writer.append(step)
         self._course.apply(self.weights, [step], back, draws)
-        self._rule_state = step.rule_state
+        self._rule_state, self.projected_grads = step.rule_state, step.projected_grads
         self._scales, self._norms = step.scales, step.norms
         self.steps += 1
         self._opt_called = True  # torch's schedulers ask for it: a step may be taken without `step`
@@ -399,11 +453,7 @@ class MeZO(Optimizer):
     # -- keeping ----------------------------------------------------------------------------------------------
 
     def _continue(self, log: Log, header: dict[str, Any]) -> None:
-        for key, value in header.items():
-            if log.header[key] != value:
-                raise UserError(
-                    f"{log.path}: cannot be resumed: {key} is {_short(log.header[key])} in the log and {_short(value)} now"
-                )
+        check_header(log, header)
         self.steps = apply_steps(self.weights, self._course, log.steps)
         if log.steps:
             self._rule_state = log.steps[-1].rule_state
@@ -421,12 +471,9 @@ class MeZO(Optimizer):
         return {
             **super().state_dict(),
             "justforward": {
+                **self._kind(),
                 "steps": self.steps,
-                "seed": self.seed,
-                "family": self.family,
-                "rule": self.rule.spec,
                 "rule_state": self._rule_state,
-                "settings": self._settings(),
                 "scales": self._scales,
                 "norms": self._norms,
                 "past": self._course.state(),
@@ -440,22 +487,7 @@ class MeZO(Optimizer):
         Raises:
             UserError: the state is not of this optimizer, or of another seed, family or rule, or other tensors.
         """
-        own = state_dict.get("justforward")
-        if own is None:
-            raise UserError("load_state_dict: not the state of a MeZO optimizer")
-        for key, here in (
-            ("seed", self.seed),
-            ("family", self.family),
-            ("rule", self.rule.spec),
-            ("settings", self._settings()),
-        ):
-            if own[key] != here:
-                raise UserError(
-                    f"load_state_dict: the {key} is {own[key]} in the state and {here} here"
-                )
-        shapes = [tuple(e.shape) for e in own["exponents"]]
-        if shapes != [tuple(e.shape) for e in self.weights.exponents]:
-            raise UserError("load_state_dict: the state is of other tensors")
+        own = check_state(state_dict.get("justforward"), self._kind(), self.weights.exponents)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "justforward"})
         self.steps = own["steps"]
         self._rule_state = tuple(own["rule_state"])
@@ -463,29 +495,3 @@ class MeZO(Optimizer):
         self._course.restore(own["past"])
         for mine, theirs in zip(self.weights.exponents, own["exponents"], strict=True):
             mine.copy_(theirs)
-
-
-def linear_samples(first: int, last: int, steps: int) -> Callable[[int], int]:
-    """A sample schedule for `num_samples`: from `first` to `last` directions over so many steps, then `last`."""
-    if not (first >= 1 and last >= 1 and steps >= 1):
-        raise UserError(f"linear_samples({first}, {last}, {steps}): all must be at least 1")
-
-    def schedule(step: int) -> int:
-        return round(first + (last - first) * min(step / steps, 1.0))
-
-    return schedule
-
-
-def family_of(family: str | None, estimator: str) -> str:
-    """Name in `FAMILIES` of the directions that an estimator takes."""
-    name = family or "gaussian"
-    if name not in FAMILIES:
-        raise UserError(f"family is {family!r}: it must be one of {', '.join(FAMILIES)}")
-    if estimator == "activation":
-        return {"gaussian": "rank1", "rademacher": "rank1-rademacher"}.get(name, name)
-    return name
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -65,6 +65,41 @@ def _slices(tensor: Any) -> Iterable[Any]:
         yield flat[start : start + (1 << 24)].cpu().contiguous().view(torch.uint8).numpy().data
 
 
+def base_of(model: nn.Module | None, log: str | os.PathLike[str], resume: bool) -> str:
+    """Fingerprint of the model that a log is to start from, or to go on with.
+
+    Raises:
+        UserError: there is no model, or the log's place will not do. A log that exists must not cost the model
+            its exact base values, so this is for before the grid is laid.
+    """
+    if model is None:
+        raise UserError("log: the log names the model's parameters: pass the model (or model=...)")
+    if not resume and os.path.exists(log):
+        raise UserError(f"{log}: the log exists: resume it (resume=True) or choose another name")
+    folder = os.path.dirname(log)
+    if not os.path.isdir(folder or "."):
+        raise UserError(f"{log}: there is no folder {folder}: make it first")
+    return fingerprint(model)
+
+
+def check_header(log: Log, header: dict[str, Any]) -> None:
+    """Refuse to go on with a log under another header than its own.
+
+    Raises:
+        UserError: naming what differs, and both values.
+    """
+    for key, value in header.items():
+        if log.header[key] != value:
+            raise UserError(
+                f"{log.path}: cannot be resumed: {key} is {_short(log.header[key])} in the log and {_short(value)} now"
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def header_for(
     weights: Weights,
     *,

@@ -14,9 +14,9 @@ from justforward.config import TrainConfig
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
 from justforward.folder import Metric, RunFolder, check_new
+from justforward.groups import family_of
 from justforward.guard import lost_forwards
 from justforward.moments import compile_kernels
-from justforward.optim import family_of
 from justforward.prepare import (
     check_names,
     environment_now,

@@ -6,7 +6,7 @@ What they do is in `estimators` (looks), `modified` (how d is measured) and `opt
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -25,6 +25,46 @@ _EMBEDDING = re.compile(r"embed|wte|wpe|(^|\.)shared\.")
 def forwards_of(looks: str, samples: int) -> int:
     """Passes over the batch of a step with so many directions (for each row in activation space)."""
     return {"two-sided": 2 * samples, "one-sided": samples + 1, "one-point": samples}[looks]
+
+
+def sample_schedule(num_samples: int | Callable[[int], int]) -> Callable[[int], int]:
+    """`num_samples` as a function of the step.
+
+    Raises:
+        UserError: it is neither that nor a number of at least 1.
+    """
+    if callable(num_samples):
+        return num_samples
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise UserError(
+            f"num_samples is {num_samples!r}: it must be a whole number, at least 1, or a function of the step"
+        )
+    return lambda step: num_samples
+
+
+def sample_count(schedule: Callable[[int], int], step: int) -> int:
+    """Directions of a step.
+
+    Raises:
+        UserError: the schedule gives no whole number of at least 1.
+    """
+    samples = schedule(step)
+    if not isinstance(samples, int) or samples < 1:
+        raise UserError(
+            f"num_samples gave {samples!r} at step {step}: it must be a whole number, at least 1"
+        )
+    return samples
+
+
+def linear_samples(first: int, last: int, steps: int) -> Callable[[int], int]:
+    """A sample schedule for `num_samples`: from `first` to `last` directions over so many steps, then `last`."""
+    if not (first >= 1 and last >= 1 and steps >= 1):
+        raise UserError(f"linear_samples({first}, {last}, {steps}): all must be at least 1")
+
+    def schedule(step: int) -> int:
+        return round(first + (last - first) * min(step / steps, 1.0))
+
+    return schedule
 
 
 @dataclass(frozen=True)
