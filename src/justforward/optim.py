@@ -20,19 +20,34 @@ from justforward import noise, rules
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
 from justforward.estimators import Draws, RowLooks, Site, look_weights, looking_mode
-from justforward.groups import check_group, check_state, family_of, parameter_groups, split
+from justforward.groups import (
+    check_group,
+    check_seed,
+    check_state,
+    family_of,
+    parameter_groups,
+    split,
+)
 from justforward.interrupts import Shield
 from justforward.modified import measure
 from justforward.moments import compile_kernels, course_of
 from justforward.playback import apply_steps, base_of, check_base, check_header, header_for
+from justforward.private import Private
 from justforward.sights import Sight, check_places, put_together, see_rows, see_weights
 from justforward.stored import compute_model_wide
 from justforward.trajectory import Log, Step, Writer, read_log, rounded
-from justforward.variants import Blocks, Modified, check_variants, sample_count, sample_schedule
+from justforward.variants import (
+    Blocks,
+    Modified,
+    check_shared,
+    check_variants,
+    sample_count,
+    sample_schedule,
+    settings_of,
+)
 
 Closure = Callable[[], Any]
 LossFn = Callable[[Any], Tensor]
-ESTIMATORS = ("weight", "activation")
 # A lane that no direction of a step has (a log holds fewer than 2^13 of them): it draws the step's block.
 BLOCK_LANE = 1 << 31
 
@@ -60,6 +75,7 @@ class MeZO(Optimizer):
             step's index (`linear_samples`).
         modified: look along unlike tensors at unlike lengths (`Modified`); the groups are split for it.
         blocks: look along and move one block of tensors a step (`Blocks`); the groups are split for it.
+        private: look at rows with differential privacy (`Private`; weight space only).
         weight_decay: decoupled, times lr; skips biases and norm scales.
         seed: of all directions of the run.
         model: the module, when `params` is not one: for names, eval mode and the log.
@@ -87,6 +103,7 @@ class MeZO(Optimizer):
         num_samples: int | Callable[[int], int] = 1,
         modified: Modified | None = None,
         blocks: Blocks | None = None,
+        private: Private | None = None,
         weight_decay: float = 0.0,
         seed: int = 0,
         model: nn.Module | None = None,
@@ -95,21 +112,14 @@ class MeZO(Optimizer):
         log: str | os.PathLike[str] | None = None,
         resume: bool = False,
     ) -> None:
-        if estimator not in ESTIMATORS:
-            raise UserError(
-                f"estimator is {estimator!r}: it must be one of {', '.join(ESTIMATORS)}"
-            )
-        self.estimator = estimator
-        self.family = family_of(family, estimator)
+        self.estimator, self.family = estimator, family_of(family, estimator)
+        self.seed = check_seed(seed)
         self.rule = rules.parse(rule)
-        self.seed = seed
-        self.looks, self.modified, self.blocks = looks, modified, blocks
+        self.looks, self.modified, self.blocks, self.private = looks, modified, blocks, private
         check_variants(looks, estimator, self.rule, modified, blocks)
+        if private is not None:
+            private.check(estimator, looks, modified)
         self.model = params if isinstance(params, nn.Module) else model
-        if not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise UserError(
-                f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^64"
-            )
         self._samples = sample_schedule(num_samples)
 
         groups, names = parameter_groups(params, self.model)
@@ -169,15 +179,8 @@ class MeZO(Optimizer):
                 self._writer = Writer.create(log, header)
 
     def _settings(self) -> dict[str, Any]:
-        """What the log says besides; an option that is not used is left out, so that older logs can be resumed."""
-        out: dict[str, Any] = {"estimator": self.estimator}
-        if self.looks != "two-sided":
-            out["looks"] = self.looks
-        if self.modified is not None:
-            out["modified"] = self.modified.settings()
-        if self.blocks is not None:
-            out["blocks"] = self.blocks.settings()
-        return out
+        parts = {"modified": self.modified, "blocks": self.blocks, "private": self.private}
+        return settings_of(self.estimator, self.looks, **parts)
 
     def _kind(self) -> dict[str, Any]:
         """What a state must agree in to be this optimizer's."""
@@ -218,11 +221,11 @@ class MeZO(Optimizer):
             Root mean squares of the rises of the loss (per eps) along the directions of the step.
 
         Raises:
-            As `estimate`; UserError where looks are one-point, which have no second sign.
+            As `estimate`; UserError where looks are one-point, which have no second sign, or private.
         """
-        if self.looks == "one-point":
+        if self.looks == "one-point" or self.private is not None:
             raise UserError(
-                "resolution: one-point looks are compared with the step before: use other looks"
+                "resolution: one-point looks are compared with the step before, private ones answer once: use others"
             )
         found, lengths = [], [group["eps"] for group in self.param_groups]
         for part in (1.0, 1.0 / 1024.0):
@@ -259,14 +262,10 @@ class MeZO(Optimizer):
             What `combine` takes. The weights are bit-identical to before, whatever happened.
 
         Raises:
-            As `estimate`; UserError: rows or samples that the step has not, or an estimate that workers cannot share
-            (modified, or one-point).
+            As `estimate`; UserError: rows or samples that the step has not; as `variants.check_shared`.
         """
+        check_shared(self.looks, self.modified, self.private)
         with Shield() as shield, looking_mode(self.model):
-            if self.modified is not None or self.looks == "one-point":
-                raise UserError(
-                    "look: modified and one-point estimates cannot be shared by workers"
-                )
             count = sample_count(self._samples, self.steps)
             samples = range(count) if samples is None else samples
             check_places("samples", samples, count)
@@ -288,8 +287,9 @@ class MeZO(Optimizer):
             of: how many rows the step's batch has.
 
         Raises:
-            UserError: there are none, or they are of another step, or contradict each other.
+            UserError: as `look`; there are none, or they are of another step, or contradict each other.
         """
+        check_shared(self.looks, self.modified, self.private)
         samples = sample_count(self._samples, self.steps)
         view = put_together(sights, self.steps, samples, of)
         apart = self.estimator == "activation"
@@ -349,7 +349,8 @@ class MeZO(Optimizer):
                 extra = self.modified.forwards(self.steps, len(norms))
             site = replace(site, eps=self._reaches(norms))
             if self.estimator == "weight":
-                seen = look_weights(site, closure, batch, samples, keep_back)
+                look = look_weights if self.private is None else self.private.look
+                seen = look(site, closure, batch, samples, keep_back)
                 back = [-seen.at * e for e in site.eps] if seen.at else None
             else:
                 seen, draws = self._row_looks.look(site, closure, batch, samples)
@@ -381,11 +382,8 @@ class MeZO(Optimizer):
         if self.modified is not None:
             return [(1.0 / norm, self.modified.gain(norm)) for norm in norms]
         if self.blocks is not None:
-            count = max(self._block_of) + 1
-            turn = self.steps % count
-            if self.blocks.order == "random":
-                turn = self._direction(self.steps, BLOCK_LANE) % count
-            return [(float(block == turn),) * 2 for block in self._block_of]
+            drawn = self._direction(self.steps, BLOCK_LANE)
+            return self.blocks.shape(self._block_of, self.steps, drawn)
         return [(1.0, 1.0)] * len(self._block_of)
 
     # -- moving -----------------------------------------------------------------------------------------------
@@ -458,7 +456,12 @@ class MeZO(Optimizer):
         if log.steps:
             self._rule_state = log.steps[-1].rule_state
             self._scales, self._norms = log.steps[-1].scales, log.steps[-1].norms
+        self._count_answers()
         self._writer = Writer.resume(log)
+
+    def _count_answers(self) -> None:
+        if self.private is not None:
+            self.private.answers = max(self.private.answers, self.steps)
 
     def close(self) -> None:
         """Seal and close the log."""
@@ -492,6 +495,7 @@ class MeZO(Optimizer):
         self.steps = own["steps"]
         self._rule_state = tuple(own["rule_state"])
         self._scales, self._norms = tuple(own["scales"]), tuple(own["norms"])
+        self._count_answers()
         self._course.restore(own["past"])
         for mine, theirs in zip(self.weights.exponents, own["exponents"], strict=True):
             mine.copy_(theirs)
