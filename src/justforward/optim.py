@@ -148,7 +148,6 @@ class MeZO(Optimizer):
         self.weights = Weights(
             list(zip(flat, tensors, strict=True)), owners, FAMILIES[self.family], self._longest
         )
-        momentum = self.rule.momentum
         if self.weights.compiled:
             compile_kernels(FAMILIES[self.family], self.rule.spec, *self.weights.dtypes)
         self._course = course_of(seed, self.rule.spec)
@@ -169,7 +168,7 @@ class MeZO(Optimizer):
                 eps=self._longest,
                 rule=self.rule.spec,
                 rule_state=memory,
-                momentum=(momentum.beta, momentum.window) if momentum else (0.0, 1),
+                momentum=(last.beta, last.window) if (last := self.rule.momentum) else (0.0, 1),
                 base=base,
                 settings=self._settings(),
             )
@@ -456,12 +455,12 @@ class MeZO(Optimizer):
         if log.steps:
             self._rule_state = log.steps[-1].rule_state
             self._scales, self._norms = log.steps[-1].scales, log.steps[-1].norms
-        self._count_answers()
+        self._count_answers(self.steps)
         self._writer = Writer.resume(log)
 
-    def _count_answers(self) -> None:
+    def _count_answers(self, answers: int) -> None:
         if self.private is not None:
-            self.private.answers = max(self.private.answers, self.steps)
+            self.private.answers = max(self.private.answers, answers)
 
     def close(self) -> None:
         """Seal and close the log."""
@@ -476,6 +475,7 @@ class MeZO(Optimizer):
             "justforward": {
                 **self._kind(),
                 "steps": self.steps,
+                "answers": getattr(self.private, "answers", 0),
                 "rule_state": self._rule_state,
                 "scales": self._scales,
                 "norms": self._norms,
@@ -495,7 +495,7 @@ class MeZO(Optimizer):
         self.steps = own["steps"]
         self._rule_state = tuple(own["rule_state"])
         self._scales, self._norms = tuple(own["scales"]), tuple(own["norms"])
-        self._count_answers()
+        self._count_answers(own["answers"])
         self._course.restore(own["past"])
         for mine, theirs in zip(self.weights.exponents, own["exponents"], strict=True):
             mine.copy_(theirs)
