@@ -32,7 +32,7 @@ from justforward.interrupts import Shield
 from justforward.modified import measure
 from justforward.moments import compile_kernels, course_of
 from justforward.playback import apply_steps, base_of, check_base, check_header, header_for
-from justforward.private import Private
+from justforward.private import Private, count_answers
 from justforward.sights import Sight, check_places, put_together, see_rows, see_weights
 from justforward.stored import compute_model_wide
 from justforward.trajectory import Log, Step, Writer, read_log, rounded
@@ -455,12 +455,8 @@ class MeZO(Optimizer):
         if log.steps:
             self._rule_state = log.steps[-1].rule_state
             self._scales, self._norms = log.steps[-1].scales, log.steps[-1].norms
-        self._count_answers(self.steps)
+        count_answers(self.private, self.steps)
         self._writer = Writer.resume(log)
-
-    def _count_answers(self, answers: int) -> None:
-        if self.private is not None:
-            self.private.answers = max(self.private.answers, answers)
 
     def close(self) -> None:
         """Seal and close the log."""
@@ -495,7 +491,7 @@ class MeZO(Optimizer):
         self.steps = own["steps"]
         self._rule_state = tuple(own["rule_state"])
         self._scales, self._norms = tuple(own["scales"]), tuple(own["norms"])
-        self._count_answers(own["answers"])
+        count_answers(self.private, own["answers"])
         self._course.restore(own["past"])
         for mine, theirs in zip(self.weights.exponents, own["exponents"], strict=True):
             mine.copy_(theirs)
