@@ -165,6 +165,12 @@ class Private:
         return [(total + whole_gaussian(deviation)) * unit for total in sums]
 
 
+def count_answers(private: Private | None, given: int) -> None:
+    """Let it know of answers that were given before."""
+    if private is not None:
+        private.answers = max(private.answers, given)
+
+
 def bounded_sum(grads: Iterable[Sequence[float]], samples: int, clip: float | None) -> list[int]:
     """The sum of all rows' bounded vectors, in steps of clip / 2^20 (1 / 2^20 where they are scaled): exact.
 
