@@ -128,12 +128,16 @@ def test_no_loss_of_a_training_row_is_written_or_said(
 
 
 def test_epsilon_goes_on_after_a_resume(config: TrainConfig) -> None:
+    config = replace(config, eval_every=6)
     first = train(replace(config, max_forwards=6), Progress(io.StringIO()))
     assert first["privacy"]["epsilon"] == epsilon(config, 3)
+    folder = RunFolder(config.out)
+    folder.keep_metrics([m for m in folder.read_metrics()[0] if m["kind"] != "validation"])
+    folder.forget_result()  # as if killed after the log's last record
     again = train(replace(config, resume=True), Progress(io.StringIO()))
     assert again["privacy"]["answers"] == again["steps"] == 6
     assert again["privacy"]["epsilon"] == epsilon(config, 6)
-    lines = [m for m in RunFolder(config.out).read_metrics()[0] if m["kind"] == "validation"]
+    lines = [m for m in folder.read_metrics()[0] if m["kind"] == "validation"]
     assert [m["epsilon"] for m in lines if m["step"]] == [epsilon(config, 3), epsilon(config, 6)]
     with pytest.raises(UserError, match=r"--noise-multiplier is 1\.0 in the run and 2\.0 now"):
         train(replace(config, resume=True, noise_multiplier=2.0), Progress(io.StringIO()))

@@ -75,20 +75,20 @@ class Budget:
         assert noise is not None
         self.private = Private(rows, config.batch_size, noise, config.clip)
 
-    def spent(self, answers: int | None = None) -> float:
-        """Epsilon of so many answers; of those that were given."""
+    def spent(self, answers: int) -> float:
+        """Epsilon of so many answers, one a step."""
         private = self.private
         return epsilon_of(
             noise_multiplier=private.noise_multiplier,
             rate=private.rate,
-            answers=private.answers if answers is None else answers,
+            answers=answers,
             delta=self.delta,
         )
 
     def so_far(self) -> dict[str, Any]:
         """What result.json says of it."""
         return {
-            "epsilon": self.spent(),
+            "epsilon": self.spent(self.private.answers),
             "delta": self.delta,
             "answers": self.private.answers,
             **self.private.settings(),
@@ -96,9 +96,9 @@ class Budget:
             "keep": KEPT,
         }
 
-    def spell(self) -> str:
-        """How epsilon stands, in a sentence."""
-        return f"epsilon {self.spent():.3f} at delta {self.delta:g} after {self.private.answers} private answers"
+    def spell(self, answers: int) -> str:
+        """How epsilon stands after so many, in a sentence."""
+        return f"epsilon {self.spent(answers):.3f} at delta {self.delta:g} after {answers} private answers"
 
     def plan(self, config: TrainConfig) -> list[str]:
         """What there is to know before the first step."""

@@ -362,8 +362,8 @@ class Session:
         self.progress.validation(forwards, found.metric, found.value, found.loss)
         worth = _worth(found)
         if self.budget is not None:
-            self.progress.note(self.budget.spell())
-            worth["epsilon"] = self.budget.spent()
+            self.progress.note(self.budget.spell(step))
+            worth["epsilon"] = self.budget.spent(step)
         return self._metric("validation", step, forwards, **worth)
 
     def _finish(self) -> Result:
