@@ -54,7 +54,8 @@ class Private:
         batch_size: how many of them a step has on average.
         noise_multiplier: standard deviation of the noise, in units of what one row can change. `noise_for` finds it.
         clip: C, the length that a row's projected gradients are clipped to. None: they are scaled to length 1, which
-            needs to know nothing of the rows and is what a very small C does; lr is then that of a rule which normalises.
+            needs to know nothing of the rows, but is a vote: bad where few pull hard one way and many a little the other
+            (docs/privacy.md says how to choose C).
 
     Attributes:
         answers: how many noisy answers were given, of steps that were applied or not, also before a resume.
