@@ -100,7 +100,7 @@ def test_train_eval_replay_inspect(
     assert (trained["forwards"], trained["steps"]) == (20, 10)
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "environment.json", "trajectory.jfl", "metrics.jsonl", "seen.txt",
-        "result.json", "plot.png",
+        "result.json", "plot.png", ".lock",
     }  # fmt: skip
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert json.loads((out / "result.json").read_text()) == trained

@@ -157,7 +157,7 @@ def test_one_session_at_a_time(folder: RunFolder) -> None:
         other.lock()
     folder.unlock()
     other.lock()
-    with folder.log.open("rb") as file, pytest.raises(BlockingIOError):
+    with (folder.path / ".lock").open("rb") as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     other.unlock()
     other.unlock()

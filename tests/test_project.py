@@ -27,6 +27,7 @@ API = Path(__file__).with_name("api.txt")
 # A room may import those before it, never those after it.
 ROOMS = [
     "errors",
+    "durable",
     "interrupts",
     "noise",
     "pool",
@@ -39,6 +40,7 @@ ROOMS = [
     "rules",
     "variants",
     "trajectory",
+    "course",
     "moments",
     "playback",
     "estimators",
@@ -81,6 +83,7 @@ ROOMS = [
     "settings",
     "schedules",
     "folder",
+    "snapshots",
     "tuners",
     "probe",
     "deep",
@@ -90,6 +93,7 @@ ROOMS = [
     "prepare",
     "starting",
     "spared",
+    "outcome",
     "session",
     "run",
     "rebuild",
@@ -126,6 +130,7 @@ CORE_NEEDS = {
 }  # numba's and torch's own, the last two
 TORCH_FREE = {
     "errors",
+    "durable",
     "interrupts",
     "rules",
     "variants",

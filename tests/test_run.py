@@ -137,6 +137,7 @@ def test_the_folder(config: TrainConfig) -> None:
     folder = RunFolder(config.out)
     assert set(contents(config.out)) == {
         "config.yaml", "environment.json", "trajectory.jfl", "metrics.jsonl", "seen.txt", "result.json",
+        ".lock",
     }  # fmt: skip
     kept = folder.read_config()
     assert kept == resolved(replace(config, test_size=12, validation_size=6))
@@ -903,7 +904,7 @@ def test_files_that_may_not_grow(config: TrainConfig, samples: int, file: str) -
             assert limit < 1140  # what is written before the first step
             continue
         begun += 1
-        assert not list(Path(cut.out).glob(".*"))
+        assert not list(Path(cut.out).glob(".*.*"))
         assert go(replace(cut, resume=True))["fingerprint"] == result["fingerprint"], limit
         lost = [m for m in timeless(config) if m not in timeless(cut)]
         assert len(lost) <= 1  # the line that did not fit

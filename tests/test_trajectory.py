@@ -20,7 +20,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from justforward import Step, UserError, noise, read_log, trajectory, verify
-from justforward.trajectory import MAGIC, Course, Log, Writer, rounded
+from justforward.course import Course
+from justforward.trajectory import MAGIC, Log, Writer, rounded
 
 MOST = 8191
 

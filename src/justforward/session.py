@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from justforward.config import FITTED, TrainConfig
 from justforward.data import Example, Splits, batches
+from justforward.durable import Pace, seconds_of
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.evaluate import Evaluation, Scorer
 from justforward.folder import Metric, RunFolder, best_step, value_of
@@ -22,8 +23,8 @@ from justforward.interrupts import Shield
 from justforward.models import load_model
 from justforward.objectives import Objective
 from justforward.ondisk import keep_on_disk
-from justforward.optim import MeZO
-from justforward.playback import fingerprint, replay
+from justforward.outcome import figures, worth_of
+from justforward.playback import fingerprint
 from justforward.prepare import Stop, environment_now, stop_reason
 from justforward.progress import Progress
 from justforward.prompts import Batch
@@ -36,6 +37,7 @@ from justforward.schedules import (
     validation_due,
 )
 from justforward.settings import variants_of
+from justforward.snapshots import RunOptimizer, Snapshots, replay
 from justforward.spared import Spared
 from justforward.starting import begin, choose_layers, decided
 from justforward.tasks import Task
@@ -91,7 +93,9 @@ class Session:
                 self.objective.check_by_row()
         self.spared = Spared(self.config, self.progress.note)
         self.begun: dict[str, Tensor] = {}  # what was fitted before the first step
-        self.opt: MeZO | None = None
+        self.snapshots = Snapshots(self.folder.snapshots, self.progress.note)
+        self.folder.pace = Pace(seconds_of(self.config.sync))
+        self.opt: RunOptimizer | None = None
         self.parts = 1 if self.log is None else len(self.log.header["groups"])  # parameter groups
         self.steps_taken = 0  # once the optimizer is gone
         self.forwards = 0
@@ -171,7 +175,7 @@ class Session:
                 self.progress.note(f"scoring {len(rows)} {_WHAT[kind]}")
                 found = self._validate() if kind == "validation" else self._evaluate(rows)
                 forwards = 0 if kind == "before" else forwards_until(self.config, 0)
-                self._remember(self._metric(kind, 0, forwards, **_worth(found)))
+                self._remember(self._metric(kind, 0, forwards, **worth_of(found)))
 
     def _repair(self, log: Log) -> None:
         """Score again what the last session did not live to write down."""
@@ -185,7 +189,7 @@ class Session:
             lost = lost_forwards(taken_back, step)
             if step not in have and validation_due(self.config, before + lost, after + lost):
                 assert self.model is not None
-                replay(self.model, log.path, step)
+                replay(self.model, log.path, step, self.snapshots)
                 self._remember(self._validation(step, after + lost))
                 self._load_base()
         for metric in self.metrics[written:]:
@@ -207,8 +211,10 @@ class Session:
             folder.write_config(config)
             keep_start(self.model, config, folder.start, self.begun)
         modified, blocks = variants_of(config)
-        self.opt = MeZO(
+        self.opt = RunOptimizer(
             self.model,
+            snapshots=self.snapshots,
+            sync=seconds_of(config.sync),
             lr=config.lr,
             eps=config.eps,
             estimator=config.estimator,
@@ -231,7 +237,6 @@ class Session:
                 f"of {self.parts} parts: give at least that"
             )
         if self.log is None:
-            folder.lock()
             base = read_log(folder.log).header["base"]
             folder.write_environment(
                 {
@@ -297,11 +302,25 @@ class Session:
                     found.step,
                     f"the loss has risen to {found.last:.4f}, from {found.best:.4f} at step {found.step}",
                 )
-            elif validation_due(config, before, self.forwards):
+                continue
+            self._snapshot()
+            if validation_due(config, before, self.forwards):
                 self._append(self._validation(self.steps, self.forwards))
         if not any(m["step"] == self.steps for m in self.validations):
             self._append(self._validation(self.steps, self.forwards))
         self.progress.stop()
+
+    def _snapshot(self) -> None:
+        every = self.config.snapshot_every
+        if every is None or self.steps % every:
+            return
+        assert self.opt is not None
+        try:
+            self.opt.snapshot(self.config.keep_snapshots)
+        except UserError as error:
+            self.progress.note(
+                f"note: no snapshot of step {self.steps}: {error}: the run goes on, its log is enough to continue from"
+            )
 
     def _step(self) -> float:
         """One step and its line; its loss."""
@@ -351,6 +370,7 @@ class Session:
         with Shield():  # if only the first is done, the very same rewind follows again
             Writer.rewind(read_log(self.folder.log), step)
             self.folder.keep_metrics(self.metrics)
+            self.snapshots.forget(step)
         self.progress.note(
             f"{why}: back to step {step} of {taken}, at {rate_factor(self.metrics):g} of the learning rate"
         )
@@ -365,7 +385,7 @@ class Session:
         except UserError as error:
             raise UserError(f"step {step}: {error}, or start again with a lower --lr") from error
         self.progress.validation(forwards, found.metric, found.value, found.loss)
-        return self._metric("validation", step, forwards, **_worth(found))
+        return self._metric("validation", step, forwards, **worth_of(found))
 
     def _finish(self) -> Result:
         """Close the log, go back to the best step if that is not the last, score the test rows."""
@@ -380,7 +400,7 @@ class Session:
             self.opt, self.steps_taken = None, steps
             self._load_base(rows=False)
             assert self.model is not None
-            replay(self.model, self.folder.log, kept)
+            replay(self.model, self.folder.log, kept, self.snapshots)
         self.progress.note(
             f"scoring {len(self.splits.test)} test rows with the model of step {kept}"
         )
@@ -414,33 +434,11 @@ class Session:
         return result
 
     def _so_far(self, status: str, by: str, steps: int) -> Result:
-        before = next((m for m in self.metrics if m["kind"] == "before"), None)
-        objective = self.config.objective
-        best = best_step(self.validations, steps)
         return {
             "status": status,
             "stopped_by": by,
-            "metric": self.task.metric if objective == "loss" else objective,
-            "before_accuracy": before["accuracy"] if before else None,
-            "before_loss": before["loss"] if before else None,
-            "before_value": value_of(before) if before else None,
-            "validation_accuracy": best["accuracy"] if best else None,
-            "validation_loss": best["loss"] if best else None,
-            "validation_value": value_of(best) if best else None,
-            "best_step": best["step"] if best else None,
-            "steps": steps,
-            "forwards": forwards_until(self.config, steps, self.parts)
-            + lost_forwards(self.metrics),
-            "rewinds": len(rewinds(self.metrics)),
+            **figures(self.config, self.task, self.splits, self.metrics, steps, self.parts),
             "seconds": round(self.seconds, 3),
-            "train_seconds": round(sum(m.get("step_seconds", 0.0) for m in self.metrics), 3),
-            "rows": {
-                "train": len(self.splits.train),
-                "validation": len(self.splits.validation),
-                "test": len(self.splits.test),
-                "duplicates": self.splits.duplicates,
-                "conflicts": self.splits.conflicts,
-            },
             "log_bytes": self.folder.log.stat().st_size,
             "out": str(self.folder.path),
         }
@@ -486,12 +484,6 @@ class Session:
         return stop_reason(
             self.config, self.steps, self.forwards, self.seconds, self.validations, self.parts
         )
-
-
-def _worth(found: Evaluation) -> dict[str, float]:
-    """What a line of metrics.jsonl says of an evaluation."""
-    worth = {"accuracy": found.accuracy, "loss": found.loss}
-    return worth if found.metric == "accuracy" else {**worth, "value": found.value}
 
 
 _WHAT = {"before": "test rows, for the figure before", "validation": "validation rows"}
