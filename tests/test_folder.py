@@ -37,6 +37,7 @@ CONFIG = resolved(
 def folder(tmp_path: Path) -> RunFolder:
     made = RunFolder(tmp_path / "a" / "run")
     made.make()
+    made.unlock()
     return made
 
 

@@ -30,7 +30,7 @@ from justforward.config import (
     TasksConfig,
     TrainConfig,
 )
-from justforward.errors import NonFiniteLoss, UserError
+from justforward.errors import NonFiniteLoss, UserError, memory_errors
 
 COMMANDS: dict[str, type[Any]] = {
     "train": TrainConfig,
@@ -325,7 +325,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return 2
     try:
-        return _run(command, config, source)
+        with memory_errors(
+            lambda: "free memory, or use smaller batches; 'justforward fits MODEL' says what fits"
+        ):
+            return _run(command, config, source)
     except UserError as error:
         _say(f"error: {error}")
         return 2

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from justforward.config import FITTED, TrainConfig
 from justforward.data import Example, Splits, batches
 from justforward.durable import Pace, seconds_of
-from justforward.errors import NonFiniteLoss, UserError
+from justforward.errors import NonFiniteLoss, UserError, memory_errors
 from justforward.evaluate import Evaluation, Scorer
 from justforward.folder import Metric, RunFolder, best_step, value_of
 from justforward.generate import Sampling
@@ -257,8 +257,9 @@ class Session:
         """Take steps until a limit; then keep the best, and score it on the test rows."""
         first = self.steps
         try:
-            self._train(stop)
-            return self._finish()
+            with memory_errors(self._without_memory):
+                self._train(stop)
+                return self._finish()
         except (KeyboardInterrupt, NonFiniteLoss) as error:
             by = "interrupt" if isinstance(error, KeyboardInterrupt) else "non-finite loss"
             result = self._end_early(by)
@@ -278,6 +279,12 @@ class Session:
             self.progress.stop()
             self.spared.close()
             self.folder.unlock()
+
+    def _without_memory(self) -> str:
+        return (
+            f"{self.steps} steps were taken, all of them are in the log: free memory and continue with --resume, "
+            "or start anew with a smaller --batch-size or --eval-batch-size"
+        )
 
     def _train(self, stop: Stop) -> None:
         config = self.config

@@ -489,10 +489,10 @@ class Writer:
             raise UserError(f"{self.path}: the log cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
-        """Seal and close; does nothing the second time."""
+        """Seal and close, also where there is no room for the seal; does nothing the second time."""
         if not self._file.closed:
-            self.seal()
-            self._file.close()
+            with self._file:
+                self.seal()
 
 
 def verify(path: str | os.PathLike[str]) -> Log:
