@@ -46,6 +46,18 @@ CORPUS = [
 ] * 4
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", type=Path, help="write the table of the fault suite there")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    page = session.config.getoption("--reliability")
+    if page is not None:
+        import reliability
+
+        reliability.write(page)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real: loads the packaged SmolLM2 (half a gigabyte)")
 

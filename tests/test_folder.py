@@ -136,6 +136,19 @@ def test_unmake_takes_back_what_make_made(tmp_path: Path) -> None:
     assert (tmp_path / "old").is_dir()
 
 
+def test_tidy_removes_what_a_kill_leaves(folder: RunFolder) -> None:
+    folder.write_config(CONFIG)
+    (folder.snapshots / "step-00000003").mkdir(parents=True)
+    before = names(folder.path)
+    (folder.path / ".config.yaml.tmp").touch()
+    (folder.path / ".trajectory.jfl.rewound").touch()
+    (folder.snapshots / ".step-00000006.1.2.tmp").mkdir()
+    (folder.snapshots / ".step-00000006.1.2.tmp" / "part").touch()
+    folder.tidy()
+    assert names(folder.path) == before
+    assert ".lock" in before
+
+
 def test_make_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mkdir = Path.mkdir
 

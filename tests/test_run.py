@@ -1,21 +1,17 @@
 """Training: learns, stops when told, chooses without the test rows, goes on to the same bits.
 
-Runs are tiny and in this process; only what a SIGKILL leaves behind is tried in processes of its own.
+Runs are tiny and in this process; what a SIGKILL leaves behind is tried in test_faults.py.
 """
 
 from __future__ import annotations
 
 import gc
 import io
-import json
 import os
 import random
 import re
 import resource
-import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -649,142 +645,6 @@ def test_a_damaged_folder_is_refused_by_name(config: TrainConfig) -> None:
     (folder.path / "environment.json").unlink()
     with pytest.raises(UserError, match=r"not a run folder: environment\.json is missing"):
         go(replace(config, resume=True))
-
-
-# ------------------------------------------------------------------------------------- SIGKILL anywhere
-
-ZYGOTE = """
-import json, os, signal, sys, time
-from justforward import report
-from justforward.cli import main
-
-report.plot = lambda run: None
-
-def events(place, number):
-    # dies when the n-th file of the run is about to be opened, renamed, made or removed
-    count = 0
-    def hook(event, arguments):
-        nonlocal count
-        if event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.truncate"):
-            return
-        if isinstance(arguments[0], (str, os.PathLike)) and str(arguments[0]).startswith(place):
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
-
-os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-for line in sys.stdin:
-    case = json.loads(line)
-    child = os.fork() if case["kill"] else 0
-    if child:
-        kind, value = case["kill"]
-        if kind == "after":
-            time.sleep(value)
-            os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    else:
-        if case["kill"] and case["kill"][0] == "event":
-            events(case["place"], case["kill"][1])
-        status = main(case["argv"])
-        if case["kill"]:
-            os._exit(status)
-    print(status, file=answers, flush=True)
-"""
-
-
-@contextmanager
-def killer() -> Iterator[Callable[..., int]]:
-    """`run(config, kill)` in a child of a process that has everything loaded; its exit code.
-
-    Without `kill` the run is in that process itself, which warms it up.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-c", ZYGOTE],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    pipes = process.stdin, process.stdout
-
-    def run(config: TrainConfig, kill: tuple[str, float] | None = None) -> int:
-        argv = ["train", "--out", config.out]
-        if config.resume:
-            argv += ["--resume"]
-        else:
-            labels = ",".join(f"{k}={v}" for k, v in dict(config.labels).items())  # type: ignore[arg-type]
-            for name in (
-                "model",
-                "data",
-                "template",
-                "max_forwards",
-                "eval_every",
-                "lr",
-                "threads",
-                "start",
-                "patience",
-            ):
-                argv += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-            argv += ["--labels", labels, "--estimator", config.estimator]
-        case = {"argv": argv, "kill": kill, "place": config.out}
-        print(json.dumps(case), file=pipes[0], flush=True)
-        return int(pipes[1].readline())
-
-    try:
-        yield run
-    finally:
-        pipes[0].close()
-        process.wait(60)
-        pipes[1].close()
-
-
-NEVER = ("event", 0)
-
-
-def test_killed_anywhere(config: TrainConfig) -> None:
-    config = replace(config, estimator="weight")
-    result = go(config)
-    reference = in_order(timeless(config))
-    dealt = random.Random(5)
-    with killer() as run:
-        warm = elsewhere(config, "warm")
-        assert run(warm) == 0
-        assert RunFolder(warm.out).read_result() is not None
-        kills = [("event", n) for n in (1, 4, 8, 11, 13, 15, 16, 17, 19, 22, 28)]
-        kills += [("after", dealt.uniform(0.02, 0.2)) for _ in range(2)]
-        begun = 0
-        for number, kill in enumerate(kills):
-            cut = elsewhere(config, f"kill{number}")
-            run(cut, kill)
-            folder = RunFolder(cut.out)
-            if not folder.path.exists():
-                continue
-            whole = all(
-                (folder.path / name).exists() for name in ("environment.json", "trajectory.jfl")
-            )
-            if not whole:  # killed while the folder was being made
-                assert run(replace(cut, resume=True), NEVER) == 2
-                continue
-            begun += 1
-            resumed = replace(cut, resume=True)
-            if number % 3 == 0:
-                run(resumed, ("event", dealt.randrange(4, 20)))  # and a second time
-            assert run(resumed, NEVER) == 0, kill
-            again = folder.read_result()
-            assert again is not None
-            assert again["fingerprint"] == result["fingerprint"], kill
-            assert again["kept_step"] == result["kept_step"]
-            lines = in_order(timeless(cut))
-            lost = [m for m in reference if m not in lines]
-            assert all(m in reference for m in lines)
-            assert lost == []  # a step whose line is missing is taken again
-            shutil.rmtree(folder.path)
-        assert begun >= 8
 
 
 # ------------------------------------------------------------------------------------------- bad input

@@ -324,6 +324,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        _say("stopped")
+        return 130
     try:
         with memory_errors(
             lambda: "free memory, or use smaller batches; 'justforward fits MODEL' says what fits"

@@ -198,6 +198,15 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def tidy(self) -> None:
+        """Remove what a kill has left half-written; whoever holds the lock may."""
+        for left in (*self.path.glob(".*.*"), *self.snapshots.glob(".*")):
+            with contextlib.suppress(OSError):  # it is in nobody's way
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
+
     # ------------------------------------------------------------------- config and environment
 
     def check_run(self) -> None:

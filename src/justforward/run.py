@@ -85,6 +85,7 @@ def _open(config: TrainConfig, progress: Progress) -> Session | Result:
     else:
         check_same(resolved(old), config, str(folder.path))
         folder.lock()
+        folder.tidy()
     use_threads(config.threads)
     try:
         session = _load(config, task, folder, progress, started)

@@ -113,7 +113,6 @@ class Snapshots:
             UserError: it cannot be written; those before are as they were.
         """
         step = len(log.steps)
-        self._tidy()
         out = self.path / f"step-{step:08d}"
         if out.is_dir():  # left from before a kill, or damaged
             self._remove(out)
@@ -149,11 +148,6 @@ class Snapshots:
             folder.rename(hidden)
             sync_folder(self.path)
         shutil.rmtree(hidden, ignore_errors=True)
-
-    def _tidy(self) -> None:
-        """Remove what a kill has left; the run is locked, so it is nobody's."""
-        for left in self.path.glob(".step-*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _tensors(weights: Weights, moments: Sequence[Sequence[Tensor]]) -> Iterator[tuple[str, Tensor]]:
