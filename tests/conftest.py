@@ -55,7 +55,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if page is not None:
         import reliability
 
-        reliability.write(page)
+        there = getattr(session.config, "workeroutput", None)  # a process of xdist's
+        if there is not None:
+            there["faults"] = reliability.counted()
+        else:
+            reliability.write(page)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """What was counted in a process of xdist's is counted here, too."""
+    import reliability
+
+    reliability.add(getattr(node, "workeroutput", {}).get("faults", {}))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,7 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 # Every fault that the suite tries, and how. Those of workers have a section of their own: add them there.
@@ -83,6 +83,21 @@ def trial(name: str) -> Iterator[Count]:
         count.lost += 1
         raise
     count.survived += 1
+
+
+def counted() -> dict[str, list[int]]:
+    """All counts as plain numbers."""
+    return {name: list(astuple(count)) for name, count in counts.items()}
+
+
+def add(found: dict[str, list[int]]) -> None:
+    """Count what another process has counted."""
+    for name, (tried, survived, lost, again) in found.items():
+        count = counts.setdefault(name, Count())
+        count.tried += tried
+        count.survived += survived
+        count.lost += lost
+        count.again = max(count.again, again)
 
 
 def table() -> str:

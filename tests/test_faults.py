@@ -116,7 +116,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         out=str(place / "reference"),
         estimator="weight",
         rule="rms+momentum(window=3)",
-        max_forwards=16,
+        max_forwards=12,
         eval_every=6,
         test_size=4,
         validation_size=4,
@@ -183,7 +183,7 @@ def test_stopped_at_a_random_instant(bench: Bench, much: int, number: signal.Sig
 @few_or_all(17, 1)
 def test_killed_before_each_operation(bench: Bench, much: int) -> None:
     listed = bench.zygote.run(bench.new(), Fault("list")).operations
-    assert len(listed) > 60
+    assert len(listed) > 40
     for number in range(1, len(listed) + 1, much):
         inside = "/snapshots" in listed[number - 1][1]
         cut = bench.new()
