@@ -16,11 +16,11 @@ from justforward.errors import UserError
 
 
 def test_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     each, some, never = Pace(0.0), Pace(5.0), Pace(math.inf)
     seen = []
-    for now in (100.0, 103.0, 105.0, 109.9, 110.0, 1e9):
+    for clock[0] in (100.0, 103.0, 105.0, 109.9, 110.0, 1e9):
         seen.append((each.due(), some.due(), never.due()))
     assert seen == [(True, due, False) for due in (False, False, True, False, True, True)]
 
@@ -56,7 +56,9 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     with path.open() as first, path.open() as second:
         assert claim(first)
         assert not claim(second)
-        with pytest.raises(UserError, match=r"log: another process.*: stop it or close\(\) it first"):
+        with pytest.raises(
+            UserError, match=r"log: another process.*: stop it or close\(\) it first"
+        ):
             hold(second, path)
         fcntl.flock(first, fcntl.LOCK_UN)
         hold(second, path)

@@ -221,6 +221,8 @@ def test_config_comes_back(folder: RunFolder) -> None:
         (b"model: m\ndata: d\ntask: sst2\n", "incomplete: template or labels are missing"),
         (b"model: m\ndata: d\ntemplate: t\nlabels: a=b,c=d\nlr: .nan", "config.yaml: --lr is nan"),
         (b"!!python/object/apply:os.getcwd []\n", "cannot be read: could not determine"),
+        (b"lr: " + b"9" * 5000, "cannot be read: Exceeds the limit"),
+        (b"[" * 2000, "cannot be read: maximum recursion depth"),
     ],
 )
 def test_config_refused(folder: RunFolder, content: bytes, said: str) -> None:
@@ -231,7 +233,7 @@ def test_config_refused(folder: RunFolder, content: bytes, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b"[" * 100000])
 def test_objects_refused(folder: RunFolder, content: bytes) -> None:
     for name, read in (
         ("environment.json", folder.read_environment),

@@ -239,7 +239,7 @@ class RunFolder:
         """
         try:
             values = yaml.safe_load(self._config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             said = " ".join(str(error).split())
             raise UserError(f"{self._config}: cannot be read: {said}") from error
         names = {field.name for field in fields(TrainConfig)}
@@ -328,7 +328,7 @@ class RunFolder:
                 for name in ("step", "forwards", "seconds", *_NUMBERS[metric["kind"]]):
                     metric[name] = metric[name] + 0  # a number
                 metrics.append(metric)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{self._metrics}:{number}: damaged: {line[:60]!r}: remove the line"
                 ) from error
@@ -380,7 +380,7 @@ def value_of(metric: Metric) -> float:
 def _read_object(path: Path, needed: dict[str, Any]) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")
