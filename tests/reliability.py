@@ -100,12 +100,16 @@ def add(found: dict[str, list[int]]) -> None:
         count.again = max(count.again, again)
 
 
-def table() -> str:
+def table(before: dict[str, tuple[int, int, int, int]]) -> str:
     """The page.
 
+    Args:
+        before: figures of faults that were not tried in this session, which may be a part of the suite.
+
     Raises:
-        KeyError: a fault was not tried in this session.
+        KeyError: a fault was never tried.
     """
+    known = {name: Count(*figures) for name, figures in before.items()} | counts
     lines = [
         "# Faults tried, survived, data lost",
         "",
@@ -126,9 +130,9 @@ def table() -> str:
             "|---|---|---|---|---|---|",
         ]
         for name, how in rows.items():
-            c = counts[name]
+            c = known[name]
             lines.append(f"| {name} | {how} | {c.tried} | {c.survived} | {c.lost} | {c.again} |")
-    every = [counts[name] for rows in SECTIONS.values() for name in rows]
+    every = [known[name] for rows in SECTIONS.values() for name in rows]
     tried, survived, lost = (
         sum(getattr(c, n) for c in every) for n in ("tried", "survived", "lost")
     )
@@ -144,4 +148,5 @@ def read_table(text: str) -> dict[str, tuple[int, int, int, int]]:
 
 def write(path: Path) -> None:
     """Write the page of this session."""
-    path.write_text(table(), encoding="utf-8")
+    before = read_table(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(table(before), encoding="utf-8")

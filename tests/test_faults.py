@@ -38,9 +38,15 @@ from reliability import trial
 SLOW = pytest.mark.slow
 
 
-def few_or_all(few: Any, every: Any) -> Any:
-    """Parametrised by how much is tried: by default, and by `make faults`."""
-    return pytest.mark.parametrize("much", [few, pytest.param(every, marks=SLOW)])
+def few_or_all(few: Any, *every: Any) -> Any:
+    """Parametrised by how much is tried: by default, and by `make faults`, which shares it out."""
+    return pytest.mark.parametrize(
+        "much", [few, *(pytest.param(some, marks=SLOW) for some in every)]
+    )
+
+
+# Each operation of a run: by default one of some, else all of them.
+OPERATIONS = few_or_all((23, 7), *((6, first) for first in range(6)))
 
 
 # ------------------------------------------------------------------------------------ runs of the command
@@ -138,10 +144,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         yield Bench(config, made, result["fingerprint"], timed.seconds)
 
 
-@few_or_all(2, 50)
-def test_killed_at_a_random_instant(bench: Bench, much: int) -> None:
-    dealt, killed = random.Random(much), 0
-    while killed < much:
+@few_or_all((2, 0), *((10, seed) for seed in range(1, 6)))
+def test_killed_at_a_random_instant(bench: Bench, much: tuple[int, int]) -> None:
+    dealt, killed = random.Random(much[1]), 0
+    while killed < much[0]:
         cut = bench.new()
         ended = bench.zygote.run(
             cut, Fault("signal", signal.SIGKILL, after=dealt.uniform(0.0, bench.seconds))
@@ -159,7 +165,7 @@ def test_killed_at_a_random_instant(bench: Bench, much: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-@few_or_all(1, 20)
+@few_or_all(1, 10)
 def test_stopped_at_a_random_instant(bench: Bench, much: int, number: signal.Signals) -> None:
     dealt, stopped = random.Random(much), 0
     while stopped < much:
@@ -180,11 +186,11 @@ def test_stopped_at_a_random_instant(bench: Bench, much: int, number: signal.Sig
             bench.check(cut, ended, count)
 
 
-@few_or_all(17, 1)
-def test_killed_before_each_operation(bench: Bench, much: int) -> None:
+@OPERATIONS
+def test_killed_before_each_operation(bench: Bench, much: tuple[int, int]) -> None:
     listed = bench.zygote.run(bench.new(), Fault("list")).operations
     assert len(listed) > 40
-    for number in range(1, len(listed) + 1, much):
+    for number in range(1 + much[1], len(listed) + 1, much[0]):
         inside = "/snapshots" in listed[number - 1][1]
         cut = bench.new()
         with trial(
@@ -196,12 +202,14 @@ def test_killed_before_each_operation(bench: Bench, much: int) -> None:
             bench.check(cut, ended, count)
 
 
-@few_or_all(23, 1)
+@OPERATIONS
 @pytest.mark.parametrize("kind", ["fail", "stay"])
-def test_a_disk_that_fails_at_each_operation(bench: Bench, much: int, kind: str) -> None:
+def test_a_disk_that_fails_at_each_operation(
+    bench: Bench, much: tuple[int, int], kind: str
+) -> None:
     """ENOSPC comes once, EROFS stays."""
     name = "disk full at each operation" if kind == "fail" else "read-only from each operation on"
-    number, code = 1, errno.ENOSPC if kind == "fail" else errno.EROFS
+    number, code = 1 + much[1], errno.ENOSPC if kind == "fail" else errno.EROFS
     while True:
         cut = bench.new()
         ended = bench.zygote.run(cut, Fault(kind, number, code))
@@ -220,7 +228,7 @@ def test_a_disk_that_fails_at_each_operation(bench: Bench, much: int, kind: str)
                 assert last.startswith("error: "), ended.said
                 assert os.strerror(code) in last
             bench.check(cut, ended, count)
-        number += much
+        number += much[0]
 
 
 @few_or_all([1500], [0, 1, 10, 100, 500, 900, *range(1000, 3000, 150)])
@@ -656,5 +664,5 @@ def test_a_trial_that_fails_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("else")
     assert reliability.counts["a second writer"] == reliability.Count(3, 1, 1)
     with pytest.raises(KeyError):
-        reliability.table()
+        reliability.table({})
     assert json.dumps(reliability.read_table("| a | b | 3 | 1 | 1 | 0 |")) == '{"a": [3, 1, 1, 0]}'
