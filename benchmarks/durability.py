@@ -48,7 +48,7 @@ def main() -> None:
             writer = Writer.create(place / f"{pace}", read_log(place / "log").header)
             writer.pace = Pace(pace)
             for index in range(APPENDS):
-                writer.append(Step(index, (1e-3,)))
+                writer.append(Step(index, (0.5,)))
             writer.close()
             (place / f"{pace}").unlink()
 

@@ -251,7 +251,9 @@ def _restored(
     try:
         found.restore(weights, course, log.steps)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{found.path}: cannot be read: {error}: remove this folder") from error
+        raise UserError(
+            f"{found.path}: cannot be read: {error}: try again, or remove this folder"
+        ) from error
     return found.step
 
 
