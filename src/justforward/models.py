@@ -21,7 +21,7 @@ import torch
 
 from justforward.errors import UserError
 from justforward.kept import cache_folder, whole_folder
-from justforward.mapped import build, read_header
+from justforward.mapped import build, check_header, read_header
 from justforward.quantised import quantising, settle
 from justforward.sources import PACKAGED, check_source
 from justforward.stored import FORMATS, as_stored, compute_model_wide, packed_in, refuse_packed
@@ -409,6 +409,7 @@ def _converted(gguf: Path, notify: Callable[[str], None] | None, dtype: str) -> 
     folder = _folder_for(gguf, dtype)
     if folder.is_dir():
         return folder
+    check_header(gguf)
     if dtype == STORED:
         if notify is not None:
             notify(
