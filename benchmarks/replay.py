@@ -15,10 +15,11 @@ import torch
 from _timing import Table, arguments
 
 import justforward as jf
+from justforward.course import Course
 from justforward.directions import FAMILIES, Weights
 from justforward.models import load_model
 from justforward.playback import apply_steps
-from justforward.trajectory import Course, Step
+from justforward.trajectory import Step
 
 
 def main() -> None:

@@ -46,6 +46,30 @@ CORPUS = [
 ] * 4
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", type=Path, help="write the table of the fault suite there")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    page = session.config.getoption("--reliability")
+    if page is not None:
+        import reliability
+
+        there = getattr(session.config, "workeroutput", None)  # a process of xdist's
+        if there is not None:
+            there["faults"] = reliability.counted()
+        else:
+            reliability.write(page)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """What was counted in a process of xdist's is counted here, too."""
+    import reliability
+
+    reliability.add(getattr(node, "workeroutput", {}).get("faults", {}))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real: loads the packaged SmolLM2 (half a gigabyte)")
 

@@ -100,7 +100,7 @@ def test_train_eval_replay_inspect(
     assert (trained["forwards"], trained["steps"]) == (20, 10)
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "environment.json", "trajectory.jfl", "metrics.jsonl", "seen.txt",
-        "result.json", "plot.png",
+        "result.json", "plot.png", ".lock",
     }  # fmt: skip
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert json.loads((out / "result.json").read_text()) == trained
@@ -616,3 +616,27 @@ def test_defaults_are_those_of_the_dataclass() -> None:
     given = cli.parser().parse_args(argv)["train"].as_dict()
     given.pop("config")
     assert TrainConfig(**given) == TrainConfig("m", "d", "o", template="t", labels="l")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("? [a]\n: b\n", "c.yaml:1: not YAML: found unhashable key"),
+        ("labels: {? [a] : b}\n", "c.yaml:1: not YAML: found unhashable key"),
+        ("labels: &a {b: *a}\n", "c.yaml: a mapping holds itself: write it out"),
+        ("seed: " + "9" * 5000, "c.yaml: not YAML: Exceeds the limit"),
+        ("labels: " + "[" * 2000, "c.yaml: not YAML: maximum recursion depth"),
+    ],
+)
+def test_yaml_beyond_all_measure(run: Run, tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    assert said in error(run("train", "--config", path))
+
+
+def test_ctrl_c_before_anything_is_begun(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parser", stop)
+    assert run("train", "--help") == (130, "", "stopped\n")

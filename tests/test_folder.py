@@ -37,6 +37,7 @@ CONFIG = resolved(
 def folder(tmp_path: Path) -> RunFolder:
     made = RunFolder(tmp_path / "a" / "run")
     made.make()
+    made.unlock()
     return made
 
 
@@ -135,6 +136,19 @@ def test_unmake_takes_back_what_make_made(tmp_path: Path) -> None:
     assert (tmp_path / "old").is_dir()
 
 
+def test_tidy_removes_what_a_kill_leaves(folder: RunFolder) -> None:
+    folder.write_config(CONFIG)
+    (folder.snapshots / "step-00000003").mkdir(parents=True)
+    before = names(folder.path)
+    (folder.path / ".config.yaml.tmp").touch()
+    (folder.path / ".trajectory.jfl.rewound").touch()
+    (folder.snapshots / ".step-00000006.1.2.tmp").mkdir()
+    (folder.snapshots / ".step-00000006.1.2.tmp" / "part").touch()
+    folder.tidy()
+    assert names(folder.path) == before
+    assert ".lock" in before
+
+
 def test_make_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mkdir = Path.mkdir
 
@@ -157,7 +171,7 @@ def test_one_session_at_a_time(folder: RunFolder) -> None:
         other.lock()
     folder.unlock()
     other.lock()
-    with folder.log.open("rb") as file, pytest.raises(BlockingIOError):
+    with (folder.path / ".lock").open("rb") as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     other.unlock()
     other.unlock()
@@ -207,6 +221,8 @@ def test_config_comes_back(folder: RunFolder) -> None:
         (b"model: m\ndata: d\ntask: sst2\n", "incomplete: template or labels are missing"),
         (b"model: m\ndata: d\ntemplate: t\nlabels: a=b,c=d\nlr: .nan", "config.yaml: --lr is nan"),
         (b"!!python/object/apply:os.getcwd []\n", "cannot be read: could not determine"),
+        (b"lr: " + b"9" * 5000, "cannot be read: Exceeds the limit"),
+        (b"[" * 2000, "cannot be read: maximum recursion depth"),
     ],
 )
 def test_config_refused(folder: RunFolder, content: bytes, said: str) -> None:
@@ -217,7 +233,7 @@ def test_config_refused(folder: RunFolder, content: bytes, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b"[" * 100000])
 def test_objects_refused(folder: RunFolder, content: bytes) -> None:
     for name, read in (
         ("environment.json", folder.read_environment),

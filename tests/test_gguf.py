@@ -622,3 +622,13 @@ def test_files_that_cannot_be_used(asked: Any, tmp_path: Path, monkeypatch: pyte
     other = write_gguf(make_large("qwen2"), tmp_path / "other.gguf", ["Q4_0"])
     monkeypatch.setattr(mapped, "_otherwise", lambda: {"qwen2"})
     refused("--quantize is 'gguf': transformers converts 'qwen2' in a way of its own", other)
+
+
+def test_a_count_beyond_the_file_is_found_before_it_is_believed(tmp_path: Path) -> None:
+    """gguf's reader would go on until memory is used up."""
+    path = tmp_path / "many.gguf"
+    head = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
+    key = (1).to_bytes(8, "little") + b"k" + (9).to_bytes(4, "little") + bytes(4)
+    path.write_bytes(head + key + (1 << 60).to_bytes(8, "little"))
+    with pytest.raises(UserError, match=r"many\.gguf: the \.gguf is cut short or damaged"):
+        load_model(str(path), quantize="gguf")

@@ -444,13 +444,13 @@ def test_the_faster_of_two_conversions_wins(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    old, new = tmp_path / ".out.1.1.tmp", tmp_path / ".out.2.2.tmp"
+    old, new = tmp_path / ".out.99999999.1.tmp", tmp_path / ".out.99999998.2.tmp"
     old.mkdir()
     new.mkdir()
     os.utime(old, (0, 0))
     with kept.whole_folder(tmp_path / "out") as temporary:
         (temporary / "x").write_text("x")
-    assert sorted(os.listdir(tmp_path)) == [".out.2.2.tmp", "out"]
+    assert sorted(os.listdir(tmp_path)) == [".out.99999998.2.tmp", "out"]
 
 
 @pytest.mark.real

@@ -27,6 +27,7 @@ API = Path(__file__).with_name("api.txt")
 # A room may import those before it, never those after it.
 ROOMS = [
     "errors",
+    "durable",
     "interrupts",
     "noise",
     "pool",
@@ -39,6 +40,7 @@ ROOMS = [
     "rules",
     "variants",
     "trajectory",
+    "course",
     "moments",
     "playback",
     "estimators",
@@ -87,6 +89,7 @@ ROOMS = [
     "settings",
     "schedules",
     "folder",
+    "snapshots",
     "tuners",
     "probe",
     "deep",
@@ -98,6 +101,7 @@ ROOMS = [
     "starting",
     "spared",
     "feed",
+    "outcome",
     "session",
     "run",
     "rebuild",
@@ -134,6 +138,7 @@ CORE_NEEDS = {
 }  # numba's and torch's own, the last two
 TORCH_FREE = {
     "errors",
+    "durable",
     "interrupts",
     "rules",
     "variants",

@@ -96,12 +96,13 @@ def test_plot_of_a_run(finished: tuple[RunFolder, dict[str, Any]]) -> None:
     folder, _ = finished
     plot(folder)
     assert png_size(folder.plot) == (840, 672)
-    assert not list(folder.path.glob(".*"))
+    assert not list(folder.path.glob(".*.*"))
 
 
 def test_plot_of_what_there_is(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.make()
+    folder.unlock()
     config = TrainConfig("m", "d.csv", str(folder.path), template="{text} It was", labels="a=b,c=d")
     folder.write_config(resolved(config))
     plot(folder.path)  # nothing yet
@@ -134,7 +135,7 @@ def test_plot_that_cannot_be_written(
     with pytest.raises(UserError, match=r"plot\.png: cannot be written: No space left on device"):
         plot(folder)
     assert folder.plot.read_bytes() == before
-    assert not list(folder.path.glob(".*"))
+    assert not list(folder.path.glob(".*.*"))
 
 
 # ------------------------------------------------------------------------------------------ inspect
@@ -191,6 +192,7 @@ def test_inspect_a_run_that_was_cut_short(
     source, _ = finished
     folder = RunFolder(tmp_path / "run")
     folder.make()
+    folder.unlock()
     for name in ("config.yaml", "environment.json"):
         (folder.path / name).write_bytes((source.path / name).read_bytes())
     raw = source.log.read_bytes()

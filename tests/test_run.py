@@ -1,21 +1,17 @@
 """Training: learns, stops when told, chooses without the test rows, goes on to the same bits.
 
-Runs are tiny and in this process; only what a SIGKILL leaves behind is tried in processes of its own.
+Runs are tiny and in this process; what a SIGKILL leaves behind is tried in test_faults.py.
 """
 
 from __future__ import annotations
 
 import gc
 import io
-import json
 import os
 import random
 import re
 import resource
-import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +24,7 @@ import torch
 
 import justforward as jf
 from justforward import folder as folder_module
-from justforward import prepare
+from justforward import prepare, session
 from justforward.config import TrainConfig
 from justforward.data import read_examples
 from justforward.errors import NonFiniteLoss, UserError
@@ -137,6 +133,7 @@ def test_the_folder(config: TrainConfig) -> None:
     folder = RunFolder(config.out)
     assert set(contents(config.out)) == {
         "config.yaml", "environment.json", "trajectory.jfl", "metrics.jsonl", "seen.txt", "result.json",
+        ".lock",
     }  # fmt: skip
     kept = folder.read_config()
     assert kept == resolved(replace(config, test_size=12, validation_size=6))
@@ -650,144 +647,6 @@ def test_a_damaged_folder_is_refused_by_name(config: TrainConfig) -> None:
         go(replace(config, resume=True))
 
 
-# ------------------------------------------------------------------------------------- SIGKILL anywhere
-
-ZYGOTE = """
-import json, os, signal, sys, time
-from justforward import report
-from justforward.cli import main
-
-report.plot = lambda run: None
-
-def events(place, number):
-    # dies when the n-th file of the run is about to be opened, renamed, made or removed
-    count = 0
-    def hook(event, arguments):
-        nonlocal count
-        if event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.truncate"):
-            return
-        if isinstance(arguments[0], (str, os.PathLike)) and str(arguments[0]).startswith(place):
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
-
-os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-for line in sys.stdin:
-    case = json.loads(line)
-    child = os.fork() if case["kill"] else 0
-    if child:
-        kind, value = case["kill"]
-        if kind == "after":
-            time.sleep(value)
-            os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    else:
-        if case["kill"] and case["kill"][0] == "event":
-            events(case["place"], case["kill"][1])
-        status = main(case["argv"])
-        if case["kill"]:
-            os._exit(status)
-    print(status, file=answers, flush=True)
-"""
-
-
-@contextmanager
-def killer() -> Iterator[Callable[..., int]]:
-    """`run(config, kill)` in a child of a process that has everything loaded; its exit code.
-
-    Without `kill` the run is in that process itself, which warms it up.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-c", ZYGOTE],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    pipes = process.stdin, process.stdout
-
-    def run(config: TrainConfig, kill: tuple[str, float] | None = None) -> int:
-        argv = ["train", "--out", config.out]
-        if config.resume:
-            argv += ["--resume"]
-        else:
-            labels = ",".join(f"{k}={v}" for k, v in dict(config.labels).items())  # type: ignore[arg-type]
-            for name in (
-                "model",
-                "data",
-                "template",
-                "max_forwards",
-                "eval_every",
-                "lr",
-                "threads",
-                "start",
-                "patience",
-            ):
-                argv += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-            argv += ["--labels", labels, "--estimator", config.estimator]
-        case = {"argv": argv, "kill": kill, "place": config.out}
-        print(json.dumps(case), file=pipes[0], flush=True)
-        return int(pipes[1].readline())
-
-    try:
-        yield run
-    finally:
-        pipes[0].close()
-        process.wait(60)
-        pipes[1].close()
-
-
-NEVER = ("event", 0)
-
-
-def test_killed_anywhere(config: TrainConfig) -> None:
-    config = replace(config, estimator="weight")
-    result = go(config)
-    reference = in_order(timeless(config))
-    dealt = random.Random(5)
-    with killer() as run:
-        warm = elsewhere(config, "warm")
-        assert run(warm) == 0
-        assert RunFolder(warm.out).read_result() is not None
-        kills = [("event", n) for n in (1, 4, 8, 11, 13, 15, 16, 17, 19, 22, 28)]
-        kills += [("after", dealt.uniform(0.02, 0.2)) for _ in range(2)]
-        begun = 0
-        for number, kill in enumerate(kills):
-            cut = elsewhere(config, f"kill{number}")
-            run(cut, kill)
-            folder = RunFolder(cut.out)
-            if not folder.path.exists():
-                continue
-            whole = all(
-                (folder.path / name).exists() for name in ("environment.json", "trajectory.jfl")
-            )
-            if not whole:  # killed while the folder was being made
-                assert run(replace(cut, resume=True), NEVER) == 2
-                continue
-            begun += 1
-            resumed = replace(cut, resume=True)
-            if number % 3 == 0:
-                run(resumed, ("event", dealt.randrange(4, 20)))  # and a second time
-            assert run(resumed, NEVER) == 0, kill
-            again = folder.read_result()
-            assert again is not None
-            assert again["fingerprint"] == result["fingerprint"], kill
-            assert again["kept_step"] == result["kept_step"]
-            lines = in_order(timeless(cut))
-            lost = [m for m in reference if m not in lines]
-            assert all(m in reference for m in lines)
-            # a kill between a step's record and its line costs the line, nothing else
-            assert len(lost) <= 2
-            assert all(m["kind"] == "step" for m in lost)
-            shutil.rmtree(folder.path)
-        assert begun >= 8
-
-
 # ------------------------------------------------------------------------------------------- bad input
 
 
@@ -903,11 +762,9 @@ def test_files_that_may_not_grow(config: TrainConfig, samples: int, file: str) -
             assert limit < 1300  # what is written before the first step
             continue
         begun += 1
-        assert not list(Path(cut.out).glob(".*"))
+        assert not list(Path(cut.out).glob(".*.*"))
         assert go(replace(cut, resume=True))["fingerprint"] == result["fingerprint"], limit
-        lost = [m for m in timeless(config) if m not in timeless(cut)]
-        assert len(lost) <= 1  # the line that did not fit
-        assert all(m["kind"] == "step" for m in lost)
+        assert [m for m in timeless(config) if m not in timeless(cut)] == []
     assert begun >= 4
     gc.collect()  # a log that cannot be sealed is closed here
 
@@ -917,3 +774,101 @@ def test_a_read_only_place(config: TrainConfig, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match=r"cannot be made: .* is read-only: choose another --out"):
         go(config)
     assert not Path(config.out).exists()
+
+
+# ----------------------------------------------------------------------------------------- snapshots
+
+
+def test_a_run_goes_on_from_its_snapshot(config: TrainConfig) -> None:
+    result = go(config)
+    cut = elsewhere(config, "cut", snapshot_every=3, keep_snapshots=2)
+    go(cut)
+    folder = RunFolder(cut.out)
+    assert sorted(p.name for p in folder.snapshots.iterdir()) == ["step-00000006", "step-00000009"]
+    folder.log.write_bytes(folder.log.read_bytes()[:-12])
+    (folder.path / "result.json").unlink()
+    part = folder.snapshots / "step-00000009" / "part-00000.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    out = io.StringIO()
+    again = train(replace(cut, resume=True, sync="step"), Progress(out))
+    assert again["fingerprint"] == result["fingerprint"]
+    assert "step-00000009: part-00000.safetensors is damaged" in out.getvalue()
+    assert timeless(cut) == timeless(config)
+
+
+def test_a_snapshot_that_cannot_be_written_does_not_stop_a_run(config: TrainConfig) -> None:
+    result = go(config)
+    largest = max(len(raw) for raw in contents(config.out).values())
+    cut = elsewhere(config, "cut", snapshot_every=5)
+    out = io.StringIO()
+    with files_of_at_most(largest + 500):
+        again = train(cut, Progress(out))
+    assert again["fingerprint"] == result["fingerprint"]
+    assert out.getvalue().count("note: no snapshot of step") == 2
+    assert list(RunFolder(cut.out).snapshots.iterdir()) == []
+
+
+def test_a_rewind_takes_snapshots_back_and_keeps_others_off(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rewind replaces the log: the folder stays locked, and a snapshot of what was taken back is gone."""
+    config = replace(config, max_forwards=12, snapshot_every=1, keep_snapshots=9)
+    seen: list[tuple[bool, list[str]]] = []
+    rewind = session.Session._rewind
+
+    def watched(self: Any, step: int, why: str) -> None:
+        rewind(self, step, why)
+        names = sorted(p.name for p in self.folder.snapshots.iterdir())
+        seen.append((free(config), names))
+
+    monkeypatch.setattr(session.Session, "_rewind", watched)
+    losses = Scorer.losses
+
+    def broken(self: Any, batch: Any) -> Any:
+        out = losses(self, batch)
+        return out * float("nan") if not seen and len(jf.read_log(log).steps) == 4 else out
+
+    log = RunFolder(config.out).log
+    monkeypatch.setattr(Scorer, "losses", broken)
+    go(config)
+    assert seen[0][0] is False
+    assert "step-00000004" not in seen[0][1]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"),
+              RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_memory_that_runs_out_in_a_step(
+    config: TrainConfig, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = go(config)
+    cut = elsewhere(config, "cut")
+
+    def fail() -> None:
+        raise error
+
+    with (
+        at_call(monkeypatch, 6, fail),
+        pytest.raises(UserError, match=r"^out of memory \(.*\): \d steps were taken, .* --resume"),
+    ):
+        go(cut)
+    assert free(cut)
+    assert go(replace(cut, resume=True))["fingerprint"] == result["fingerprint"]
+
+
+def test_a_step_without_its_line_is_taken_again(config: TrainConfig) -> None:
+    result = go(config)
+    folder = RunFolder(config.out)
+    whole = timeless(config)
+    metrics = folder.read_metrics()[0]
+    folder.keep_metrics([m for m in metrics if m["step"] < 10])
+    (folder.path / "result.json").unlink()
+    assert "step 10 has no line in metrics.jsonl: it is taken again" in said(
+        replace(config, resume=True)
+    )
+    assert timeless(config) == whole
+    again = folder.read_result()
+    assert again is not None
+    assert again["fingerprint"] == result["fingerprint"]

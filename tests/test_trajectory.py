@@ -20,7 +20,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from justforward import Step, UserError, noise, read_log, trajectory, verify
-from justforward.trajectory import MAGIC, Course, Log, Writer, rounded
+from justforward.course import Course
+from justforward.durable import Pace
+from justforward.trajectory import MAGIC, Log, Writer, rounded
 
 MOST = 8191
 
@@ -539,7 +541,9 @@ def test_no_space_for_the_seal_leaves_the_log_as_before(tmp_path: Path) -> None:
     with no_file_longer_than(sizes[-1] + 5), pytest.raises(UserError, match="cannot be written"):
         writer.close()
     assert path.stat().st_size == sizes[-1]
-    writer.close()
+    writer.close()  # it is closed already
+    assert not read_log(path).sealed
+    Writer.resume(read_log(path)).close()
     assert read_log(path).sealed
 
 
@@ -547,6 +551,85 @@ def test_no_space_for_the_header_leaves_no_file(tmp_path: Path) -> None:
     with no_file_longer_than(20), pytest.raises(UserError, match="the log cannot be written"):
         Writer.create(tmp_path / "log", HEAD)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    write(path, COURSE[:2], HEAD, seal=False)
+    first = Writer.resume(read_log(path))
+    for second in (Writer.resume, lambda log: Writer.rewind(log, 1)):
+        with pytest.raises(UserError, match="log: another process, or another optimizer of this"):
+            second(read_log(path))
+    first.append(COURSE[2])
+    first.close()
+    assert kept(read_log(path).steps) == kept(COURSE[:3])
+
+
+def test_a_log_that_has_grown_since_it_was_read_is_not_cut(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    write(path, COURSE[:2], HEAD, seal=False)
+    old = read_log(path)
+    writer = Writer.resume(read_log(path))
+    writer.append(COURSE[2])
+    writer.close()
+    with pytest.raises(UserError, match="the log has changed since it was read: try again"):
+        Writer.resume(old)
+    assert kept(read_log(path).steps) == kept(COURSE[:3])
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.0, 3), (3600.0, 0), (math.inf, 0)])
+def test_steps_are_forced_to_the_disk_at_the_pace(
+    seconds: float, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    write(path, COURSE[:1], HEAD, seal=False)
+    writer = Writer.resume(read_log(path))
+    writer.pace = Pace(seconds)
+    forced: list[int] = []
+    monkeypatch.setattr(trajectory.os, "fsync", forced.append)
+    for step in COURSE[1:4]:
+        writer.append(step)
+    assert len(forced) == calls
+    writer.close()  # a clean end always is
+    assert len(forced) == calls + 1
+
+
+def test_a_disk_that_cannot_keep_a_step_leaves_the_log_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(number: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def disk(writer: Writer, size: int) -> None:
+        writer.pace = Pace(0.0)
+        with monkeypatch.context() as broken:
+            broken.setattr(trajectory.os, "fsync", fail)
+            for _ in range(2):
+                with pytest.raises(UserError, match="Input/output error; the step was not taken"):
+                    writer.append(COURSE[4])
+
+    failing_append(tmp_path / "log", disk)
+
+
+def test_a_torn_end_that_cannot_be_cut_off_at_once_is_cut_off_later(tmp_path: Path) -> None:
+    class Stuck(FullDisk):
+        def truncate(self, size: int) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / "log"
+    write(path, COURSE[:4], HEAD, seal=False)
+    writer = Writer.resume(read_log(path))
+    real = writer._file
+    writer._file = Stuck(real, 13)  # type: ignore[assignment]
+    for why in ("No space left", "Input/output error"):
+        with pytest.raises(UserError, match=f"{why}.*; the step was not taken"):
+            writer.append(COURSE[4])
+    assert kept(read_log(path).steps) == kept(COURSE[:4])
+    writer._file = real
+    for step in COURSE[4:]:
+        writer.append(step)
+    writer.close()
+    assert kept(read_log(path).steps) == kept(COURSE)
 
 
 def test_a_log_that_exists_is_refused_and_stays(tmp_path: Path) -> None:

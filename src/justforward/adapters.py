@@ -88,7 +88,7 @@ def load_adapter(
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
             warnings.filterwarnings("error", "Found missing adapter keys")
             adapted: Any = PeftModel.from_pretrained(model, str(folder)).eval()
-    except (*LOAD_ERRORS, UserWarning) as error:
+    except LOAD_ERRORS as error:
         raise UserError(
             f"{folder}: does not fit {base}: {_short(error)}: give the model that it was made from with --base"
         ) from error
@@ -118,7 +118,7 @@ def _check_all_used(adapted: Any, held: set[str], folder: Path, base: str) -> No
 def _settings(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}: copy the folder again") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a JSON object: copy the folder again")

@@ -66,7 +66,7 @@ def kind_of(model: str | None) -> ModelKind:
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
         saved_as = str(config["architectures"][0])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return "causal"  # what is wrong with the folder is said when it is loaded
     return "masked" if saved_as.endswith(("ForMaskedLM", "ForPreTraining")) else "causal"
 
@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[Any, Any]:
         raise UserError(f"{path}: not UTF-8: save the file as UTF-8") from error
     try:
         values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = str(path) if mark is None else f"{path}:{mark.line + 1}"
         said = getattr(error, "problem", None) or " ".join(str(error).split())

@@ -30,7 +30,7 @@ from justforward.config import (
     TasksConfig,
     TrainConfig,
 )
-from justforward.errors import NonFiniteLoss, UserError
+from justforward.errors import NonFiniteLoss, UserError, memory_errors
 
 COMMANDS: dict[str, type[Any]] = {
     "train": TrainConfig,
@@ -184,19 +184,24 @@ def _check_yaml(argv: list[str]) -> None:
         path = path if equals else "".join(argv[place + 1 : place + 2])
         try:
             with open(path, encoding="utf-8") as file:
-                tree = yaml.compose(file, yaml.SafeLoader)
+                text = file.read()
+            tree = yaml.compose(text, yaml.SafeLoader)
+            yaml.safe_load(text)  # which finds keys that are none, and numbers beyond all measure
         except OSError as error:
             raise UserError(f"--config {path}: cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"--config {path}: not UTF-8: save it as UTF-8") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             where = path if mark is None else f"{path}:{mark.line + 1}"
             said = getattr(error, "problem", None) or " ".join(str(error).split())
             raise UserError(f"--config {where}: not YAML: {said}") from error
         if not isinstance(tree, yaml.MappingNode):
             raise UserError(f"--config {path}: not a mapping: write one 'option: value' a line")
-        _check_once(path, tree)
+        try:
+            _check_once(path, tree)
+        except RecursionError:
+            raise UserError(f"--config {path}: a mapping holds itself: write it out") from None
         known = {field.name for field in fields(COMMANDS[command])}
         for key, _ in tree.value:
             if key.value not in known:
@@ -324,8 +329,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        _say("stopped")
+        return 130
     try:
-        return _run(command, config, source)
+        with memory_errors(
+            lambda: "free memory, or use smaller batches; 'justforward fits MODEL' says what fits"
+        ):
+            return _run(command, config, source)
     except UserError as error:
         _say(f"error: {error}")
         return 2

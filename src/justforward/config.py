@@ -24,6 +24,7 @@ FITTED = (*PROBED, "last")  # something is fitted to training rows before the fi
 Prompting = Literal["both", "with", "without"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["int8", "bnb8", "bnb4", "gguf"]
+Sync = float | Literal["step", "end"]
 DeviceKind = Literal["cpu", "gpu"]
 Method = Literal["zero-shot", "icl", "probe", "first-order"]
 
@@ -38,6 +39,9 @@ FREE = (
     "cache",
     "cache_gb",
     "offload",
+    "sync",
+    "snapshot_every",
+    "keep_snapshots",
     "model",
     "data",
     *NOT_KEPT,
@@ -111,6 +115,9 @@ class TrainConfig:
         split_seed: of the split into train, validation and test (default seed).
         keep: the step to keep: the best in validation (the task's first metric, then loss, then the earliest), or the last (default best, with private last).
         threads: CPU threads (default torch's choice).
+        sync: when log and metrics are forced to the disk, against a failure of the machine: after so many seconds, each "step", or at the "end"; a process that is killed loses nothing of either.
+        snapshot_every: steps between snapshots of the tuned weights in the run folder, so that --resume and replay need not begin at the base (default none: they cost a copy of these weights each, and a replay a fraction of the steps' time).
+        keep_snapshots: how many of the newest are kept.
         resume: continue the run in `out`; what is not given again is taken from there.
         json: print the result as one JSON object, the last line on stdout.
     """
@@ -177,6 +184,9 @@ class TrainConfig:
     split_seed: int | None = None
     keep: Keep | None = None
     threads: int | None = None
+    sync: Sync = 5.0
+    snapshot_every: int | None = None
+    keep_snapshots: int = 2
     resume: bool = False
     json: bool = False
 

@@ -1,6 +1,9 @@
-"""The two errors a user of this package may meet by name."""
+"""The two errors a user of this package may meet by name; memory that ran out as one of them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -24,3 +27,25 @@ class NonFiniteLoss(ArithmeticError):
         self.step = step
         self.loss = loss
         self.where = where
+
+
+@contextmanager
+def memory_errors(said: Callable[[], str]) -> Iterator[None]:
+    """Turns memory that ran out, in Python or in torch on any device, into one line.
+
+    Args:
+        said: where that was, and what to do.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        # torch has a class for devices' memory only
+        if not (
+            isinstance(error, MemoryError)
+            or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in text
+        ):
+            raise
+        first = " ".join(text.split("\n")[0].split()) or "no room left"
+        raise UserError(f"out of memory ({first}): {said()}") from error

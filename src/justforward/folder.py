@@ -8,6 +8,8 @@ metrics.jsonl     one object a step (kind "step", or without a loss "private"), 
                   taken back ("rewind": `step` of `taken` were kept, `lost` forwards were in vain)
 seen.txt          a hash of each row trained or validated on, for `eval --run` on another file
 result.json       the outcome, rewritten whenever a session ends
+snapshots/        weights after some steps, with --snapshot-every (`snapshots`)
+.lock             held by the session at work
 plot.png          loss and accuracy against forwards
 """
 
@@ -28,12 +30,10 @@ import yaml
 
 from justforward.config import NOT_KEPT, TrainConfig
 from justforward.data import Example
+from justforward.durable import Pace, claim, sync_folder
 from justforward.errors import UserError
 from justforward.ranges import check_ranges
 from justforward.settings import kept_values, labels_of
-
-if os.name == "posix":
-    import fcntl
 
 Metric = dict[str, Any]
 
@@ -78,8 +78,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            sync_folder(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def data_hash(path: str | Path) -> str:
@@ -121,18 +123,21 @@ class RunFolder:
         self.log = self.path / "trajectory.jfl"
         self.start = self.path / "start.safetensors"
         self.plot = self.path / "plot.png"
+        self.snapshots = self.path / "snapshots"
         self._config = self.path / "config.yaml"
         self._environment = self.path / "environment.json"
         self._metrics = self.path / "metrics.jsonl"
         self._result = self.path / "result.json"
         self._seen = self.path / "seen.txt"
+        self._locked = self.path / ".lock"
         self._lock: IO[bytes] | None = None
+        self.pace = Pace()  # of metrics.jsonl
         self._made: list[Path] = []
 
     # ------------------------------------------------------------------------------------ making
 
     def make(self) -> None:
-        """Make the folder (and those around it).
+        """Make the folder (and those around it), and lock it.
 
         Raises:
             UserError: it exists or cannot be made.
@@ -142,6 +147,7 @@ class RunFolder:
             for folder in reversed(missing):
                 folder.mkdir()
                 self._made.append(folder)
+                sync_folder(folder.parent)
             if not missing:
                 raise FileExistsError(errno.EEXIST, "it exists")
         except OSError as error:
@@ -149,6 +155,11 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: cannot be made: {error.strerror}: choose another --out"
             ) from error
+        try:
+            self.lock()
+        except BaseException:
+            self.unmake()
+            raise
 
     def unmake(self) -> None:
         """Take back `make`, with all that was written since; no-op on a folder that was there."""
@@ -166,22 +177,36 @@ class RunFolder:
         Raises:
             UserError: another session is at work in it.
         """
-        if os.name != "posix":
-            return
-        self._lock = self.log.open("rb")  # the one file that is never replaced
+        with writing(self._locked):
+            # a file of its own, which nothing replaces: a rewind replaces the log
+            self._lock = self._locked.open("ab")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if claim(self._lock):
+                return
+        except OSError as error:
             self.unlock()
             raise UserError(
-                f"{self.path}: another train is at work in this folder: wait for it or stop it"
-            ) from None
+                f"{self.path}: cannot be locked: {error.strerror}: choose a folder on another file system"
+            ) from error
+        self.unlock()
+        raise UserError(
+            f"{self.path}: another train is at work in this folder: wait for it or stop it"
+        )
 
     def unlock(self) -> None:
         """Let others in."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def tidy(self) -> None:
+        """Remove what a kill has left half-written; whoever holds the lock may."""
+        for left in (*self.path.glob(".*.*"), *self.snapshots.glob(".*")):
+            with contextlib.suppress(OSError):  # it is in nobody's way
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
 
     # ------------------------------------------------------------------- config and environment
 
@@ -215,7 +240,7 @@ class RunFolder:
         """
         try:
             values = yaml.safe_load(self._config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             said = " ".join(str(error).split())
             raise UserError(f"{self._config}: cannot be read: {said}") from error
         names = {field.name for field in fields(TrainConfig)}
@@ -269,7 +294,7 @@ class RunFolder:
     # ----------------------------------------------------------------------------------- metrics
 
     def append_metric(self, metric: Metric) -> None:
-        """Write one line, in one call of the system.
+        """Write one line, in one call of the system; it is forced to the disk at the folder's `pace`.
 
         Raises:
             UserError: no space left, or the like.
@@ -281,6 +306,8 @@ class RunFolder:
             if written != len(line):
                 file.truncate(size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self.pace.due():
+                os.fsync(file.fileno())
 
     def read_metrics(self) -> tuple[list[Metric], int]:
         """All whole lines, and the bytes of a torn last one.
@@ -302,7 +329,7 @@ class RunFolder:
                 for name in ("step", "forwards", "seconds", *_NUMBERS[metric["kind"]]):
                     metric[name] = metric[name] + 0  # a number
                 metrics.append(metric)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{self._metrics}:{number}: damaged: {line[:60]!r}: remove the line"
                 ) from error
@@ -354,7 +381,7 @@ def value_of(metric: Metric) -> float:
 def _read_object(path: Path, needed: dict[str, Any]) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")

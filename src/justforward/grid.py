@@ -456,7 +456,7 @@ def _line_of(source: str, keys: tuple[str, ...]) -> int | None:
     """The line of the last of `keys` that the file has; None where it has none of them."""
     try:
         node: Any = yaml.compose(Path(source).read_text(encoding="utf-8"), yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     line = None
     for key in keys:

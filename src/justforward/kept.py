@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from justforward.durable import is_alive, sync_file, sync_folder
 from justforward.errors import UserError
 
 STALE_SECONDS = 3600.0
@@ -39,8 +40,8 @@ def whole_folder(out: Path, *, keep_existing: bool = False) -> Iterator[Path]:
             mode = temporary.stat().st_mode & 0o666
             for file in temporary.iterdir():
                 file.chmod(mode)  # safetensors writes 0600 whatever the umask says
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+                sync_file(file)
+            sync_folder(temporary)
         except (OSError, SafetensorError) as error:
             said = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise UserError(
@@ -49,6 +50,7 @@ def whole_folder(out: Path, *, keep_existing: bool = False) -> Iterator[Path]:
             ) from error
         try:
             temporary.rename(out)
+            sync_folder(out.parent)
         except OSError as error:
             if not (keep_existing and out.is_dir()):
                 raise UserError(f"{out}: cannot be written: {error.strerror}") from error
@@ -57,8 +59,14 @@ def whole_folder(out: Path, *, keep_existing: bool = False) -> Iterator[Path]:
 
 
 def _remove_stale(out: Path) -> None:
-    """Removes what a killed process left half-written beside `out`."""
+    """Removes what a killed process left half-written beside `out`.
+
+    Of a process that is there, never: a clock that is set forward makes everything old.
+    """
     for left in out.parent.glob(f".{out.name}.*.tmp"):
+        owner = left.name.split(".")[-3]
+        if owner.isdigit() and is_alive(int(owner)):
+            continue
         with contextlib.suppress(FileNotFoundError):  # another process may be removing it too
             if time.time() - left.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)

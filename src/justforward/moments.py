@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from justforward import directions, noise
+from justforward.course import Course
 from justforward.directions import Family, Weights
 from justforward.errors import UserError
 from justforward.moves import Move
 from justforward.rules import Adam, parse
-from justforward.trajectory import Course, Step
+from justforward.trajectory import Step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,9 +84,7 @@ class Moments:
 
     def move(self, step: Step) -> MomentMove:
         """The move of a step; steps must come in order."""
-        lanes = range(len(step.coefficients))
-        own = [noise.direction_seed(self.seed, step.index, lane) for lane in lanes]
-        self.past.append((own, step.coefficients, step.scales))
+        self._remember(step)
         return MomentMove(
             dither=noise.step_seed(self.seed, step.index),
             seeds=np.array([seed for seeds, _, _ in self.past for seed in seeds], np.uint64),
@@ -102,6 +101,16 @@ class Moments:
             rates=np.array(step.rates, np.float32),
         )
 
+    def recall(self, steps: Sequence[Step]) -> None:
+        """Remember steps that the weights (and kept moments) have taken already, in order."""
+        for step in steps[-max(self.rule.window, 1) :]:
+            self._remember(step)
+
+    def _remember(self, step: Step) -> None:
+        lanes = range(len(step.coefficients))
+        own = [noise.direction_seed(self.seed, step.index, lane) for lane in lanes]
+        self.past.append((own, step.coefficients, step.scales))
+
     def apply(
         self,
         weights: Weights,
@@ -111,12 +120,16 @@ class Moments:
     ) -> None:
         """Move the weights by steps, in order, in one pass; `back` and `draws` as for `Weights.update`."""
         moves = [self.move(step) for step in steps]
+        self.keep(weights)
+        self._update(weights, moves, back, draws)
+
+    def keep(self, weights: Weights) -> None:
+        """Make room for moments that are kept, if the rule keeps them and there is none."""
         if self.rule.window == 0 and not self.kept:
             self.kept = [
                 (torch.zeros(t.shape, device=t.device), torch.zeros(t.shape, device=t.device))
                 for t in weights.tensors
             ]
-        self._update(weights, moves, back, draws)
 
     def _update(
         self,

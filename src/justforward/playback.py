@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from justforward import noise
+from justforward.course import Course
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
 from justforward.moments import Moments, compile_kernels, course_of
 from justforward.stored import compute_model_wide, packed_in, plain, stored_dtype
-from justforward.trajectory import Course, Log, Step, read_log
+from justforward.trajectory import Log, Step, read_log
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -192,7 +193,7 @@ def same_records(model: nn.Module, path: str | os.PathLike[str]) -> int:
     log = read_log(path)
     tensors = _tensors_of(model, log, dtypes=False)
     compute_model_wide(model)
-    return _apply_log(tensors, log, log.steps)
+    return apply_steps(*_of_log(tensors, log), log.steps)
 
 
 def replay(model: nn.Module, path: str | os.PathLike[str], steps: int | None = None) -> int:
@@ -210,21 +211,35 @@ def replay(model: nn.Module, path: str | os.PathLike[str], steps: int | None = N
         UserError: the log is damaged, the model is not its base (naming what differs), or it has fewer steps.
     """
     log = read_log(path)
+    check_steps(log, steps)
+    return apply_steps(*at_base(model, log), log.steps[:steps])
+
+
+def check_steps(log: Log, steps: int | None) -> None:
+    """Raise UserError where a log has not so many steps."""
     if steps is not None and not 0 <= steps <= len(log.steps):
         raise UserError(f"{log.path}: has {len(log.steps)} whole steps; {steps} were asked for")
+
+
+def at_base(model: nn.Module, log: Log) -> tuple[Weights, Course | Moments]:
+    """What a log moves, before its first step: the model's weights on their grids, and what turns steps into moves.
+
+    Raises:
+        UserError: as `check_base`.
+    """
     tensors = check_base(model, log)
     compute_model_wide(model)  # as it was for the run
-    return _apply_log(tensors, log, log.steps[:steps])
+    return _of_log(tensors, log)
 
 
-def _apply_log(tensors: Sequence[tuple[str, Tensor]], log: Log, steps: Sequence[Step]) -> int:
+def _of_log(tensors: Sequence[tuple[str, Tensor]], log: Log) -> tuple[Weights, Course | Moments]:
     header = log.header
     groups = [group for *_, group in header["tensors"]]
     family = FAMILIES[header["family"]]
     weights = Weights(tensors, groups, family, header["groups"])
     if weights.compiled:
         compile_kernels(family, header["rule"], *weights.dtypes)
-    return apply_steps(weights, course_of(header["seed"], header["rule"]), steps)
+    return weights, course_of(header["seed"], header["rule"])
 
 
 def apply_steps(weights: Weights, course: Course | Moments, steps: Sequence[Step]) -> int:

@@ -37,6 +37,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "weight_decay": (_not_negative, "finite and at least 0"),
     "temperature": (_not_negative, "finite and at least 0"),
     "lora_alpha": (_positive, "positive and finite"),
+    "sync": (_not_negative, "step, end, or seconds, finite and at least 0"),
     "max_minutes": (_positive, "positive and finite"),
     "target_epsilon": (_positive, "positive and finite"),
     "target_delta": (lambda value: 0 < value < 1, "between 0 and 1"),
@@ -77,6 +78,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
             "last",
             "rows",
             "step_rows",
+            "snapshot_every",
+            "keep_snapshots",
         )
     },
 }
@@ -99,16 +102,22 @@ def check_ranges(config: Any) -> None:
             choice for kind in (hint, *kinds) for choice in get_args(kind) if kind is not dict
         ]
         choices = [choice for choice in choices if isinstance(choice, str)]
-        if choices and value is not None and value not in choices:
+        number = int in kinds or float in kinds
+        if isinstance(value, str) and value in choices:
+            continue
+        if choices and value is not None and not number:
             raise UserError(f"{option} is {value!r}: it must be one of {', '.join(choices)}")
         mapping = isinstance(value, dict) and any(get_origin(kind) is dict for kind in kinds)
         if str in kinds and value is not None and not (mapping or isinstance(value, str)):
             raise UserError(f"{option} is {value!r}: it must be a text")
-        number = int in kinds or float in kinds
         if number and value is not None:
             whole = float not in kinds
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                what = "a whole number" if whole else "a number"
+                what = (
+                    "a whole number"
+                    if whole
+                    else ", ".join((*choices, "or a number" if choices else "a number"))
+                )
                 raise UserError(f"{option} is {value!r}: it must be {what}")
             if field.name in _RANGES:
                 good, allowed = _RANGES[field.name]

@@ -16,13 +16,14 @@ from justforward.hub import HUB
 from justforward.models import load_model, save_model
 from justforward.ondisk import keep_on_disk
 from justforward.playback import fingerprint
-from justforward.playback import replay as replay_log
 from justforward.prepare import read_data, split_rows, use_threads
 from justforward.progress import Progress
 from justforward.published import Published, scored_rows
 from justforward.ranges import check_ranges
 from justforward.schedules import forwards_until
 from justforward.settings import make_task, task_of
+from justforward.snapshots import Snapshots
+from justforward.snapshots import replay as replay_log
 from justforward.tasks import Task
 from justforward.trajectory import read_log
 from justforward.tuners import attach, merged
@@ -81,7 +82,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
     if folder is not None and run is not None:
         step = kept_step(folder, run)
         _offload(model, folder, config.offload)
-        replay_log(model, folder.log, step)
+        replay_log(model, folder.log, step, Snapshots(folder.snapshots, note))
     note(f"scoring {len(rows)} rows of {data} ({_SPLITS[split]})")
     if dropped:
         note(f"{dropped} rows left out: the run was trained or validated on them")
@@ -246,7 +247,7 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
     model = attach(model, tokenizer, run, folder.start)
     clock = time.monotonic()
     _offload(model, folder, config.offload)
-    replay_log(model, folder.log, steps)
+    replay_log(model, folder.log, steps, Snapshots(folder.snapshots, note))
     took = time.monotonic() - clock
     tuned = fingerprint(model)
     save_model(merged(model) if config.merge else model, tokenizer, config.out)

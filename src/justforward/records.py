@@ -116,7 +116,7 @@ class GridFolder:
                 record = json.loads(line)
                 _ = [record[name] for name in _NEEDED]
                 self.records[_key(record)] = record
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{self._results}:{number}: damaged: {line[:60]!r}: remove the line"
                 ) from error
@@ -174,7 +174,7 @@ class GridFolder:
         try:
             before = json.loads(self._environment.read_text(encoding="utf-8"))
             changed = [name for name in now if before.get(name) != now[name]]
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{self._environment}: damaged: {error}: remove the file") from error
         if changed:
             note(

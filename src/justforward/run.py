@@ -33,7 +33,7 @@ from justforward.session import Interrupted, Result, Session
 from justforward.settings import check_same, resolved, task_of
 from justforward.stored import FORMATS
 from justforward.tasks import Task
-from justforward.trajectory import Log, read_log
+from justforward.trajectory import Log, Writer, read_log
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Result:
@@ -90,6 +90,7 @@ def _open(config: TrainConfig, progress: Progress) -> Session | Result:
     else:
         check_same(resolved(old), config, str(folder.path))
         folder.lock()
+        folder.tidy()
     use_threads(config.threads)
     try:
         session = _load(config, task, folder, progress, started)
@@ -143,6 +144,12 @@ def _reopen(
             f"note: the log ends in {log.truncated} bytes of a torn step: continued after step {len(log.steps)}"
         )
     metrics, torn = folder.read_metrics()
+    told = max((m["step"] for m in metrics if m["kind"] == "step"), default=0)
+    # Its loss is in no file, and the guard judges by all of them. A private answer is given once.
+    if told == len(log.steps) - 1 and not config.private:
+        progress.note(f"note: step {told + 1} has no line in metrics.jsonl: it is taken again")
+        Writer.rewind(log, told)
+        log = read_log(folder.log)
     kept = [m for m in metrics if m["kind"] == "rewind" or m["step"] <= len(log.steps)]
     if torn or len(kept) < len(metrics):
         progress.note("note: metrics.jsonl was cut back to the end of the log")

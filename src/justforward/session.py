@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from justforward.budget import budget_of
 from justforward.config import FITTED, TrainConfig
 from justforward.data import Example, Splits
-from justforward.errors import NonFiniteLoss, UserError
+from justforward.durable import Pace, seconds_of
+from justforward.errors import NonFiniteLoss, UserError, memory_errors
 from justforward.evaluate import Evaluation, Scorer
 from justforward.feed import feed
 from justforward.folder import Metric, RunFolder, best_step, value_of
@@ -24,8 +25,8 @@ from justforward.interrupts import Shield
 from justforward.models import load_model
 from justforward.objectives import Objective
 from justforward.ondisk import keep_on_disk
-from justforward.optim import MeZO
-from justforward.playback import fingerprint, replay
+from justforward.outcome import figures, worth_of
+from justforward.playback import fingerprint
 from justforward.prepare import Stop, environment_now, stop_reason
 from justforward.progress import Progress
 from justforward.schedules import (
@@ -36,6 +37,7 @@ from justforward.schedules import (
     validation_due,
 )
 from justforward.settings import variants_of
+from justforward.snapshots import RunOptimizer, Snapshots, replay
 from justforward.spared import Spared
 from justforward.starting import begin, choose_layers, decided
 from justforward.tasks import Task
@@ -90,7 +92,9 @@ class Session:
         self.spared = Spared(self.config, self.progress.note)
         self.budget = budget_of(self.config, len(self.splits.train), self.log)
         self.begun: dict[str, Tensor] = {}  # what was fitted before the first step
-        self.opt: MeZO | None = None
+        self.snapshots = Snapshots(self.folder.snapshots, self.progress.note)
+        self.folder.pace = Pace(seconds_of(self.config.sync))
+        self.opt: RunOptimizer | None = None
         self.parts = 1 if self.log is None else len(self.log.header["groups"])  # parameter groups
         self.steps_taken = 0  # once the optimizer is gone
         self.forwards = 0
@@ -171,7 +175,7 @@ class Session:
                 self.progress.note(f"scoring {len(rows)} {_WHAT[kind]}")
                 found = self._validate() if kind == "validation" else self._evaluate(rows)
                 forwards = 0 if kind == "before" else forwards_until(self.config, 0)
-                self._remember(self._metric(kind, 0, forwards, **_worth(found)))
+                self._remember(self._metric(kind, 0, forwards, **worth_of(found)))
 
     def _repair(self, log: Log) -> None:
         """Score again what the last session did not live to write down."""
@@ -185,7 +189,7 @@ class Session:
             lost = lost_forwards(taken_back, step)
             if step not in have and validation_due(self.config, before + lost, after + lost):
                 assert self.model is not None
-                replay(self.model, log.path, step)
+                replay(self.model, log.path, step, self.snapshots)
                 self._remember(self._validation(step, after + lost))
                 self._load_base()
         for metric in self.metrics[written:]:
@@ -208,8 +212,10 @@ class Session:
             folder.write_config(config)
             keep_start(self.model, config, folder.start, self.begun)
         modified, blocks = variants_of(config)
-        self.opt = MeZO(
+        self.opt = RunOptimizer(
             self.model,
+            snapshots=self.snapshots,
+            sync=seconds_of(config.sync),
             lr=config.lr,
             eps=config.eps,
             estimator=config.estimator,
@@ -233,7 +239,6 @@ class Session:
                 f"of {self.parts} parts: give at least that"
             )
         if self.log is None:
-            folder.lock()
             base = read_log(folder.log).header["base"]
             folder.write_environment(
                 {
@@ -254,8 +259,9 @@ class Session:
         """Take steps until a limit; then keep the best, and score it on the test rows."""
         first = self.steps
         try:
-            self._train(stop)
-            return self._finish()
+            with memory_errors(self._without_memory):
+                self._train(stop)
+                return self._finish()
         except (KeyboardInterrupt, NonFiniteLoss) as error:
             by = "interrupt" if isinstance(error, KeyboardInterrupt) else "non-finite loss"
             result = self._end_early(by)
@@ -275,6 +281,12 @@ class Session:
             self.progress.stop()
             self.spared.close()
             self.folder.unlock()
+
+    def _without_memory(self) -> str:
+        return (
+            f"{self.steps} steps were taken, all of them are in the log: free memory and continue with --resume, "
+            "or start anew with a smaller --batch-size or --eval-batch-size"
+        )
 
     def _train(self, stop: Stop) -> None:
         config = self.config
@@ -299,11 +311,25 @@ class Session:
                     found.step,
                     f"the loss has risen to {found.last:.4f}, from {found.best:.4f} at step {found.step}",
                 )
-            elif validation_due(config, before, self.forwards):
+                continue
+            self._snapshot()
+            if validation_due(config, before, self.forwards):
                 self._append(self._validation(self.steps, self.forwards))
         if not any(m["step"] == self.steps for m in self.validations):
             self._append(self._validation(self.steps, self.forwards))
         self.progress.stop()
+
+    def _snapshot(self) -> None:
+        every = self.config.snapshot_every
+        if every is None or self.steps % every:
+            return
+        assert self.opt is not None
+        try:
+            self.opt.snapshot(self.config.keep_snapshots)
+        except UserError as error:
+            self.progress.note(
+                f"note: no snapshot of step {self.steps}: {error}: the run goes on, its log is enough to continue from"
+            )
 
     def _step(self) -> float:
         """One step and its line; its loss."""
@@ -346,6 +372,7 @@ class Session:
         with Shield():  # if only the first is done, the very same rewind follows again
             Writer.rewind(read_log(self.folder.log), step)
             self.folder.keep_metrics(self.metrics)
+            self.snapshots.forget(step)
         self.progress.note(
             f"{why}: back to step {step} of {taken}, at {rate_factor(self.metrics):g} of the learning rate"
         )
@@ -360,7 +387,7 @@ class Session:
         except UserError as error:
             raise UserError(f"step {step}: {error}, or start again with a lower --lr") from error
         self.progress.validation(forwards, found.metric, found.value, found.loss)
-        worth = _worth(found)
+        worth = worth_of(found)
         if self.budget is not None:
             self.progress.note(self.budget.spell(step))
             worth["epsilon"] = self.budget.spent(step)
@@ -379,7 +406,7 @@ class Session:
             self.opt, self.steps_taken = None, steps
             self._load_base(rows=False)
             assert self.model is not None
-            replay(self.model, self.folder.log, kept)
+            replay(self.model, self.folder.log, kept, self.snapshots)
         self.progress.note(
             f"scoring {len(self.splits.test)} test rows with the model of step {kept}"
         )
@@ -413,33 +440,11 @@ class Session:
         return result
 
     def _so_far(self, status: str, by: str, steps: int) -> Result:
-        before = next((m for m in self.metrics if m["kind"] == "before"), None)
-        objective = self.config.objective
-        best = best_step(self.validations, steps)
         return {
             "status": status,
             "stopped_by": by,
-            "metric": self.task.metric if objective == "loss" else objective,
-            "before_accuracy": before["accuracy"] if before else None,
-            "before_loss": before["loss"] if before else None,
-            "before_value": value_of(before) if before else None,
-            "validation_accuracy": best["accuracy"] if best else None,
-            "validation_loss": best["loss"] if best else None,
-            "validation_value": value_of(best) if best else None,
-            "best_step": best["step"] if best else None,
-            "steps": steps,
-            "forwards": forwards_until(self.config, steps, self.parts)
-            + lost_forwards(self.metrics),
-            "rewinds": len(rewinds(self.metrics)),
+            **figures(self.config, self.task, self.splits, self.metrics, steps, self.parts),
             "seconds": round(self.seconds, 3),
-            "train_seconds": round(sum(m.get("step_seconds", 0.0) for m in self.metrics), 3),
-            "rows": {
-                "train": len(self.splits.train),
-                "validation": len(self.splits.validation),
-                "test": len(self.splits.test),
-                "duplicates": self.splits.duplicates,
-                "conflicts": self.splits.conflicts,
-            },
             "privacy": self.budget.so_far() if self.budget else None,
             "log_bytes": self.folder.log.stat().st_size,
             "out": str(self.folder.path),
@@ -486,12 +491,6 @@ class Session:
         return stop_reason(
             self.config, self.steps, self.forwards, self.seconds, self.validations, self.parts
         )
-
-
-def _worth(found: Evaluation) -> dict[str, float]:
-    """What a line of metrics.jsonl says of an evaluation."""
-    worth = {"accuracy": found.accuracy, "loss": found.loss}
-    return worth if found.metric == "accuracy" else {**worth, "value": found.value}
 
 
 _WHAT = {"before": "test rows, for the figure before", "validation": "validation rows"}

@@ -181,7 +181,7 @@ def _stand_in(name: str, raw: dict[str, Any], reason: str) -> Plan:
 def _raw(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"{file}: cannot be read: {said}: copy it again") from error
     if not isinstance(found, dict):

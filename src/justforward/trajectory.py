@@ -16,24 +16,23 @@ steps and at most one torn one.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
 import struct
 import zlib
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from justforward import noise
-from justforward.directions import Weights
+from justforward.durable import Pace, hold, sync_folder
 from justforward.errors import UserError
-from justforward.moves import Move
 from justforward.rules import parse
 
 MAGIC = b"JFLOG 1\n"
@@ -97,66 +96,6 @@ class Step:
     forwards: int = 0
     norms: tuple[float, ...] = ()
     rates: tuple[float, ...] = ()
-
-
-@dataclass
-class Course:
-    """Turns steps into moves: knows the run's seed and momentum, remembers the window of past coefficients."""
-
-    seed: int
-    beta: float = 0.0
-    window: int = 1
-    past: deque[tuple[list[int], tuple[float, ...]]] = field(default_factory=deque)
-
-    def move(self, step: Step) -> Move:
-        """The move of a step; steps must come in order."""
-        lanes = range(len(step.coefficients))
-        own = [noise.direction_seed(self.seed, step.index, lane) for lane in lanes]
-        self.past.appendleft((own, step.coefficients))
-        while len(self.past) > self.window:
-            self.past.pop()
-        seeds: list[int] = []
-        values: list[float] = []
-        # Oldest first: the newest direction is last, where `Weights.update` looks for the one to come back from.
-        for age, (past_seeds, coefficients) in reversed(list(enumerate(self.past))):
-            seeds.extend(past_seeds)
-            values.extend(c * self.beta**age for c in coefficients)
-        scales = np.array(step.scales, np.float32)[:, None]
-        return Move(
-            dither=noise.step_seed(self.seed, step.index),
-            seeds=np.array(seeds, np.uint64),
-            coefficients=np.array(values, np.float32)[None] * scales,
-            decays=np.array(step.decays, np.float32),
-        )
-
-    def check(self, step: Step) -> None:
-        """Raise UserError if the step is one of a rule with moments, whose coefficients are no moves."""
-        if step.rates:
-            raise UserError(
-                f"step {step.index} has rates: it was estimated by a rule with moments, which this one has not"
-            )
-
-    def apply(
-        self,
-        weights: Weights,
-        steps: Sequence[Step],
-        back: Sequence[float] | None = None,
-        draws: Sequence[tuple[Any, ...]] | None = None,
-    ) -> None:
-        """Move the weights by steps, in order; `back` and `draws` as for `Weights.update`."""
-        # What was drawn are one step's own directions: momentum brings older ones.
-        weights.update(
-            [self.move(step) for step in steps], back, draws if self.window == 1 else None
-        )
-
-    def state(self) -> list[Any]:
-        """All it remembers, for `restore`."""
-        return list(self.past)
-
-    def restore(self, state: Sequence[Any]) -> None:
-        """Remember what another one's `state` gave."""
-        self.past.clear()
-        self.past.extend((list(seeds), tuple(coefficients)) for seeds, coefficients in state)
 
 
 class _Words:
@@ -276,7 +215,7 @@ def read_log(path: str | os.PathLike[str]) -> Log:
             f"{file}: not a justforward log (it does not start with {MAGIC[:6].decode()!r})"
         )
     if MAGIC.startswith(raw):
-        raise UserError(f"{file}: the header is cut short: the log cannot be used")
+        raise UserError(f"{file}: the header is cut short: there is no step in it: remove it")
     if not raw.startswith(MAGIC):
         version = raw[6:16].split(b"\n")[0].decode("latin-1")
         raise UserError(
@@ -293,10 +232,12 @@ def _read_header(file: Path, raw: bytes) -> tuple[dict[str, Any], int]:
     length = struct.unpack("<I", raw[len(MAGIC) : start])[0] if len(raw) >= start else 0
     end = start + length
     if len(raw) < end + 4 or length == 0:
-        raise UserError(f"{file}: the header is cut short or damaged: the log cannot be used")
+        raise UserError(
+            f"{file}: the header is cut short or damaged: the log cannot be used: if it was longer, restore it from a copy"
+        )
     if zlib.crc32(raw[:end]) != struct.unpack("<I", raw[end : end + 4])[0]:
         raise UserError(
-            f"{file}: the header is damaged (its checksum differs): the log cannot be used"
+            f"{file}: the header is damaged (its checksum differs): the log cannot be used: restore it from a copy"
         )
     try:
         header = json.loads(zlib.decompress(raw[start:end]))
@@ -361,7 +302,7 @@ def _read_steps(file: Path, raw: bytes, at: int, words: _Words) -> tuple[list[St
                     break
                 if (data[first] >> 6, data[first + 1] >> 6) != (before >> 16, before & 0xFFFF):
                     raise UserError(
-                        f"{file}: damaged before byte {at + 4 * first}: the seal differs: the log cannot be used"
+                        f"{file}: damaged before byte {at + 4 * first}: the seal differs: the log cannot be used: restore it from a copy"
                     )
                 good, sealed = at + 4 * place, place == total and (len(raw) - at) % 4 == 0
                 kept = (words.state, words.count, words.groups)
@@ -382,18 +323,40 @@ def _read_steps(file: Path, raw: bytes, at: int, words: _Words) -> tuple[list[St
 
 
 class Writer:
-    """Appends steps to a log; each is on its way to disk when `append` returns."""
+    """Appends steps to a log; each is with the system when `append` returns, and on the disk at its `pace`.
 
-    def __init__(self, path: Path, words: _Words, size: int) -> None:
+    Holds the file against other writers, of this process or another, until it is closed.
+
+    Args:
+        path: the file.
+        words: its chain so far.
+        size: where its last whole step ends.
+        found: bytes that it had when it was read.
+
+    Attributes:
+        pace: when steps are forced to the disk; a seal always is.
+    """
+
+    def __init__(self, path: Path, words: _Words, size: int, found: int) -> None:
         self.path = path
         self._words = words
         self._size = size
+        self.pace = Pace()
         try:
             self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - lives as long as the run
         except OSError as error:
             raise UserError(f"{path}: the log cannot be written: {error.strerror}") from None
-        self._file.truncate(size)
-        self._file.seek(size)
+        try:
+            hold(self._file, path)
+            if os.fstat(self._file.fileno()).st_size != found:
+                raise UserError(f"{path}: the log has changed since it was read: try again")
+            self._torn = found > size
+            self._cut()
+        except (OSError, UserError) as error:
+            self._file.close()
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path}: the log cannot be written: {error.strerror}") from None
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> Writer:
@@ -413,6 +376,9 @@ class Writer:
             with open(file, "xb") as out:
                 created = True
                 out.write(raw)
+                out.flush()
+                os.fsync(out.fileno())
+            sync_folder(file.absolute().parent)
         except FileExistsError:
             raise UserError(
                 f"{file}: the log exists: resume it (resume=True) or choose another name"
@@ -421,31 +387,45 @@ class Writer:
             if created:
                 file.unlink(missing_ok=True)
             raise UserError(f"{file}: the log cannot be written: {error.strerror}") from None
-        return cls(file, _Words(state, header), len(raw))
+        return cls(file, _Words(state, header), len(raw), len(raw))
 
     @classmethod
     def resume(cls, log: Log) -> Writer:
-        """Go on after the last whole step of a log; a torn end is cut off."""
-        return cls(log.path, log._words, log.size)
+        """Go on after the last whole step of a log; a torn end is cut off.
+
+        Raises:
+            UserError: it cannot be written, another writer is at it, or it has changed since it was read.
+        """
+        return cls(log.path, log._words, log.size, log.size + log.truncated)
 
     @classmethod
     def rewind(cls, log: Log, steps: int) -> None:
         """Make a log that nobody writes to end after its first `steps` steps; it has all or those at any moment.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written, or another writer is at it.
         """
         short = log.path.with_name(f".{log.path.name}.rewound")
-        short.unlink(missing_ok=True)
-        writer = cls.create(short, log.header)
         try:
-            for step in log.steps[:steps]:
-                writer.append(step)
-            writer.close()
-            os.replace(short, log.path)
-        finally:
-            writer._file.close()
-            short.unlink(missing_ok=True)
+            with open(log.path, "rb") as old:
+                hold(old, log.path)
+                short.unlink(missing_ok=True)
+                writer = cls.create(short, log.header)
+                writer.pace = Pace(math.inf)
+                try:
+                    for step in log.steps[:steps]:
+                        writer.append(step)
+                    writer.close()
+                    os.replace(short, log.path)
+                finally:
+                    writer._file.close()
+                    with contextlib.suppress(OSError):
+                        short.unlink(missing_ok=True)
+            sync_folder(log.path.absolute().parent)
+        except OSError as error:
+            raise UserError(
+                f"{log.path}: the log cannot be written: {error.strerror}; it is as it was"
+            ) from None
 
     def append(self, step: Step) -> None:
         """Write one step.
@@ -453,7 +433,7 @@ class Writer:
         Raises:
             UserError: it could not be written (disk full); the log is as before.
         """
-        self._write(lambda words: _encode(words, step))
+        self._write(lambda words: _encode(words, step), self.pace.due)
 
     def seal(self) -> None:
         """Write the whole checksum: the mark of a clean end. More steps may follow a seal."""
@@ -467,29 +447,52 @@ class Writer:
             ]
             return struct.pack("<3I", *marks)
 
-        self._write(encode)
+        self._write(encode, lambda: True)
 
-    def _write(self, encode: Any) -> None:
+    def _cut(self) -> None:
+        """Cut a torn end off; what is written next stands behind the last whole step."""
+        if self._torn:
+            self._file.truncate(self._size)
+            self._torn = False
+        self._file.seek(self._size)
+
+    def _write(self, encode: Callable[[_Words], bytes], due: Callable[[], bool]) -> None:
         words = self._words.copy()
         raw = encode(words)
         try:
+            self._cut()
+            self._torn = True
             written = self._file.write(raw)
             if written != len(raw):
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if due():
+                os.fsync(self._file.fileno())
+            self._torn = False
         except OSError as error:
-            self._file.truncate(self._size)
-            self._file.seek(self._size)
+            with contextlib.suppress(OSError):  # then before the next step, or by who resumes
+                self._cut()
             raise UserError(
                 f"{self.path}: the log cannot be written: {error.strerror}; the step was not taken"
             ) from None
         self._words = words
         self._size += len(raw)
 
+    def sync(self) -> None:
+        """Force the log to the disk.
+
+        Raises:
+            UserError: it could not be done.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path}: the log cannot be written: {error.strerror}") from None
+
     def close(self) -> None:
-        """Seal and close; does nothing the second time."""
+        """Seal and close, also where there is no room for the seal; does nothing the second time."""
         if not self._file.closed:
-            self.seal()
-            self._file.close()
+            with self._file:
+                self.seal()
 
 
 def verify(path: str | os.PathLike[str]) -> Log:
