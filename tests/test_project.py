@@ -43,6 +43,7 @@ ROOMS = [
     "playback",
     "estimators",
     "sights",
+    "recipe",
     "groups",
     "modified",
     "ondisk",
