@@ -40,6 +40,11 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_minutes": (_positive, "positive and finite"),
     "layers": (_share, "above 0 and at most 1"),
     "patience": (lambda value: value >= 0, "at least 0"),
+    "port": (lambda value: 0 <= value < 2**16, "from 0 to 65535"),
+    "deadline": (_positive, "positive and finite"),
+    "clip": (_not_negative, "finite and at least 0"),
+    "wait": (_not_negative, "finite and at least 0"),
+    "most_workers": (lambda value: 1 <= value <= 1000, "from 1 to 1000"),
     "target_accuracy": (_share, "above 0 and at most 1"),
     "seed": (_seed, "at least 0 and below 2^64"),
     "split_seed": (_seed, "at least 0 and below 2^64"),
@@ -72,6 +77,9 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
             "last",
             "rows",
             "step_rows",
+            "workers",
+            "part",
+            "hash_every",
         )
     },
 }
