@@ -85,9 +85,9 @@ class Conductor:
         self._began = now
         if kept is None:
             folder.make()
-            folder.write_config(config)
             kept = {"run": secrets.token_hex(16), "rows_sha256": None}
         self.kept: dict[str, Any] = {**kept, "protocol": PROTOCOL, "terms": asdict(terms)}
+        folder.write_config(config)
         self._write_state()
         if folder.log.exists():
             self._go_on()

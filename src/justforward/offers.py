@@ -15,7 +15,7 @@ from justforward.config import (
     Tuner,
 )
 from justforward.errors import UserError
-from justforward.settings import resolved
+from justforward.settings import check_same, resolved
 from justforward.tasks import Loss, Truncation
 
 WORKERS = "(each worker's own)"  # what a hub's config says of its data
@@ -168,17 +168,11 @@ def run_config(config: ServeConfig, old: TrainConfig | None) -> TrainConfig:
     """
     given = {name: getattr(config, name) for name in _STEPS if name not in ("resume", "json")}
     if old is not None:
-        for field in fields(ServeConfig):
-            value = given.get(field.name, field.default)
-            if field.name != "out" and value not in (
-                field.default,
-                getattr(old, field.name, value),
-            ):
-                raise UserError(
-                    f"{config.out}: --{field.name.replace('_', '-')} is {getattr(old, field.name)!r} in the run and {value!r} "
-                    "now: leave it out"
-                )
-        return old
+        defaults = {field.name: field.default for field in fields(ServeConfig)}
+        asked = {name: value for name, value in given.items() if value != defaults[name]}
+        new = resolved(replace(old, **asked))
+        check_same(resolved(old), new, config.out)
+        return new
     if config.model is None:
         raise UserError("--model is missing: name the base model that workers are to load")
     if config.tuner == "prefix":

@@ -53,7 +53,7 @@ class Member:
         name: as it calls itself.
         alive: it has answered when it was asked last.
         answers: parts that counted.
-        late: parts that it was given and another answered, or nobody.
+        late: how often it has not answered in time.
         blank: parts of which it had no finite loss.
         drawn_in: rises that were outliers.
         strikes: messages that were none.
@@ -119,7 +119,7 @@ class Rounds:
         """A worker goes: what it has not answered is for others at once."""
         self.members[worker].alive = False
         for part in self._parts:
-            if part.asked.pop(worker, None) is not None and part.by is None:
+            if part.by is None and part.asked.pop(worker, None) is not None:
                 part.gone = self.plan.private
 
     def strike(self, worker: int) -> None:

@@ -150,6 +150,7 @@ class Worker:
                 order = Order.unpack(self.line.call("turn", said.pack()))
             except SessionLost:
                 self._again()
+                said = replace(said, sights=(), blank=())  # nobody there has asked for them
                 continue
             if order.says == REPLAY:
                 self._replay(folder)
