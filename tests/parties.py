@@ -41,8 +41,19 @@ def serve_config(out: Path, **options: Any) -> ServeConfig:
     return ServeConfig(out=str(out), **{**given, **options})
 
 
+OPENED: list[Desk] = []
+
+
 def open_desk(out: Path, most: int = 8, **options: Any) -> Desk:
-    return Desk(KEY, open_run(serve_config(out, **options)), most)
+    OPENED.append(Desk(KEY, open_run(serve_config(out, **options)), most))
+    return OPENED[-1]
+
+
+def close_all() -> None:
+    """Let go of every run that was opened since the last time."""
+    for desk in OPENED:
+        desk.conductor.close()
+    OPENED.clear()
 
 
 def net() -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import os
 import secrets
 import struct
 from collections.abc import Callable
@@ -186,7 +187,7 @@ class Desk:
         (offset,) = _OFFSET.unpack(letter.payload)
         try:
             with self.conductor.folder.log.open("rb") as file:
-                file.seek(min(offset, 1 << 62))
+                file.seek(min(offset, file.seek(0, os.SEEK_END)))
                 return file.read(CHUNK)
         except FileNotFoundError:
             return b""

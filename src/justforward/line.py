@@ -207,7 +207,7 @@ class Line:
                     raise UserError(
                         f"the hub does not answer ({_short(str(error))}), for {waited:.0f} s now: check that it runs"
                     ) from None
-                if not said and waited > 1.0:
+                if not said and waited > 0.5:
                     self._note("the hub does not answer: waiting for it")
                     said = True
                 time.sleep(pause)

@@ -102,8 +102,10 @@ class Worker:
     def _begin(self, folder: Path, log_bytes: int) -> None:
         """Base, and the log as far as it goes; then join."""
         path = folder / "trajectory.jfl"
+        if self.opt is not None:
+            self.opt.close()
+            self.opt = None  # before a second model is there
         path.unlink(missing_ok=True)
-        self.opt = None  # before a second model is there
         if log_bytes:
             path.write_bytes(self._download())
         self.opt = self._build(path, bool(log_bytes))
