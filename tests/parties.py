@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from justforward import MeZO, fingerprint
 from justforward.conductor import Conductor
 from justforward.desk import Desk, Waiting
-from justforward.join import greet
-from justforward.line import HttpLink, Line, Unreachable
+from justforward.line import HttpLink, Line, Unreachable, greet
 from justforward.offers import ServeConfig
 from justforward.serve import open_run
 from justforward.worker import Rows, Worker

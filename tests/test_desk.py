@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import justforward
 from justforward import Sight, UserError, fingerprint, read_log, replay
 from justforward.desk import Desk, Reply, Waiting
-from justforward.line import Line, SessionLost
+from justforward.line import Line, SessionLost, greet
 from justforward.serve import open_run
 from justforward.wire import REPLAY, Order, Turn, seal, zipped
 from justforward.worker import joined
@@ -273,8 +273,6 @@ def test_a_session_must_be_begun_within_a_minute_and_where_it_was_made(tmp_path:
 def test_a_wrong_key(tmp_path: Path) -> None:
     desk = open_desk(tmp_path / "run")
     line = Line(DeskLink(desk), b"some other key, as long as that", 1.0)
-    from justforward.join import greet
-
     with pytest.raises(UserError, match="the hub does not take this key"):
         greet(line)
     assert desk._sessions == {}

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -24,7 +25,8 @@ from hypothesis import strategies as st
 from justforward import UserError, fingerprint, read_log, replay
 from justforward.desk import Desk
 from justforward.line import FolderLink, HttpLink, Line
-from justforward.serve import Hall, attend, listen, open_folder, serve, server_of
+from justforward.serve import Hall, attend, listen, open_folder, open_run, serve, server_of
+from justforward.wire import seal
 from parties import KEY, Party, close_all, open_desk, run_alone, serve_config, worker
 
 PARTIES = Path(__file__).with_name("parties.py")
@@ -97,7 +99,7 @@ def until(said: Any, seconds: float = 60.0) -> None:
 def test_a_worker_that_is_killed_is_not_waited_for_and_one_that_joins_later_has_the_same_weights(
     tmp_path: Path,
 ) -> None:
-    with running(tmp_path / "run", max_forwards=200) as hub:
+    with running(tmp_path / "run", max_forwards=120) as hub:
         killed, stays = start(hub.url, 0.02), start(hub.url, 0.02)
         rounds = hub.desk.conductor.rounds
         until(lambda: sum(member.alive for member in rounds.members.values()) == 2)
@@ -110,20 +112,20 @@ def test_a_worker_that_is_killed_is_not_waited_for_and_one_that_joins_later_has_
         waited = time.monotonic() - dead
         assert waited < 5.0
         joiner, own, log = worker(HttpLink(hub.url), "joiner")
-        assert joiner.run(log) == 100
+        assert joiner.run(log) == 60
         done = end_of(stays)
     assert done["fingerprint"] == fingerprint(own.model)
-    alone = run_alone(tmp_path / "alone", max_forwards=200)
+    alone = run_alone(tmp_path / "alone", max_forwards=120)
     assert read_log(hub.desk.conductor.folder.log).steps == read_log(alone.folder.log).steps
 
 
-def test_a_hub_that_is_killed_and_started_again_goes_on(tmp_path: Path) -> None:
+def test_a_hub_that_is_killed_or_stopped_and_started_again_goes_on(tmp_path: Path) -> None:
     port = listen("127.0.0.1", 0)
     number = port.getsockname()[1]
     port.close()
     key = tmp_path / "key"
     key.write_bytes(KEY)
-    config = serve_config(tmp_path / "run", max_forwards=400)
+    config = serve_config(tmp_path / "run", max_forwards=500)
     given = ["template", "labels", "estimator", "lr", "max_forwards", "hash_every", "seed", "model"]
     options = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in given]
     place = ["--out", str(tmp_path / "run"), f"--port={number}", f"--key-file={key}"]
@@ -139,15 +141,21 @@ def test_a_hub_that_is_killed_and_started_again_goes_on(tmp_path: Path) -> None:
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert read_log(log).steps
-    second = hub("--resume", "--json")
-    said, err = second.communicate(timeout=120)
-    assert second.returncode == 0, err
-    assert json.loads(said)["steps"] == 200
+    second, size = hub("--resume"), log.stat().st_size
+    until(lambda: log.stat().st_size > size + 400)
+    second.send_signal(signal.SIGINT)
+    assert "go on with: justforward serve --resume" in second.communicate(timeout=60)[1]
+    assert second.returncode == 130
+    assert read_log(log).sealed
+    third = hub("--resume", "--json")
+    said, err = third.communicate(timeout=120)
+    assert third.returncode == 0, err
+    assert json.loads(said)["steps"] == 250
     done = end_of(part)
     fresh = Party({"config": {**vars(config)}, "private": False}).model
-    assert replay(fresh, log) == 200
+    assert replay(fresh, log) == 250
     assert fingerprint(fresh) == done["fingerprint"]
-    alone = run_alone(tmp_path / "alone", max_forwards=400)
+    alone = run_alone(tmp_path / "alone", max_forwards=500)
     assert read_log(log).steps == read_log(alone.folder.log).steps
 
 
@@ -177,30 +185,26 @@ def test_files_in_a_folder_do_what_a_port_does(tmp_path: Path) -> None:
 def test_one_that_waits_and_hangs_up_is_not_counted_on(tmp_path: Path) -> None:
     with running(tmp_path / "run", workers=2) as hub:
         made, _, log = worker(HttpLink(hub.url))
-        thread = threading.Thread(target=lambda: _ignore(made.run, log))
-        thread.start()
-        members = hub.desk.conductor.rounds.members
-        until(lambda: any(member.alive for member in members.values()))
-        time.sleep(0.3)
-        assert hub.desk.conductor.steps == 0  # it waits for a second one
-        made.line.link._pool.pool.get_nowait() if made.line.link._pool.pool.qsize() else None
-        hub.hall.closing = True
-        thread.join(1)
-        made.line.wait = 0.0
-    thread.join(60)
-    assert not thread.is_alive()
-
-
-def _ignore(function: Any, *arguments: Any) -> None:
-    with contextlib.suppress(UserError):
-        function(*arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            made._begin(Path(folder), log)
+            line, member = made.line, hub.desk.conductor.rounds.members[0]
+            raw = seal(KEY, line._run, "turn", line._session, 99, made._turn().pack())
+            host, port = hub.url.removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                head = f"POST /turn HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+                connection.sendall(head.encode() + raw)
+                until(lambda: member.alive)
+                time.sleep(0.2)  # it waits for a second worker
+                assert member.alive
+            until(lambda: not member.alive, 5.0)
+            assert made.opt is not None
+            made.opt.close()
+            made.line.link.close()
 
 
 @pytest.fixture(scope="module")
 def open_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    desk = Desk(KEY, __import__("justforward.serve").serve.open_run(
-        serve_config(tmp_path_factory.mktemp("hub") / "run")
-    ), 8)  # fmt: skip
+    desk = Desk(KEY, open_run(serve_config(tmp_path_factory.mktemp("hub") / "run")), 8)
     hub = Running(desk, listen("127.0.0.1", 0))
     yield hub
     hub.stop()

@@ -8,13 +8,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import justforward
 from justforward.config import TrainConfig
 from justforward.data import Example, batches
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import row_hash
-from justforward.line import FolderLink, HttpLink, Line, Link, SessionLost
+from justforward.line import FolderLink, HttpLink, Line, Link, greet
 from justforward.models import load_model
 from justforward.offers import JoinConfig, worker_config
 from justforward.optim import MeZO
@@ -27,7 +26,7 @@ from justforward.schedules import samples_at
 from justforward.settings import task_of
 from justforward.starting import choose_layers
 from justforward.tuners import attach
-from justforward.wire import PROTOCOL, read_key
+from justforward.wire import read_key
 from justforward.worker import Rows, Worker
 
 Result = dict[str, Any]
@@ -130,25 +129,3 @@ def join(config: JoinConfig, progress: Progress | None = None) -> Result:
         "fingerprint": fingerprint(worker.opt.model),
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-def greet(line: Line) -> dict[str, Any]:
-    """What the hub tells of its run.
-
-    Raises:
-        UserError: the key is not the hub's, or the hub is of another version.
-    """
-    line.open()
-    try:
-        told: dict[str, Any] = line.ask("run")
-    except SessionLost:
-        raise UserError("the hub does not take this key: check that it is the hub's") from None
-    for what, theirs, ours in (
-        ("protocol", told["protocol"], PROTOCOL),
-        ("version of justforward", told["version"], justforward.__version__),
-    ):
-        if theirs != ours:
-            raise UserError(
-                f"the hub's {what} is {theirs!r}, and this one's {ours!r}: use the same"
-            )
-    return told

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import justforward
 from justforward.errors import UserError
-from justforward.wire import PROOF, SESSION, seal, unseal_reply
+from justforward.wire import PROOF, PROTOCOL, SESSION, seal, unseal_reply
 
 PATIENCE = 40.0  # seconds that a reply may take; the hub keeps nobody waiting for longer than 10
 _POLL = 0.05
@@ -214,6 +215,28 @@ class Line:
                 pause = min(2.0 * pause, 2.0)
             else:
                 return found
+
+
+def greet(line: Line) -> dict[str, Any]:
+    """What the hub tells of its run.
+
+    Raises:
+        UserError: the key is not the hub's, or the hub is of another version.
+    """
+    line.open()
+    try:
+        told: dict[str, Any] = line.ask("run")
+    except SessionLost:
+        raise UserError("the hub does not take this key: check that it is the hub's") from None
+    for what, theirs, ours in (
+        ("protocol", told["protocol"], PROTOCOL),
+        ("version of justforward", told["version"], justforward.__version__),
+    ):
+        if theirs != ours:
+            raise UserError(
+                f"the hub's {what} is {theirs!r}, and this one's {ours!r}: use the same"
+            )
+    return told
 
 
 def _short(text: str) -> str:
