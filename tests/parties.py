@@ -73,7 +73,7 @@ class Party:
 
     def build(self, log: Path, resume: bool) -> MeZO:
         self.model = net()
-        names = ("lr", "eps", "estimator", "rule", "seed", "num_samples")
+        names = ("lr", "eps", "estimator", "rule", "seed", "num_samples", "looks", "weight_decay")
         given = {name: self.config[name] for name in names}
         return MeZO(self.model, log=log, resume=resume, **given)
 

@@ -73,8 +73,13 @@ def ask(desk: Desk, name: str = "w") -> tuple[Any, Any, DeskLink]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_samples": 2, "rule": "adam(window=3)"}, {"estimator": "activation", "part": 8}],
-    ids=["weight", "samples", "activation"],
+    [
+        {},
+        {"num_samples": 2, "rule": "adam(window=3)", "looks": "one-sided"},
+        {"estimator": "activation", "part": 8},
+        {"lr_schedule": "constant", "weight_decay": 0.1, "rule": "sgd+momentum"},
+    ],
+    ids=["weight", "samples", "activation", "decay"],
 )
 def test_a_worker_alone_makes_the_log_and_replay_makes_its_weights(
     tmp_path: Path, options: dict[str, Any]
@@ -403,7 +408,10 @@ def test_without_a_finite_loss_the_run_cannot_go_on(tmp_path: Path) -> None:
     work = Order.unpack(made.line.call("turn", made._turn().pack())).work
     assert work is not None
     turn = replace(made._turn(), blank=work.parts)
-    made.line.call("turn", turn.pack())
+    with pytest.raises(
+        UserError, match="the run cannot go on: step 0: no worker has a finite loss"
+    ):
+        made.line.call("turn", turn.pack())
     assert desk.conductor.failed == "step 0: no worker has a finite loss: lower lr or eps"
 
 

@@ -72,7 +72,7 @@ class Conductor:
         self.folder, self.config, self.terms = folder, config, terms
         self.rule = parse(config.rule)
         self.failed: str | None = None
-        self.told: set[int] = set()  # that there is no further step
+        self.told: set[int] = set()  # that there is no further step, or why not
         self.recent: deque[Step] = deque(maxlen=MOST_BEHIND)
         self.header: dict[str, Any] | None = None
         self.seconds = 0.0
@@ -253,13 +253,16 @@ class Conductor:
         """What a worker that has taken so many steps is told; None: nothing yet."""
         if self.rounds.dropped(worker):
             raise UserError("this worker is not listened to any more: it sent what is no answer")
+        if self.failed is not None:
+            self.told.add(worker)
+            raise UserError(f"the run cannot go on: {self.failed}")
         if worker in self._to_replay or self.steps - step > len(self.recent):
             return Order(REPLAY)
         taken = tuple(self.recent)[len(self.recent) - (self.steps - step) :]
         if self.finished:
             self.told.add(worker)
             return Order(DONE, taken)
-        work = self.rounds.work(worker, now) if self.failed is None else None
+        work = self.rounds.work(worker, now)
         return Order(steps=taken, work=work) if taken or work is not None else None
 
     def _compare(self, worker: int, step: int, weights: bytes) -> None:
@@ -305,16 +308,18 @@ class Conductor:
             return False
         self._remember(step)
         self.rounds.go_on(counts)
-        self.folder.append_metric(
-            {
-                "kind": "step",
-                "step": self.steps,
-                "forwards": done + forwards_at(self.config, index),
-                "seconds": round(self.seconds + now - self._began, 3),
-                "loss": step.loss,
-                "lr": rate,
-            }
-        )
+        line = {
+            "kind": "step",
+            "step": self.steps,
+            "forwards": done + forwards_at(self.config, index),
+            "seconds": round(self.seconds + now - self._began, 3),
+            "loss": step.loss,
+            "lr": rate,
+        }
+        try:
+            self.folder.append_metric(line)
+        except UserError as error:  # the step itself is in the log
+            self.failed = str(error)
         return True
 
     def _recipe(self, rate: float) -> Recipe:

@@ -100,7 +100,7 @@ class Hall:
             self._tell()
         self.stir()
         until = time.monotonic() + FAREWELL
-        while self.conductor.finished and not self.closing and time.monotonic() < until:
+        while not self.closing and time.monotonic() < until:
             if {
                 n for n, m in self.conductor.rounds.members.items() if m.alive
             } <= self.conductor.told:
@@ -254,17 +254,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def server_of(hall: Hall, most: int) -> uvicorn.Server:
-    """What speaks HTTP.
+    """What speaks HTTP."""
+    import uvicorn
 
-    Raises:
-        UserError: the package uvicorn is not installed.
-    """
-    try:
-        import uvicorn
-    except ImportError:
-        raise UserError(
-            "serve: the package uvicorn is not installed: pip install 'justforward[serve]'"
-        ) from None
     return uvicorn.Server(
         uvicorn.Config(
             hall,
@@ -373,21 +365,51 @@ def serve(config: ServeConfig, progress: Progress | None = None) -> Result:
         open_folder(at)
         where = f"--folder {config.folder}"
     else:
+        check_installed()
         at = listen(config.host, config.port)
         host = f"[{config.host}]" if ":" in config.host else config.host
         where = f"http://{host}:{at.getsockname()[1]}"
-    conductor = open_run(config)
     try:
-        hall = Hall(Desk(key, conductor, config.most_workers), note)
-        server = None if isinstance(at, Path) else server_of(hall, config.most_workers)
-        note(f"step {conductor.steps}; workers join with: justforward join {where} --model {conductor.config.model} --data ...")  # fmt: skip
-        with stop_signals():
-            asyncio.run(attend(hall, server, at))
+        conductor = open_run(config)
+        try:
+            _serve(config, Desk(key, conductor, config.most_workers), at, where, note)
+        finally:
+            conductor.close()
     finally:
         if not isinstance(at, Path):
             at.close()
-        conductor.close()
     if conductor.failed is not None:
         raise UserError(f"{config.out}: the run cannot go on: {conductor.failed}")
     status = conductor.status()
     return {"out": config.out, "log_bytes": conductor.folder.log.stat().st_size, **status}
+
+
+def _serve(
+    config: ServeConfig,
+    desk: Desk,
+    at: socket.socket | Path,
+    where: str,
+    note: Callable[[str], None],
+) -> None:
+    hall = Hall(desk, note)
+    server = None if isinstance(at, Path) else server_of(hall, config.most_workers)
+    note(
+        f"step {desk.conductor.steps}; workers join with: justforward join {where} --model {desk.conductor.config.model} "
+        "--data ..."
+    )
+    with stop_signals():
+        asyncio.run(attend(hall, server, at))
+
+
+def check_installed() -> None:
+    """Refuse to listen at a port without the package that does it.
+
+    Raises:
+        UserError: uvicorn is not installed.
+    """
+    try:
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "serve: the package uvicorn is not installed: pip install 'justforward[serve]', or use a --folder"
+        ) from None
