@@ -114,6 +114,8 @@ def test_a_worker_that_is_killed_is_not_waited_for_and_one_that_joins_later_has_
         joiner, own, log = worker(HttpLink(hub.url), "joiner")
         assert joiner.run(log) == 60
         done = end_of(stays)
+    assert any("does not answer, its rows are for others" in note for note in hub.notes)
+    assert hub.notes[-1].startswith("step 60, ")
     assert done["fingerprint"] == fingerprint(own.model)
     alone = run_alone(tmp_path / "alone", max_forwards=120)
     assert read_log(hub.desk.conductor.folder.log).steps == read_log(alone.folder.log).steps
@@ -284,6 +286,17 @@ def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], said: s
     with pytest.raises(UserError, match=said):
         open_desk(tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_libraries_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUSTFORWARD_KEY", "k" * 16)
+    for name in ("uvicorn", "urllib3"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="the package uvicorn is not installed"):
+        serve(serve_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="the package urllib3 is not installed"):
+        HttpLink("http://127.0.0.1:1")
 
 
 def test_addresses_that_are_none() -> None:
