@@ -279,6 +279,8 @@ def _run(command: str, config: Any, source: str | None = None) -> int:
         return 0
     if command == "compare":
         return _compare(config, source)
+    if command == "serve":  # it needs no model, and none of what loads one
+        return _serve(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a fork would make it complain
     from justforward import rebuild, report, run
     from justforward.session import Interrupted
@@ -301,8 +303,6 @@ def _run(command: str, config: Any, source: str | None = None) -> int:
         _print(config.json, measured, spell_rank(measured))
     elif command == "fits":
         _fits(config)
-    elif command == "serve":
-        return _serve(config)
     elif command == "join":
         from justforward.join import join
 
