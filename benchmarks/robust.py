@@ -23,7 +23,7 @@ from justforward.robust import drawn_in
 from justforward.settings import make_task
 from justforward.sights import Sight
 
-LIMITS = (3.0, 6.0, 10.0)
+LIMITS = (3.0, 6.0, 10.0, 20.0, 40.0)
 
 
 def main() -> None:
