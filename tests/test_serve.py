@@ -252,6 +252,14 @@ def test_a_body_that_is_too_large_is_not_read(open_hub: Running) -> None:
         assert connection.recv(4096).startswith(b"HTTP/1.1 413")
 
 
+def test_a_hub_that_is_told_to_stop_stops(tmp_path: Path) -> None:
+    notes: list[str] = []
+    open_folder(tmp_path / "mail")
+    hall = Hall(open_desk(tmp_path / "run"), notes.append)
+    asyncio.run(attend(hall, None, tmp_path / "mail", lambda: True))
+    assert notes == ["step 0, 0 workers"]
+
+
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
     taken = listen("127.0.0.1", 0)
     taken.listen()

@@ -55,7 +55,7 @@ class Hall:
         self.closing = False
         self._changed = asyncio.Event()
         self._shown: dict[int, tuple[Any, ...]] = {}
-        self._said = 0.0
+        self._said = time.monotonic()
 
     def stir(self) -> None:
         """Something has changed: let all who wait look."""
@@ -274,8 +274,13 @@ def server_of(hall: Hall, most: int) -> uvicorn.Server:
     )
 
 
-async def attend(hall: Hall, server: uvicorn.Server | None, at: socket.socket | Path) -> None:
-    """Serve until the run is over or the hall is closed."""
+async def attend(
+    hall: Hall,
+    server: uvicorn.Server | None,
+    at: socket.socket | Path,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Serve until the run is over, the hall is closed, or it is to stop."""
     watch = asyncio.ensure_future(hall.watch())
     if server is None:
         assert isinstance(at, Path)
@@ -284,7 +289,7 @@ async def attend(hall: Hall, server: uvicorn.Server | None, at: socket.socket | 
         assert isinstance(at, socket.socket)
         carry = asyncio.ensure_future(server.serve(sockets=[at]))
     try:
-        while not watch.done() and not carry.done() and not (server and server.should_exit):
+        while not (watch.done() or carry.done() or stopped() or (server and server.should_exit)):
             await asyncio.wait([watch, carry], timeout=TICK, return_when=asyncio.FIRST_COMPLETED)
         if watch.done():
             watch.result()
@@ -397,8 +402,10 @@ def _serve(
         f"step {desk.conductor.steps}; workers join with: justforward join {where} --model {desk.conductor.config.model} "
         "--data ..."
     )
-    with stop_signals():
-        asyncio.run(attend(hall, server, at))
+    with stop_signals() as stop:
+        asyncio.run(attend(hall, server, at, lambda: stop.asked))
+    if not desk.conductor.finished and desk.conductor.failed is None:
+        raise KeyboardInterrupt
 
 
 def check_installed() -> None:
