@@ -19,7 +19,7 @@ from justforward.settings import check_same, resolved
 from justforward.tasks import Loss, Truncation
 
 WORKERS = "(each worker's own)"  # what a hub's config says of its data
-CLIPPED = 6.0
+CLIPPED = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ServeConfig:
         workers: begin a step once so many are there (and with private rows have answered).
         deadline: seconds after which a worker's rows are given to another, on top of what they usually take (default 2); with private rows the most that a step takes (default 30).
         part: rows that are looked at together; the bits of the result depend on it, and never on the number of workers (default a quarter of batch_size).
-        clip: how many median absolute deviations a row's rise of the loss may be from the others' before it is drawn in; 0: any (default 6 with private rows, else 0).
+        clip: how many median absolute deviations a row's rise of the loss may be from the others' before it is drawn in; 0: any (default 10 with private rows, else 0).
         hash_every: steps between two comparisons of the workers' weights.
         most_workers: refuse more.
         task: as for train.
