@@ -324,6 +324,7 @@ class Conductor:
 
     def _recipe(self, rate: float) -> Recipe:
         last = self._last
+        assert self.config.eps is not None
         return Recipe(
             index=self.steps,
             rule=self.rule,

@@ -60,6 +60,7 @@ class Own:
     def build(self, log: Path, resume: bool) -> MeZO:
         """See `Worker`."""
         config = self.config
+        assert config.eps is not None
         self.scorer = None  # before a second model is there
         model, tokenizer = load_model(config.model, self.note, config.quantize, config.dtype)
         model = attach(model, tokenizer, config)

@@ -101,7 +101,7 @@ class ServeConfig:
     family: str | None = None
     looks: Looks = "two-sided"
     lr: float = 1e-3
-    eps: float = 1e-3
+    eps: float | None = None
     num_samples: int = 1
     sample_schedule: Samples = "constant"
     weight_decay: float = 0.0
