@@ -378,7 +378,7 @@ def test_a_loss_that_becomes_nan(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "name a command, one of train, eval, baseline, compare, replay, inspect, rank, fits, tasks: see justforward --help"),
+        ([], "name a command, one of train, eval, baseline, compare, replay, inspect, rank, fits, serve, join, tasks: see justforward --help"),
         (["tune"], "invalid choice: 'tune'"),
         (["--fast"], "unrecognized arguments: --fast: see justforward --help"),
         (["train"], "required: --model, --data, --out: see justforward train --help"),
@@ -544,8 +544,8 @@ def test_help(run: Run, command: str) -> None:
     for name in kind.__dataclass_fields__:
         if (command, name) in (("replay", "run"), ("inspect", "run")):
             assert "DIR" in out
-        elif (command, name) == ("fits", "model"):
-            assert "MODEL" in out
+        elif (command, name) in (("fits", "model"), ("join", "url")):
+            assert name.upper() in out
         else:
             assert f"--{name.replace('_', '-')}" in out, name
     assert not re.search(r"--[a-z]+_[a-z]", out)

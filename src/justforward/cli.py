@@ -1,4 +1,4 @@
-"""The command: train, eval, baseline, compare, replay, inspect, rank, fits, tasks. Torch is imported once the arguments are known to be good.
+"""The command: train, eval, baseline, compare, replay, inspect, rank, fits, serve, join, tasks. Torch is imported once the arguments are known to be good.
 
 Exit codes: 0; 2 for input that cannot be used (one line on stderr); 130 after Ctrl-C or SIGTERM.
 """
@@ -31,6 +31,7 @@ from justforward.config import (
     TrainConfig,
 )
 from justforward.errors import NonFiniteLoss, UserError, memory_errors
+from justforward.offers import JoinConfig, ServeConfig
 
 COMMANDS: dict[str, type[Any]] = {
     "train": TrainConfig,
@@ -41,6 +42,8 @@ COMMANDS: dict[str, type[Any]] = {
     "inspect": InspectConfig,
     "rank": RankConfig,
     "fits": FitsConfig,
+    "serve": ServeConfig,
+    "join": JoinConfig,
     "tasks": TasksConfig,
 }
 # Settings that are true where they are named.
@@ -111,7 +114,7 @@ def parser() -> Parser:
     for name, kind in COMMANDS.items():
         first, help_of = _docs(kind)
         sub = Parser(description=first)
-        if name in ("train", "eval", "baseline", "compare", "rank"):
+        if name in ("train", "eval", "baseline", "compare", "rank", "serve"):
             sub.add_argument(
                 "--config", action="config", help="a YAML file with any of these options"
             )
@@ -122,6 +125,9 @@ def parser() -> Parser:
         if name == "fits":
             sub.add_argument("model", type=str, metavar="MODEL", help=help_of["model"])
             skip.add("model")
+        if name == "join":
+            sub.add_argument("url", type=str, nargs="?", metavar="URL", help=help_of["url"])
+            skip.add("url")
         sub.add_class_arguments(kind, skip=skip, help="settings")
         for flag in FLAGS:
             if flag in help_of:
@@ -253,6 +259,21 @@ def _fits(config: FitsConfig) -> None:
     _print(config.json, as_json(found), shown.spell_fits(found))
 
 
+def _serve(config: ServeConfig) -> int:
+    from justforward.serve import serve
+
+    try:
+        status = serve(config)
+    except KeyboardInterrupt:
+        _say(
+            f"stopped: go on with: justforward serve --resume --out {config.out}, and where it listened"
+        )
+        return 130
+    text = f"{status['steps']} steps in {config.out}: make the model with: justforward replay {config.out} --out MODEL"
+    _print(config.json, status, text)
+    return 0
+
+
 def _run(command: str, config: Any, source: str | None = None) -> int:
     """Carry out a command and print its result on stdout; returns the exit code."""
     if command == "tasks":
@@ -263,6 +284,8 @@ def _run(command: str, config: Any, source: str | None = None) -> int:
         return 0
     if command == "compare":
         return _compare(config, source)
+    if command == "serve":  # it needs no model, and none of what loads one
+        return _serve(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a fork would make it complain
     from justforward import rebuild, report, run
     from justforward.session import Interrupted
@@ -285,6 +308,15 @@ def _run(command: str, config: Any, source: str | None = None) -> int:
         _print(config.json, measured, spell_rank(measured))
     elif command == "fits":
         _fits(config)
+    elif command == "join":
+        from justforward.join import join
+
+        took = join(config)
+        _print(
+            config.json,
+            took,
+            f"{took['name']}: {took['steps']} steps, fingerprint {took['fingerprint'][:16]}",
+        )
     elif command == "inspect":
         shown = report.inspect_run(config)
         _print(config.json, shown, report.spell_inspect(shown))

@@ -33,9 +33,10 @@ from justforward.modified import measure
 from justforward.moments import compile_kernels, course_of
 from justforward.playback import apply_steps, base_of, check_base, check_header, header_for
 from justforward.private import Private, count_answers
-from justforward.sights import Sight, check_places, put_together, see_rows, see_weights
+from justforward.recipe import Recipe
+from justforward.sights import Sight, check_places, see_rows, see_weights
 from justforward.stored import compute_model_wide
-from justforward.trajectory import Log, Step, Writer, read_log, rounded
+from justforward.trajectory import Log, Step, Writer, read_log
 from justforward.variants import (
     Blocks,
     Modified,
@@ -290,15 +291,8 @@ class MeZO(Optimizer):
         """
         check_shared(self.looks, self.modified, self.private)
         samples = sample_count(self._samples, self.steps)
-        view = put_together(sights, self.steps, samples, of)
         apart = self.estimator == "activation"
-        seen = view.along_rows(of) if apart else view.along_samples()
-        step = self._step_from(list(seen.values()), self._norms)
-        # A direction that nobody looked along keeps its place in the log, and is not moved along.
-        own = [0.0] * (samples * of if apart else samples)
-        for lane, coefficient in zip(seen, step.coefficients, strict=True):
-            own[lane] = coefficient
-        return replace(step, coefficients=tuple(own), loss=view.loss, forwards=view.forwards)
+        return self._recipe(self._norms).combined(sights, samples=samples, of=of, apart=apart)
 
     def apply(self, step: Step) -> None:
         """Write the step to the log, then move the weights.
@@ -355,7 +349,7 @@ class MeZO(Optimizer):
                 seen, draws = self._row_looks.look(site, closure, batch, samples)
         try:
             state = (seen.ahead,) if self.looks == "one-point" else ()
-            step = self._step_from(seen.rises, norms, state)
+            step = self._recipe(norms).step(seen.rises, state)
             forwards = seen.forwards + extra
             return replace(step, loss=seen.loss, forwards=forwards), back, draws
         except BaseException:
@@ -387,39 +381,17 @@ class MeZO(Optimizer):
 
     # -- moving -----------------------------------------------------------------------------------------------
 
-    def _step_from(
-        self, rises: Sequence[float], norms: tuple[float, ...], memory: tuple[float, ...] = ()
-    ) -> Step:
-        """What these rises of the loss come to; `memory` is kept behind the rule's own scalars."""
-        eps = self._eps()
-        grads = [rise / eps[0] for rise in rises]
-        own = self._rule_state[: self.rule.state_size]
-        signal, state = self.rule(grads, own, self.steps)
-        rates = [float(group["lr"]) for group in self.param_groups]
-        lr = max(rates)
-        gains = [gain for _, gain in self._shape(norms)]
-        reaches = [eps[0] / e * gain for e, gain in zip(eps, gains, strict=True)]
-        # The coefficients move; with moments they are a gradient estimate, and the rates stand apart.
-        apart = self.rule.moments is not None
-        scales, factor = self._scales, 1.0 if apart else -lr
-        if apart:
-            scales = tuple(rounded(reach) for reach in reaches)
-        elif lr > 0.0:
-            scales = tuple(
-                rounded(rate / lr * reach) for rate, reach in zip(rates, reaches, strict=True)
-            )
-        return Step(
+    def _recipe(self, norms: tuple[float, ...]) -> Recipe:
+        return Recipe(
             index=self.steps,
-            coefficients=tuple(rounded(factor * s / len(signal)) for s in signal),
-            scales=scales,
-            decays=tuple(
-                rounded(rate * group["weight_decay"]) if gain else 0.0
-                for rate, gain, group in zip(rates, gains, self.param_groups, strict=True)
-            ),
-            rule_state=tuple(rounded(s) for s in (*state, *memory)),
-            projected_grads=tuple(grads),
+            rule=self.rule,
+            state=self._rule_state[: self.rule.state_size],
+            eps=tuple(self._eps()),
+            rates=tuple(float(group["lr"]) for group in self.param_groups),
+            decays=tuple(float(group["weight_decay"]) for group in self.param_groups),
+            shape=tuple(self._shape(norms)),
+            scales=self._scales,
             norms=norms,
-            rates=tuple(rounded(rate) for rate in rates) if apart else (),
         )
 
     def _apply(self, step: Step, back: list[float] | None, draws: Draws | None) -> None:

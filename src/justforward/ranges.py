@@ -45,6 +45,11 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "clip": (lambda value: 1e-30 <= value <= 1e30, "positive, 1e-30 to 1e30"),
     "layers": (_share, "above 0 and at most 1"),
     "patience": (lambda value: value >= 0, "at least 0"),
+    "port": (lambda value: 0 <= value < 2**16, "from 0 to 65535"),
+    "deadline": (_positive, "positive and finite"),
+    "deviations": (_not_negative, "finite and at least 0"),
+    "wait": (_not_negative, "finite and at least 0"),
+    "most_workers": (lambda value: 1 <= value <= 1000, "from 1 to 1000"),
     "target_accuracy": (_share, "above 0 and at most 1"),
     "seed": (_seed, "at least 0 and below 2^64"),
     "split_seed": (_seed, "at least 0 and below 2^64"),
@@ -80,6 +85,9 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
             "step_rows",
             "snapshot_every",
             "keep_snapshots",
+            "workers",
+            "part",
+            "hash_every",
         )
     },
 }

@@ -39,7 +39,7 @@ MAGIC = b"JFLOG 1\n"
 _COUNT, _SCALES, _DECAYS, _SEAL, _NORMS, _RATES = range(6)
 # Marks of numbers that parameter groups have, and what they are in a `Step`.
 _GROUPS = {_SCALES: "scales", _DECAYS: "decays", _NORMS: "norms", _RATES: "rates"}
-_MAX_COUNT = (1 << 13) - 1
+MOST_COEFFICIENTS = (1 << 13) - 1
 # Where in the CRC the six bits of check stand: chosen so that each of a word's 26 bits changes at least one of them.
 _CHECK = 14
 _HEADER = {
@@ -135,7 +135,7 @@ def _check_fits(step: Step, words: _Words) -> None:
     norms = groups if step.norms or words.groups[_NORMS] else 0
     rates = len(words.groups[_RATES])
     for what, have, least, most in (
-        ("directions", len(step.coefficients), 1, _MAX_COUNT),
+        ("directions", len(step.coefficients), 1, MOST_COEFFICIENTS),
         ("scales", len(step.scales), groups, groups),
         ("decays", len(step.decays), groups, groups),
         ("norms", len(step.norms), norms, norms),
@@ -285,7 +285,7 @@ def _read_steps(file: Path, raw: bytes, at: int, words: _Words) -> tuple[list[St
 
     while place < total:
         if data[place] >> 23 & 0xFF == 0xFF:
-            kind, argument = data[place] >> 19 & 15, data[place] >> 6 & _MAX_COUNT
+            kind, argument = data[place] >> 19 & 15, data[place] >> 6 & MOST_COEFFICIENTS
             before = words.state
             if take(1) is None:
                 break

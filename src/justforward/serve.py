@@ -1,0 +1,422 @@
+"""`serve`: the hub's desk, reached over HTTP or through files in a shared folder.
+
+One thread and one event loop: messages are taken one after the other, and nothing waits for a worker but that worker's own
+connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from justforward.conductor import Conductor, Terms, read_kept
+from justforward.desk import Desk, Reply, Waiting
+from justforward.errors import UserError
+from justforward.folder import RunFolder, check_new
+from justforward.line import put
+from justforward.offers import CLIPPED, ServeConfig, run_config
+from justforward.prepare import stop_signals
+from justforward.progress import Progress
+from justforward.ranges import check_ranges
+from justforward.rounds import Plan
+from justforward.trajectory import MOST_COEFFICIENTS
+from justforward.wire import Refused, read_key
+
+if TYPE_CHECKING:
+    import uvicorn
+
+Result = dict[str, Any]
+TICK = 0.1  # seconds between two looks at the clock
+FAREWELL = 10.0  # seconds in which workers are told that there is no further step
+BODY = 30.0  # seconds in which a message must have come
+_STALE = 600.0  # seconds after which a reply in a folder that nobody took is removed
+_NAME = re.compile(r"([a-z]+)-[0-9a-f]{32}")
+
+
+class Hall:
+    """Brings messages to the desk, and wakes those that wait when there is something to tell.
+
+    Args:
+        desk: of the hub.
+        note: called with a sentence where there is something to tell.
+    """
+
+    def __init__(self, desk: Desk, note: Callable[[str], None]) -> None:
+        self.desk, self.note = desk, note
+        self.conductor = desk.conductor
+        self.closing = False
+        self._changed = asyncio.Event()
+        self._shown: dict[int, tuple[Any, ...]] = {}
+        self._said = time.monotonic()
+
+    def stir(self) -> None:
+        """Something has changed: let all who wait look."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def receive(self, kind: str, raw: bytes) -> Reply | Waiting:
+        """Of a message that has come whole."""
+        before = self.conductor.steps
+        reply = self.desk.receive(kind, raw, time.monotonic())
+        if self.conductor.steps != before:
+            self.stir()
+        return reply
+
+    async def answer(self, waiting: Waiting, gone: Awaitable[Any] | None = None) -> Reply | None:
+        """The reply to one who waits; None where it has hung up."""
+        hung_up = None if gone is None else asyncio.ensure_future(gone)
+        try:
+            while True:
+                reply = self.desk.again(waiting, time.monotonic())
+                if reply is None and self.closing:
+                    reply = self.desk.again(waiting, waiting.until)
+                if reply is not None:
+                    return reply
+                changed = asyncio.ensure_future(self._changed.wait())
+                both = [changed] if hung_up is None else [changed, hung_up]
+                await asyncio.wait(both, timeout=0.25, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                if hung_up is not None and hung_up.done():
+                    self.conductor.rounds.leave(waiting.worker)
+                    return None
+        finally:
+            if hung_up is not None:
+                hung_up.cancel()
+
+    async def watch(self) -> None:
+        """Look at the clock until there is no further step and all who are there know it, or something has failed."""
+        while not self.closing and not self.conductor.finished and self.conductor.failed is None:
+            await asyncio.sleep(TICK)
+            if self.conductor.tick(time.monotonic()):
+                self.stir()
+            self._tell()
+        self.stir()
+        until = time.monotonic() + FAREWELL
+        while not self.closing and time.monotonic() < until:
+            if {
+                n for n, m in self.conductor.rounds.members.items() if m.alive
+            } <= self.conductor.told:
+                await asyncio.sleep(2 * TICK)  # the last replies are on their way
+                break
+            await asyncio.sleep(TICK)
+        self._tell(last=True)
+        self.closing = True
+        self.stir()
+
+    def _tell(self, last: bool = False) -> None:
+        """Who has come and gone, and whose scalars are odd; every ten seconds how far it is."""
+        for number, member in self.conductor.rounds.members.items():
+            now = (
+                member.alive,
+                member.drawn_in > 0,
+                member.blank > 0,
+                member.strikes,
+                member.replays,
+            )
+            was = self._shown.get(number)
+            if now == was or self.conductor.finished:
+                continue
+            self._shown[number] = now
+            there = "is there" if member.alive else "does not answer, its rows are for others"
+            odd = [
+                f"{count} {what}"
+                for count, what in (
+                    (member.drawn_in, "rises drawn in"),
+                    (member.blank, "parts without a finite loss"),
+                    (member.strikes, "messages that are no answer"),
+                    (member.replays, "replays"),
+                )
+                if count
+            ]
+            self.note(": ".join([f"{member.name} {there}", *([", ".join(odd)] if odd else [])]))
+        now_is = time.monotonic()
+        if last or now_is - self._said > 10.0:
+            self._said = now_is
+            alive = sum(member.alive for member in self.conductor.rounds.members.values())
+            self.note(f"step {self.conductor.steps}, {alive} workers")
+
+    # ---------------------------------------------------------------------------------------- HTTP
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """The ASGI application."""
+        assert scope["type"] == "http"
+        reply = await self._http(scope, receive)
+        if reply is None:
+            return
+        length = [(b"content-length", str(len(reply.body)).encode())]
+        await send({"type": "http.response.start", "status": reply.status, "headers": length})
+        await send({"type": "http.response.body", "body": reply.body})
+
+    async def _http(self, scope: Any, receive: Any) -> Reply | None:
+        kind = scope["path"].rpartition("/")[2]
+        try:
+            if scope["method"] != "POST":
+                raise Refused(405, "POST only")
+            raw = await asyncio.wait_for(_body(receive, self.desk.limit(kind)), BODY)
+        except Refused as error:
+            return Reply(error.status, str(error).encode())
+        except TimeoutError:
+            return Reply(408, b"too slow")
+        if raw is None:
+            return None
+        reply = self.receive(kind, raw)
+        return await self.answer(reply, receive()) if isinstance(reply, Waiting) else reply
+
+    # -------------------------------------------------------------------------------------- folder
+
+    async def folder(self, path: Path) -> None:
+        """Answer messages that are files in `in/`, until the hall closes."""
+        waiting: set[asyncio.Task[None]] = set()
+        while not self.closing:
+            for file in sorted((path / "in").iterdir()):
+                found = _NAME.fullmatch(file.name)
+                if found is None or file.is_symlink() or not file.is_file():
+                    continue
+                task = asyncio.ensure_future(self._file(file, path / "out", found[1]))
+                waiting.add(task)
+                task.add_done_callback(waiting.discard)
+                await asyncio.sleep(0)
+            await asyncio.sleep(TICK / 2)
+        if waiting:
+            await asyncio.wait(waiting, timeout=2.0)
+
+    async def _file(self, file: Path, out: Path, kind: str) -> None:
+        with contextlib.suppress(OSError):
+            with file.open("rb") as opened:
+                try:
+                    raw = opened.read(self.desk.limit(kind) + 1)
+                    reply: Reply | Waiting | None = self.receive(kind, raw)
+                except Refused as error:
+                    reply = Reply(error.status, str(error).encode())
+            file.unlink()
+            if isinstance(reply, Waiting):
+                reply = await self.answer(reply)
+            assert reply is not None
+            put(out / file.name, struct.pack("<H", reply.status) + reply.body)
+
+
+async def _body(receive: Any, most: int) -> bytes | None:
+    """What is sent; None where the other side has hung up before its end."""
+    whole = b""
+    while True:
+        message: dict[str, Any] = await receive()
+        if message["type"] != "http.request":
+            return None
+        whole += bytes(message.get("body", b""))
+        if len(whole) > most:
+            raise Refused(413, "too large")
+        if not message.get("more_body", False):
+            return whole
+
+
+def open_folder(path: Path) -> None:
+    """Make the two folders, without what is left in them of a hub before.
+
+    Raises:
+        UserError: they cannot be made.
+    """
+    try:
+        for part in (path / "in", path / "out"):
+            part.mkdir(parents=True, exist_ok=True)
+            for file in part.iterdir():
+                if _NAME.fullmatch(file.name.removeprefix(".")) and file.is_file():
+                    file.unlink()
+    except OSError as error:
+        raise UserError(f"--folder {path}: cannot be used: {error.strerror}") from None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address.
+
+    Raises:
+        UserError: it is taken, or none of this machine's.
+    """
+    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    opened = socket.socket(kind)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        opened.bind((host, port))
+    except (OSError, OverflowError) as error:
+        opened.close()
+        said = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"--port {port}: {host} cannot be listened at: {said}: choose another --port or --host"
+        ) from None
+    return opened
+
+
+def server_of(hall: Hall, most: int) -> uvicorn.Server:
+    """What speaks HTTP."""
+    import uvicorn
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            hall,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=600,
+            timeout_graceful_shutdown=3,
+            limit_concurrency=4 * most + 64,
+        )
+    )
+
+
+async def attend(
+    hall: Hall,
+    server: uvicorn.Server | None,
+    at: socket.socket | Path,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Serve until the run is over, the hall is closed, or it is to stop."""
+    watch = asyncio.ensure_future(hall.watch())
+    if server is None:
+        assert isinstance(at, Path)
+        carry: asyncio.Future[Any] = asyncio.ensure_future(hall.folder(at))
+    else:
+        assert isinstance(at, socket.socket)
+        carry = asyncio.ensure_future(server.serve(sockets=[at]))
+    try:
+        while not (watch.done() or carry.done() or stopped() or (server and server.should_exit)):
+            await asyncio.wait([watch, carry], timeout=TICK, return_when=asyncio.FIRST_COMPLETED)
+        if watch.done():
+            watch.result()
+    finally:
+        hall.closing = True
+        hall.stir()
+        if server is not None:
+            server.should_exit = True
+        await carry
+        await watch
+
+
+# ------------------------------------------------------------------------------------------- command
+
+
+def open_run(config: ServeConfig) -> Conductor:
+    """The run of a hub, new or gone on with.
+
+    Raises:
+        UserError: something in the options or the folder cannot be used.
+    """
+    check_ranges(config)
+    folder = RunFolder(config.out)
+    if not config.resume:
+        check_new(folder.path, "go on with it with --resume or choose another --out")
+        run = run_config(config, None)
+        part = config.part or max(1, run.batch_size // 4)
+        own = config.own_rows
+        lanes = run.batch_size * run.num_samples
+        if run.estimator == "activation" and lanes > MOST_COEFFICIENTS:
+            raise UserError(
+                f"--batch-size is {run.batch_size}: with {run.num_samples} samples a step has {lanes} directions, and a log "
+                f"takes {MOST_COEFFICIENTS}"
+            )
+        deviations = config.deviations if config.deviations is not None else CLIPPED if own else 0.0
+        plan = Plan(
+            rows=run.batch_size,
+            part=run.batch_size if own else min(part, run.batch_size),
+            private=own,
+            patience=config.deadline or (30.0 if own else 2.0),
+            quorum=config.workers,
+            lanes=MOST_COEFFICIENTS if run.estimator == "activation" else None,
+        )
+        return Conductor(
+            folder, run, Terms(plan, deviations or None, config.hash_every), time.monotonic()
+        )
+    kept, terms = read_kept(folder)
+    old = folder.read_config()
+    run = run_config(config, old)
+    for name, value, default, was in (
+        ("own-rows", config.own_rows, False, terms.plan.private),
+        ("part", config.part, None, terms.plan.part),
+        ("deviations", config.deviations, None, terms.deviations or 0.0),
+        ("hash-every", config.hash_every, 100, terms.hash_every),
+    ):
+        if value not in (default, was):
+            raise UserError(
+                f"{config.out}: --{name} is {was!r} in the run and {value!r} now: leave it out"
+            )
+    plan = replace(terms.plan, quorum=config.workers)
+    if config.deadline is not None:
+        plan = replace(plan, patience=config.deadline)
+    return Conductor(folder, run, replace(terms, plan=plan), time.monotonic(), kept)
+
+
+def serve(config: ServeConfig, progress: Progress | None = None) -> Result:
+    """Be a hub until the last step, Ctrl-C or SIGTERM; returns how it went.
+
+    Raises:
+        UserError: something in the options cannot be used, or the run cannot go on.
+        KeyboardInterrupt: by Ctrl-C or SIGTERM; the run so far is kept.
+    """
+    note = (progress or Progress()).note
+    key = read_key(config.key_file)
+    at: socket.socket | Path
+    if config.folder is not None:
+        at = Path(config.folder)
+        open_folder(at)
+        where = f"--folder {config.folder}"
+    else:
+        check_installed()
+        at = listen(config.host, config.port)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        where = f"http://{host}:{at.getsockname()[1]}"
+    try:
+        conductor = open_run(config)
+        try:
+            _serve(config, Desk(key, conductor, config.most_workers), at, where, note)
+        finally:
+            conductor.close()
+    finally:
+        if not isinstance(at, Path):
+            at.close()
+    if conductor.failed is not None:
+        raise UserError(f"{config.out}: the run cannot go on: {conductor.failed}")
+    status = conductor.status()
+    return {"out": config.out, "log_bytes": conductor.folder.log.stat().st_size, **status}
+
+
+def _serve(
+    config: ServeConfig,
+    desk: Desk,
+    at: socket.socket | Path,
+    where: str,
+    note: Callable[[str], None],
+) -> None:
+    hall = Hall(desk, note)
+    server = None if isinstance(at, Path) else server_of(hall, config.most_workers)
+    note(
+        f"step {desk.conductor.steps}; workers join with: justforward join {where} --model {desk.conductor.config.model} "
+        "--data ..."
+    )
+    with stop_signals() as stop:
+        asyncio.run(attend(hall, server, at, lambda: stop.asked))
+    if not desk.conductor.finished and desk.conductor.failed is None:
+        raise KeyboardInterrupt
+
+
+def check_installed() -> None:
+    """Refuse to listen at a port without the package that does it.
+
+    Raises:
+        UserError: uvicorn is not installed.
+    """
+    try:
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "serve: the package uvicorn is not installed: pip install 'justforward[serve]', or use a --folder"
+        ) from None

@@ -1,0 +1,238 @@
+"""A worker: looks at what the hub gives it, sends scalars, takes the steps that come back. Its weights stay those of all others.
+
+It holds the run's log in a temporary file, of which it can be made again at any time: base + log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import justforward
+from justforward.errors import NonFiniteLoss, UserError
+from justforward.line import Line, SessionLost
+from justforward.optim import MeZO
+from justforward.playback import fingerprint
+from justforward.sights import Sight
+from justforward.trajectory import read_log
+from justforward.wire import DONE, PROTOCOL, REPLAY, History, Order, Turn, Work, zipped
+
+_REPLAYS = 3  # one after the other: then something is wrong that a replay does not mend
+_TRIES = 5
+_LOST = "the hub takes no message of this worker: is its key the hub's?"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a worker looks with.
+
+    Attributes:
+        batch: rows of a step: of its index, the places wanted (from, to), and how many the step has.
+        losses: of such a batch, one a row.
+        digest: sha256 of what rows are drawn from; None: they are this worker's own.
+    """
+
+    batch: Callable[[int, int, int, int], Any]
+    losses: Callable[[Any], Any]
+    digest: str | None = None
+
+
+class Worker:
+    """Takes part in a run.
+
+    Args:
+        line: to the hub.
+        name: what the hub calls it.
+        build: makes the optimizer on a fresh base model, with this file as its log, resumed if asked to: called
+            again where the weights must be made anew.
+        rows: what to look at.
+        hash_every: steps between two fingerprints of the weights, sent to the hub.
+        note: called with a sentence where there is something to tell.
+    """
+
+    def __init__(
+        self,
+        line: Line,
+        name: str,
+        build: Callable[[Path, bool], MeZO],
+        rows: Rows,
+        hash_every: int,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        self.line, self.name, self.rows, self.hash_every = line, name, rows, hash_every
+        self._build = build
+        self._note = note or (lambda text: None)
+        self.opt: MeZO | None = None
+        self._history = History()
+        self._weights: bytes | None = None
+        self._replays = self._replayed_at = 0
+
+    def run(self, log_bytes: int) -> int:
+        """Take part until there is no further step; how many there are.
+
+        Args:
+            log_bytes: what the hub says its log has.
+
+        Raises:
+            UserError: the hub refuses this worker, or does not answer any more.
+        """
+        with tempfile.TemporaryDirectory(prefix="justforward-") as folder:
+            try:
+                self._begin(Path(folder), log_bytes)
+                return self._take_part(Path(folder))
+            finally:
+                self._leave()
+                if self.opt is not None:
+                    self.opt.close()
+
+    def _leave(self) -> None:
+        """Say so, if it can be said at once."""
+        self.line.wait = 0.0
+        with contextlib.suppress(UserError, SessionLost):
+            self.line.call("leave")
+        self.line.link.close()
+
+    # -------------------------------------------------------------------------------------- begin
+
+    def _begin(self, folder: Path, log_bytes: int) -> None:
+        """Base, and the log as far as it goes; then join."""
+        path = folder / "trajectory.jfl"
+        if self.opt is not None:
+            self.opt.close()
+            self.opt = None  # before a second model is there
+        path.unlink(missing_ok=True)
+        if log_bytes:
+            path.write_bytes(self._download())
+        self.opt = self._build(path, bool(log_bytes))
+        log = read_log(path)
+        self._history = History(log.steps)
+        self._weights = None
+        if log.steps:
+            self._note(f"replayed {len(log.steps)} steps")
+        self._join(log.header)
+
+    def _download(self) -> bytes:
+        whole = b""
+        while part := self.line.call("log", struct.pack("<Q", len(whole))):
+            whole += part
+        return whole
+
+    def _join(self, header: dict[str, Any]) -> None:
+        said = {
+            "name": self.name,
+            "protocol": PROTOCOL,
+            "version": justforward.__version__,
+            "header": header,
+            "rows": self.rows.digest,
+        }
+        self._header = header
+        self.line.call("join", zipped(said))
+
+    def _again(self) -> None:
+        """The hub has forgotten this session: it was started anew, or this worker was away for long."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(SessionLost):
+                self.line.open()
+                self._join(self._header)
+                return
+        raise UserError(_LOST)
+
+    # ----------------------------------------------------------------------------------- taking part
+
+    def _take_part(self, folder: Path) -> int:
+        assert self.opt is not None
+        said = self._turn()
+        while True:
+            try:
+                order = Order.unpack(self.line.call("turn", said.pack()))
+            except SessionLost:
+                self._again()
+                said = replace(said, sights=(), blank=())  # nobody there has asked for them
+                continue
+            if order.says == REPLAY:
+                self._replay(folder)
+                said = self._turn()
+                continue
+            self._move(order)
+            if order.says == DONE:
+                return self.opt.steps
+            said = self._look(order.work) if order.work is not None else self._turn()
+
+    def _replay(self, folder: Path) -> None:
+        assert self.opt is not None
+        if self.opt.steps > self._replayed_at + 2 * self.hash_every:
+            self._replays = 0
+        self._replays += 1
+        if self._replays > _REPLAYS:
+            raise UserError(
+                f"after {_REPLAYS} replays of the log this worker's weights still differ from the others': check its memory "
+                "and its base model"
+            )
+        self._note(
+            "the hub says that these weights differ: starting again from the base and the log"
+        )
+        for _ in range(_TRIES):
+            with contextlib.suppress(SessionLost):
+                self.line.open()
+                self._begin(folder, self.line.ask("run")["log"])
+                self._replayed_at = self.opt.steps
+                return
+        raise UserError(_LOST)
+
+    def _move(self, order: Order) -> None:
+        assert self.opt is not None
+        for step in order.steps:
+            if step.index < self.opt.steps:
+                continue  # of a reply to a message that was sent twice
+            self.opt.apply(step)
+            self._history.add(step)
+            self._weights = None
+            if self.opt.steps % self.hash_every == 0:
+                assert self.opt.model is not None
+                self._weights = bytes.fromhex(fingerprint(self.opt.model))
+
+    def _turn(self) -> Turn:
+        assert self.opt is not None
+        weights, self._weights = self._weights, None
+        return Turn(self.opt.steps, self._history.digest, weights=weights)
+
+    def _look(self, work: Work) -> Turn:
+        """Look at all parts, each by itself."""
+        assert self.opt is not None
+        turn = self._turn()
+        if work.step != self.opt.steps:
+            return turn
+        seen: list[Sight] = []
+        blank: list[tuple[int, int]] = []
+        for first, count in work.parts:
+            batch = self.rows.batch(work.step, first, first + count, work.of)
+            rows = range(first, first + count)
+            try:
+                seen.append(self.opt.look(self.rows.losses, batch, rows=rows, of=work.of))
+            except NonFiniteLoss as error:
+                self._note(str(error))
+                blank.append((first, count))
+        return replace(turn, attempt=work.attempt, sights=tuple(joined(seen)), blank=tuple(blank))
+
+
+def joined(sights: Sequence[Sight]) -> list[Sight]:
+    """Sights of rows that follow each other, as one: fewer bytes, the same rises."""
+    out: list[Sight] = []
+    for sight in sights:
+        last = out[-1] if out else None
+        if last is None or last.rows[-1] + 1 != sight.rows[0]:
+            out.append(sight)
+            continue
+        rows = len(last.rows) + len(sight.rows)
+        out[-1] = replace(
+            last,
+            rows=last.rows + sight.rows,
+            rises=tuple(a + b for a, b in zip(last.rises, sight.rises, strict=True)),
+            loss=(last.loss * len(last.rows) + sight.loss * len(sight.rows)) / rows,
+        )
+    return out

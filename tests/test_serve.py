@@ -1,0 +1,312 @@
+"""Hub and workers as processes and over real connections: killed, started again, late; what is sent that is no message."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from justforward import UserError, fingerprint, read_log, replay
+from justforward.desk import Desk
+from justforward.line import FolderLink, HttpLink, Line
+from justforward.serve import Hall, attend, listen, open_folder, open_run, serve, server_of
+from justforward.wire import seal
+from parties import KEY, Party, close_all, open_desk, run_alone, serve_config, worker
+
+PARTIES = Path(__file__).with_name("parties.py")
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    close_all()
+
+
+class Running:
+    """A hub in a thread of its own, at an address or a folder."""
+
+    def __init__(self, desk: Desk, at: socket.socket | Path) -> None:
+        self.desk, self.notes = desk, list[str]()
+        self.url = f"http://127.0.0.1:{at.getsockname()[1]}" if not isinstance(at, Path) else ""
+        self.hall = Hall(desk, self.notes.append)
+        self._at = at
+        server = None if isinstance(at, Path) else server_of(self.hall, desk.most)
+        self.thread = threading.Thread(
+            target=lambda: asyncio.run(attend(self.hall, server, self._at)), daemon=True
+        )
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.hall.closing = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        if not isinstance(self._at, Path):
+            self._at.close()
+
+
+@contextlib.contextmanager
+def running(out: Path, at: Path | None = None, **options: Any) -> Iterator[Running]:
+    if at is not None:
+        open_folder(at)
+    hub = Running(open_desk(out, **options), at or listen("127.0.0.1", 0))
+    try:
+        yield hub
+    finally:
+        hub.stop()
+
+
+def start(url: str, seconds: float = 0.0) -> subprocess.Popen[str]:
+    """A worker in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(PARTIES), url, str(seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def end_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def until(said: Any, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not said():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)
+
+
+def test_a_worker_that_is_killed_is_not_waited_for_and_one_that_joins_later_has_the_same_weights(
+    tmp_path: Path,
+) -> None:
+    with running(tmp_path / "run", max_forwards=120) as hub:
+        killed, stays = start(hub.url, 0.02), start(hub.url, 0.02)
+        rounds = hub.desk.conductor.rounds
+        until(lambda: sum(member.alive for member in rounds.members.values()) == 2)
+        first = hub.desk.conductor.steps
+        until(lambda: hub.desk.conductor.steps > first + 3)
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        dead, taken = time.monotonic(), hub.desk.conductor.steps
+        until(lambda: hub.desk.conductor.steps > taken + 1)
+        waited = time.monotonic() - dead
+        assert waited < 5.0
+        joiner, own, log = worker(HttpLink(hub.url), "joiner")
+        assert joiner.run(log) == 60
+        done = end_of(stays)
+    assert any("does not answer, its rows are for others" in note for note in hub.notes)
+    assert hub.notes[-1].startswith("step 60, ")
+    assert done["fingerprint"] == fingerprint(own.model)
+    alone = run_alone(tmp_path / "alone", max_forwards=120)
+    assert read_log(hub.desk.conductor.folder.log).steps == read_log(alone.folder.log).steps
+
+
+def test_a_hub_that_is_killed_or_stopped_and_started_again_goes_on(tmp_path: Path) -> None:
+    port = listen("127.0.0.1", 0)
+    number = port.getsockname()[1]
+    port.close()
+    key = tmp_path / "key"
+    key.write_bytes(KEY)
+    config = serve_config(tmp_path / "run", max_forwards=500)
+    given = ["template", "labels", "estimator", "lr", "max_forwards", "hash_every", "seed", "model"]
+    options = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in given]
+    place = ["--out", str(tmp_path / "run"), f"--port={number}", f"--key-file={key}"]
+
+    def hub(*more: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "justforward", "serve", *place, *more]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    log = tmp_path / "run" / "trajectory.jfl"
+    first = hub(*options)
+    part = start(f"http://127.0.0.1:{number}", 0.002)
+    until(lambda: log.exists() and log.stat().st_size > 400)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert read_log(log).steps
+    second, size = hub("--resume"), log.stat().st_size
+    until(lambda: log.stat().st_size > size + 400)
+    second.send_signal(signal.SIGINT)
+    assert "go on with: justforward serve --resume" in second.communicate(timeout=60)[1]
+    assert second.returncode == 130
+    assert read_log(log).sealed
+    third = hub("--resume", "--json")
+    said, err = third.communicate(timeout=120)
+    assert third.returncode == 0, err
+    assert json.loads(said)["steps"] == 250
+    done = end_of(part)
+    fresh = Party({"config": {**vars(config)}, "private": False}).model
+    assert replay(fresh, log) == 250
+    assert fingerprint(fresh) == done["fingerprint"]
+    alone = run_alone(tmp_path / "alone", max_forwards=500)
+    assert read_log(log).steps == read_log(alone.folder.log).steps
+
+
+def test_files_in_a_folder_do_what_a_port_does(tmp_path: Path) -> None:
+    place = tmp_path / "mail"
+    with pytest.raises(UserError, match="no hub has opened it"):
+        FolderLink(place)
+    with running(tmp_path / "run", place, max_forwards=8) as hub:
+        (place / "in" / "turn-0").write_bytes(b"somebody else's")
+        (place / "in" / f"turn-{'0' * 32}").write_bytes(bytes(10**5))
+        (place / "in" / f"nothing-{'0' * 32}").write_bytes(b"x")
+        made, own, log = worker(FolderLink(place))
+        assert made.run(log) == 4
+    kept = sorted(file.name for file in (place / "out").iterdir())
+    assert kept == [f"nothing-{'0' * 32}", f"turn-{'0' * 32}"]
+    assert (place / "out" / kept[0]).read_bytes() == b"\x94\x01no such thing"
+    assert (place / "out" / kept[1]).read_bytes() == b"\x9d\x01too large"
+    assert [file.name for file in (place / "in").iterdir()] == ["turn-0"]
+    open_folder(place)  # by the next hub: what is left over is removed, what is not its own stays
+    assert [*(place / "out").iterdir()] == []
+    assert (place / "in" / "turn-0").exists()
+    fresh = Party({"config": hub.desk.conductor.info()["config"], "private": False}).model
+    replay(fresh, hub.desk.conductor.folder.log)
+    assert fingerprint(fresh) == fingerprint(own.model)
+
+
+def test_one_that_waits_and_hangs_up_is_not_counted_on(tmp_path: Path) -> None:
+    with running(tmp_path / "run", workers=2) as hub:
+        made, _, log = worker(HttpLink(hub.url))
+        with tempfile.TemporaryDirectory() as folder:
+            made._begin(Path(folder), log)
+            line, member = made.line, hub.desk.conductor.rounds.members[0]
+            raw = seal(KEY, line._run, "turn", line._session, 99, made._turn().pack())
+            host, port = hub.url.removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                head = f"POST /turn HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+                connection.sendall(head.encode() + raw)
+                until(lambda: member.alive)
+                time.sleep(0.2)  # it waits for a second worker
+                assert member.alive
+            until(lambda: not member.alive, 5.0)
+            assert made.opt is not None
+            made.opt.close()
+            made.line.link.close()
+
+
+@pytest.fixture(scope="module")
+def open_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    desk = Desk(KEY, open_run(serve_config(tmp_path_factory.mktemp("hub") / "run")), 8)
+    hub = Running(desk, listen("127.0.0.1", 0))
+    yield hub
+    hub.stop()
+    desk.conductor.close()
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(
+    path=st.sampled_from(["hello", "run", "log", "join", "turn", "leave", "status", "", "x/y"]),
+    body=st.binary(max_size=200),
+    method=st.sampled_from(["POST", "GET", "PUT", "DELETE"]),
+)
+def test_rubbish_over_http(open_hub: Running, path: str, body: bytes, method: str) -> None:
+    request = urllib.request.Request(f"{open_hub.url}/{path}", data=body, method=method)
+    before = open_hub.desk.conductor.status()
+    if path == "hello" and not body and method == "POST":
+        return
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=10)
+    with caught.value as error:
+        assert 400 <= error.code < 500
+        assert b"Traceback" not in error.read()
+    assert open_hub.desk.conductor.status() == before
+
+
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@given(raw=st.binary(min_size=1, max_size=300))
+def test_what_is_not_even_http(open_hub: Running, raw: bytes) -> None:
+    host, port = open_hub.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(raw)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
+    assert Line(HttpLink(open_hub.url), KEY, 1.0).open() is None  # it is still there
+
+
+def test_a_body_that_is_too_large_is_not_read(open_hub: Running) -> None:
+    host, port = open_hub.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"POST /turn HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
+        connection.sendall(bytes(1 << 16))
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+
+
+def test_a_hub_that_is_told_to_stop_stops(tmp_path: Path) -> None:
+    notes: list[str] = []
+    open_folder(tmp_path / "mail")
+    hall = Hall(open_desk(tmp_path / "run"), notes.append)
+    asyncio.run(attend(hall, None, tmp_path / "mail", lambda: True))
+    assert notes == ["step 0, 0 workers"]
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    taken = listen("127.0.0.1", 0)
+    taken.listen()
+    key = tmp_path / "key"
+    key.write_bytes(KEY)
+    number = taken.getsockname()[1]
+    with pytest.raises(
+        UserError, match=f"--port {number}: 127.0.0.1 cannot be listened at: Address"
+    ):
+        serve(serve_config(tmp_path / "run", port=number, key_file=str(key)))
+    taken.close()
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"--port 0: 203.0.113.9 cannot be listened at: Cannot"):
+        listen("203.0.113.9", 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"port": 70000}, "--port is 70000: it must be from 0 to 65535"),
+        ({"deadline": 0.0}, "--deadline is 0.0: it must be positive"),
+        ({"deviations": -1.0}, "--deviations is -1.0: it must be finite and at least 0"),
+        ({"tuner": "prefix"}, "--tuner is 'prefix': a prefix starts from what the model computes"),
+        ({"looks": "one-point"}, "--looks is 'one-point': workers cannot share it"),
+        ({"model": None}, "--model is missing"),
+        ({"template": None}, "--template is missing"),
+        ({"estimator": "activation", "batch_size": 9000}, "a step has 9000 directions"),
+        ({"max_forwards": 1}, "--max-forwards is 1: one step takes 2"),
+    ],
+)
+def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        open_desk(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_libraries_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUSTFORWARD_KEY", "k" * 16)
+    for name in ("uvicorn", "urllib3"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="the package uvicorn is not installed"):
+        serve(serve_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="the package urllib3 is not installed"):
+        HttpLink("http://127.0.0.1:1")
+
+
+def test_addresses_that_are_none() -> None:
+    with pytest.raises(UserError, match="'hub:80' is not the address of a hub"):
+        HttpLink("hub:80")
