@@ -12,6 +12,7 @@ from justforward.directions import FAMILIES
 from justforward.errors import UserError
 
 LONGEST_EPS = 100.0
+ESTIMATORS = ("weight", "activation")
 
 
 def parameter_groups(
@@ -128,7 +129,13 @@ def split(
 
 
 def family_of(family: str | None, estimator: str) -> str:
-    """Name in `FAMILIES` of the directions that an estimator takes."""
+    """Name in `FAMILIES` of the directions that an estimator takes.
+
+    Raises:
+        UserError: there is no such family, or no such estimator.
+    """
+    if estimator not in ESTIMATORS:
+        raise UserError(f"estimator is {estimator!r}: it must be one of {', '.join(ESTIMATORS)}")
     name = family or "gaussian"
     if name not in FAMILIES:
         raise UserError(f"family is {family!r}: it must be one of {', '.join(FAMILIES)}")

@@ -25,14 +25,13 @@ from justforward.interrupts import Shield
 from justforward.modified import measure
 from justforward.moments import compile_kernels, course_of
 from justforward.playback import apply_steps, base_of, check_base, check_header, header_for
-from justforward.sights import Sight, check_places, put_together, see_rows, see_weights
+from justforward.sights import Sight, check_places, put_together, see_rows, see_weights, warn_alone
 from justforward.stored import compute_model_wide
 from justforward.trajectory import Log, Step, Writer, read_log, rounded
 from justforward.variants import Blocks, Modified, check_variants, sample_count, sample_schedule
 
 Closure = Callable[[], Any]
 LossFn = Callable[[Any], Tensor]
-ESTIMATORS = ("weight", "activation")
 # A lane that no direction of a step has (a log holds fewer than 2^13 of them): it draws the step's block.
 BLOCK_LANE = 1 << 31
 
@@ -95,22 +94,13 @@ class MeZO(Optimizer):
         log: str | os.PathLike[str] | None = None,
         resume: bool = False,
     ) -> None:
-        if estimator not in ESTIMATORS:
-            raise UserError(
-                f"estimator is {estimator!r}: it must be one of {', '.join(ESTIMATORS)}"
-            )
         self.estimator = estimator
         self.family = family_of(family, estimator)
-        self.rule = rules.parse(rule)
-        self.seed = seed
+        self.rule, self.seed = rules.parse(rule), seed
         self.looks, self.modified, self.blocks = looks, modified, blocks
-        check_variants(looks, estimator, self.rule, modified, blocks)
+        check_variants(seed, looks, estimator, self.rule, modified, blocks)
         self.model = params if isinstance(params, nn.Module) else model
-        if not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise UserError(
-                f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^64"
-            )
-        self._samples = sample_schedule(num_samples)
+        self.samples = sample_schedule(num_samples)
 
         groups, names = parameter_groups(params, self.model)
         variant = modified or blocks
@@ -149,6 +139,7 @@ class MeZO(Optimizer):
         self._norms: tuple[float, ...] = ()
         self._row_looks = RowLooks(two_calls, check_rows)
         self.steps = 0
+        self.log = log
         self._writer: Writer | None = None
         if log is not None:
             header = header_for(
@@ -266,7 +257,7 @@ class MeZO(Optimizer):
                 raise UserError(
                     "look: modified and one-point estimates cannot be shared by workers"
                 )
-            count = sample_count(self._samples, self.steps)
+            count = sample_count(self.samples, self.steps)
             samples = range(count) if samples is None else samples
             check_places("samples", samples, count)
             check_places("rows", rows, of)
@@ -289,7 +280,7 @@ class MeZO(Optimizer):
         Raises:
             UserError: there are none, or they are of another step, or contradict each other.
         """
-        samples = sample_count(self._samples, self.steps)
+        samples = sample_count(self.samples, self.steps)
         view = put_together(sights, self.steps, samples, of)
         apart = self.estimator == "activation"
         seen = view.along_rows(of) if apart else view.along_samples()
@@ -337,7 +328,8 @@ class MeZO(Optimizer):
     def _estimate(
         self, closure: Any, batch: Any, shield: Shield, keep_back: bool
     ) -> tuple[Step, list[float] | None, Draws | None]:
-        samples = sample_count(self._samples, self.steps)
+        warn_alone()
+        samples = sample_count(self.samples, self.steps)
         site = self._site(shield)
         norms, extra = self._norms, 0
         back: list[float] | None = None
@@ -453,11 +445,23 @@ class MeZO(Optimizer):
 
     def _continue(self, log: Log, header: dict[str, Any]) -> None:
         check_header(log, header)
-        self.steps = apply_steps(self.weights, self._course, log.steps)
-        if log.steps:
-            self._rule_state = log.steps[-1].rule_state
-            self._scales, self._norms = log.steps[-1].scales, log.steps[-1].norms
+        self.follow(log.steps)
         self._writer = Writer.resume(log)
+
+    def follow(self, steps: Sequence[Step]) -> None:
+        """Take the next steps as another optimizer of this kind took them, in few passes over the weights.
+
+        Raises:
+            UserError: as `apply`.
+        """
+        for step in steps:
+            self._course.check(step)
+            if self._writer is not None:
+                self._writer.append(step)
+        self.steps += apply_steps(self.weights, self._course, steps)
+        if steps:
+            self._rule_state = steps[-1].rule_state
+            self._scales, self._norms = steps[-1].scales, steps[-1].norms
 
     def close(self) -> None:
         """Seal and close the log."""

@@ -22,9 +22,9 @@ from justforward.data import Example, Splits, read_examples, split_examples
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
 from justforward.folder import Metric, best_step, data_hash, validated, value_of
+from justforward.groups import ESTIMATORS
 from justforward.guard import is_flat
 from justforward.hub import HUB, downloaded
-from justforward.optim import ESTIMATORS
 from justforward.published import TEST_SIZE, Published, deal, read_published
 from justforward.quantised import library_version
 from justforward.schedules import forwards_at

@@ -258,13 +258,20 @@ class Blocks:
 
 
 def check_variants(
-    looks: str, estimator: str, rule: Chain, modified: Modified | None, blocks: Blocks | None
+    seed: int,
+    looks: str,
+    estimator: str,
+    rule: Chain,
+    modified: Modified | None,
+    blocks: Blocks | None,
 ) -> None:
-    """Refuse what does not go together.
+    """Refuse what is unknown or does not go together.
 
     Raises:
-        UserError: naming both.
+        UserError: naming it, or both.
     """
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^64")
     if looks not in LOOKS:
         raise UserError(f"looks is {looks!r}: it must be one of {', '.join(LOOKS)}")
     if looks == "one-point" and estimator == "activation":
