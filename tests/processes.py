@@ -5,15 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # One process imports everything once; the others are copies of it.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["justforward.workers", "justforward.noise.cpu"])
+_CONTEXT.set_forkserver_preload(["justforward.workers", "processes_ready"])
 PATIENCE = 100.0
 
 
@@ -24,6 +28,10 @@ def together(
 
     None for one that dies. Process `stopped` has been stopped by its function: it is killed when the others are done.
     """
+    with pytest.MonkeyPatch.context() as patch:  # where the first process looks for what it imports
+        patch.syspath_prepend(Path(__file__).parent)
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     store = folder / f"store-{len(list(folder.iterdir()))}"
     pairs = [_CONTEXT.Pipe(duplex=False) for _ in range(size)]
     processes = [
