@@ -28,6 +28,7 @@ API = Path(__file__).with_name("api.txt")
 ROOMS = [
     "errors",
     "interrupts",
+    "launched",
     "noise",
     "pool",
     "stored",
@@ -47,6 +48,8 @@ ROOMS = [
     "modified",
     "ondisk",
     "optim",
+    "peers",
+    "workers",
     "reference",
     "hessian",
     "sources",
@@ -91,6 +94,7 @@ ROOMS = [
     "prepare",
     "starting",
     "spared",
+    "team",
     "session",
     "run",
     "rebuild",
@@ -128,6 +132,7 @@ CORE_NEEDS = {
 TORCH_FREE = {
     "errors",
     "interrupts",
+    "launched",
     "rules",
     "variants",
     "sources",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from justforward.sights import Sight
     from justforward.trajectory import Log, Step, read_log, verify
     from justforward.variants import Blocks, Modified, linear_samples
+    from justforward.workers import Workers
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "Sight",
     "Step",
     "UserError",
+    "Workers",
     "fingerprint",
     "linear_samples",
     "noise",
@@ -43,6 +45,7 @@ _HOMES = {
     "Sight": "sights",
     "Step": "trajectory",
     "UserError": "errors",
+    "Workers": "workers",
     "fingerprint": "playback",
     "linear_samples": "variants",
     "read_log": "trajectory",

@@ -7,7 +7,6 @@ and a wait can end. Every process hears from every other one itself, so whoever 
 from __future__ import annotations
 
 import json
-import os
 import struct
 import time
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from justforward import launched
 from justforward.errors import UserError
 
 # Longest wait for each other before the first step, while models are loaded and logs replayed.
@@ -49,7 +49,7 @@ class Peers:
         if not dist.is_available():
             return
         if not dist.is_initialized():
-            if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+            if not launched.several():
                 return
             dist.init_process_group("gloo", timeout=start)
             self._opened = True
@@ -82,6 +82,10 @@ class Peers:
         others = [rank for rank in range(self.size) if rank != source]
         self._exchange(raw, others, [], seconds, when)
         return raw
+
+    def decide(self, value: Any, seconds: float, when: str) -> Any:
+        """What process 0 gives: anything that JSON knows. Raises as `swap`."""
+        return json.loads(self.tell(json.dumps(value).encode(), 0, seconds, when))
 
     def ask(self, what: Any, seconds: float, when: str) -> list[Any]:
         """What every process says, by number: anything that JSON knows. Raises as `swap`."""

@@ -39,6 +39,7 @@ from justforward.settings import variants_of
 from justforward.spared import Spared
 from justforward.starting import begin, choose_layers, decided
 from justforward.tasks import Task
+from justforward.team import Team
 from justforward.trajectory import Log, Writer, read_log
 from justforward.tuners import attach, keep_start
 
@@ -76,6 +77,7 @@ class Session:
     started: float
     data_sha256: str
     log: Log | None
+    team: Team
 
     def __post_init__(self) -> None:
         self.seconds_before = max((float(m["seconds"]) for m in self.metrics), default=0.0)
@@ -171,7 +173,7 @@ class Session:
                 self.progress.note(f"scoring {len(rows)} {_WHAT[kind]}")
                 found = self._validate() if kind == "validation" else self._evaluate(rows)
                 forwards = 0 if kind == "before" else forwards_until(self.config, 0)
-                self._remember(self._metric(kind, 0, forwards, **_worth(found)))
+                self._remember(self._metric(kind, 0, forwards, **self.team.agree_on(found)))
 
     def _repair(self, log: Log) -> None:
         """Score again what the last session did not live to write down."""
@@ -223,6 +225,7 @@ class Session:
             log=folder.log,
             resume=self.log is not None,
         )
+        self.team.join(self.opt, self.objective, self.data_sha256)
         self.parts = len(self.opt.param_groups)
         first = forwards_at(config, 0, self.parts) + forwards_until(config, 0, self.parts)
         if first > config.max_forwards:
@@ -322,7 +325,7 @@ class Session:
         batch = encode([train[row] for row in rows])
         clock = time.monotonic()
         with Shield() as shield, self.spared.reused():  # a step and its line: both or neither
-            loss = opt.step(partial(shield.call, closure), batch)
+            loss = self.team.step(opt, partial(shield.call, closure), batch)
             self.forwards += forwards_at(config, opt.steps - 1, self.parts)
             took = round(time.monotonic() - clock, 4)
             values = {"loss": loss, "lr": lr, "step_seconds": took}
@@ -365,7 +368,7 @@ class Session:
         except UserError as error:
             raise UserError(f"step {step}: {error}, or start again with a lower --lr") from error
         self.progress.validation(forwards, found.metric, found.value, found.loss)
-        return self._metric("validation", step, forwards, **_worth(found))
+        return self._metric("validation", step, forwards, **self.team.agree_on(found))
 
     def _finish(self) -> Result:
         """Close the log, go back to the best step if that is not the last, score the test rows."""
@@ -483,15 +486,11 @@ class Session:
         self._remember(metric)
 
     def _reason(self) -> str | None:
+        timed = self.config.max_minutes is not None
+        seconds: float = self.team.agree(self.seconds) if timed else 0.0
         return stop_reason(
-            self.config, self.steps, self.forwards, self.seconds, self.validations, self.parts
+            self.config, self.steps, self.forwards, seconds, self.validations, self.parts
         )
-
-
-def _worth(found: Evaluation) -> dict[str, float]:
-    """What a line of metrics.jsonl says of an evaluation."""
-    worth = {"accuracy": found.accuracy, "loss": found.loss}
-    return worth if found.metric == "accuracy" else {**worth, "value": found.value}
 
 
 _WHAT = {"before": "test rows, for the figure before", "validation": "validation rows"}

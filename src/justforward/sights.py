@@ -113,7 +113,7 @@ def warn_alone() -> None:
         warnings.warn(
             f"torch.distributed has {dist.get_world_size()} processes, and each of them moves its own weights by its own losses: "
             "let justforward.Workers take the steps (unless the closure returns the same number in all of them)",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

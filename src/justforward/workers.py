@@ -80,10 +80,10 @@ class Workers:
         check_every: int = 100,
         timeout: float = 60.0,
         data: Any = "",
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | Peers | None = None,
     ) -> None:
         self.opt = opt
-        self._peers = Peers(group)
+        self._peers = group if isinstance(group, Peers) else Peers(group)
         self.rank, self.size = self._peers.rank, self._peers.size
         for name, value, least in (
             ("rows_at_once", rows_at_once, 1),
@@ -263,8 +263,7 @@ class Workers:
 
     def agree(self, value: Any) -> Any:
         """What worker 0 gives, in all of them: for what clocks or unlike machines decide. Anything that JSON knows."""
-        when = f"after {self.opt.steps} steps: {_AGAIN}"
-        return json.loads(self._peers.tell(json.dumps(value).encode(), 0, self._timeout, when))
+        return self._peers.decide(value, self._timeout, f"after {self.opt.steps} steps: {_AGAIN}")
 
     def close(self) -> None:
         """Close the log, and leave the group if it was joined here."""
