@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -22,7 +23,11 @@ PATIENCE = 100.0
 
 
 def together(
-    size: int, folder: Path, function: Callable[..., Any], *arguments: Any, stopped: int | None = None
+    size: int,
+    folder: Path,
+    function: Callable[..., Any],
+    *arguments: Any,
+    stopped: int | None = None,
 ) -> list[Any]:
     """What `function(*arguments)` returns in each of `size` gloo processes; of one that raises, the exception's type and text.
 
@@ -35,7 +40,9 @@ def together(
     store = folder / f"store-{len(list(folder.iterdir()))}"
     pairs = [_CONTEXT.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        _CONTEXT.Process(target=_one, args=(rank, size, store, write, function, arguments), daemon=True)
+        _CONTEXT.Process(
+            target=_one, args=(rank, size, store, write, function, arguments), daemon=True
+        )
         for rank, (_, write) in enumerate(pairs)
     ]
     for process, (_, write) in zip(processes, pairs, strict=True):
@@ -45,14 +52,14 @@ def together(
     try:
         for rank, (read, _) in enumerate(pairs):
             if rank != stopped and read.poll(PATIENCE):
-                try:
+                with contextlib.suppress(EOFError):  # it has died
                     out[rank] = read.recv()
-                except EOFError:
-                    pass  # it has died
     finally:
         for process in processes:
             if process.is_alive():
-                process.join(0.0 if process is processes[stopped or 0] and stopped is not None else 20.0)
+                process.join(
+                    0.0 if process is processes[stopped or 0] and stopped is not None else 20.0
+                )
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, signal.SIGKILL)
                 process.join()

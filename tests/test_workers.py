@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import together
 from torch import Tensor, nn
 
 import justforward as jf
 from justforward.workers import Workers
+from processes import together
 
 ROWS = 7
 VARIANTS: list[dict[str, Any]] = [
@@ -98,7 +98,9 @@ def test_any_number_of_workers_has_the_bits_of_one(tmp_path: Path, size: int) ->
 def test_a_part_of_the_batch_is_enough(tmp_path: Path, estimator: str) -> None:
     variant = {"rule": "rms", "estimator": estimator}
     whole = run(variant)[:3]
-    assert [found[:3] for found in together(2, tmp_path, run, variant, 4, None, True)] == [whole] * 2
+    assert [found[:3] for found in together(2, tmp_path, run, variant, 4, None, True)] == [
+        whole
+    ] * 2
 
 
 def grid() -> list[Any]:
@@ -147,7 +149,9 @@ def test_a_worker_without_a_log_follows_the_one_that_has_it(tmp_path: Path) -> N
     (tmp_path / "two").mkdir()
     assert together(2, tmp_path, resumed, tmp_path / "two") == [[3, *undisturbed[:3]]] * 2
     raw = (tmp_path / "two" / "run.jfl").read_bytes()
-    assert jf.read_log(tmp_path / "two" / "run.jfl").steps == jf.read_log(tmp_path / "alone.jfl").steps
+    assert (
+        jf.read_log(tmp_path / "two" / "run.jfl").steps == jf.read_log(tmp_path / "alone.jfl").steps
+    )
     assert len(raw) < 1000
     base = model()
     jf.replay(base, tmp_path / "two" / "run.jfl")
@@ -177,7 +181,10 @@ def test_a_log_that_ends_earlier_is_continued_from_the_other(tmp_path: Path) -> 
     (tmp_path / "b").mkdir()
     _, refused = together(2, tmp_path, apart, tmp_path / "b", [3, 1], True)
     assert refused[0] == "UserError"
-    assert "its 1 steps are not those that worker 0 has taken first, of 3: it is the log of another run" in refused[1]
+    assert (
+        "its 1 steps are not those that worker 0 has taken first, of 3: it is the log of another run"
+        in refused[1]
+    )
 
 
 # ---------------------------------------------------------------------------------------- differences
@@ -298,9 +305,17 @@ def disturbed(folder: Path, how: str) -> list[Any]:
     ("how", "one", "other"),
     [
         ("nan", "NonFiniteLoss: step 2: the loss is nan at .eps in row 3", None),
-        ("error", "UserError: worker 1 failed in step 2: RuntimeError: out of memory, say", "RuntimeError: out of memory, say"),
+        (
+            "error",
+            "UserError: worker 1 failed in step 2: RuntimeError: out of memory, say",
+            "RuntimeError: out of memory, say",
+        ),
         ("interrupt", "KeyboardInterrupt: ", None),
-        ("kill", "UserError: worker 1 of 2 ended in step 2; the 2 steps before it are in the log: start again", "killed"),
+        (
+            "kill",
+            "UserError: worker 1 of 2 ended in step 2; the 2 steps before it are in the log: start again",
+            "killed",
+        ),
         ("stop", "UserError: worker 1 of 2 said nothing for 3 s in step 2; the 2 steps", "stopped"),
     ],
     ids=["nan", "error", "interrupt", "kill", "stop"],
@@ -308,7 +323,9 @@ def disturbed(folder: Path, how: str) -> list[Any]:
 def test_no_worker_takes_a_step_that_one_cannot(
     tmp_path: Path, how: str, one: str, other: str | None
 ) -> None:
-    first, second = together(2, tmp_path, disturbed, tmp_path, how, stopped=1 if how == "stop" else None)
+    first, second = together(
+        2, tmp_path, disturbed, tmp_path, how, stopped=1 if how == "stop" else None
+    )
     assert re.match(one, first[0]), first[0]
     assert first[1:] == [2, True, True]
     if other in ("killed", "stopped"):
@@ -353,7 +370,9 @@ def test_arguments_out_of_range(arguments: dict[str, Any], said: str | None) -> 
 def test_batches_that_do_not_fit() -> None:
     net = model()
     workers = Workers(jf.MeZO(net))
-    with pytest.raises(jf.UserError, match="the batch has 7 rows, and worker 0 has rows 0 to 7 of 8"):
+    with pytest.raises(
+        jf.UserError, match="the batch has 7 rows, and worker 0 has rows 0 to 7 of 8"
+    ):
         workers.step(losses(net), batch(0), of=8)
     with pytest.raises(jf.UserError, match=r"first axes are \[2, 3\]"):
         workers.step(losses(net), [torch.zeros(2), torch.zeros(3)])

@@ -65,21 +65,16 @@ class Objective:
             return None
         return self.task.kind != "classification" or self.name == "accuracy"
 
-    def check_by_row(
-        self,
-        why: str = "--estimator is 'activation', which needs one a row: choose --estimator weight",
-    ) -> None:
-        """Refuse a metric that is known to be one number for a whole batch.
-
-        Args:
-            why: what needs one a row.
+    def check_by_row(self) -> None:
+        """Refuse a metric that is known to be one number for a whole batch: activation space needs one a row.
 
         Raises:
             UserError: naming it.
         """
         if self.by_row() is False:
             raise UserError(
-                f"--objective is {self.name!r}, one number for a whole batch, and {why}"
+                f"--objective is {self.name!r}, one number for a whole batch, and --estimator is 'activation', which "
+                "needs one a row: choose --estimator weight"
             )
 
     def batch(self, scorer: Scorer, rows: Sequence[Example]) -> Batch:

@@ -13,16 +13,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from justforward import launched
 from justforward.config import TrainConfig
+from justforward.errors import UserError
 from justforward.evaluate import Evaluation
-from justforward.objectives import Objective
 from justforward.optim import MeZO
 from justforward.peers import START_SECONDS, Peers
 from justforward.progress import Progress
 from justforward.workers import Workers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Longest wait within a run: one machine may take so much longer over a validation than another.
 PATIENCE = 300.0
@@ -39,23 +42,34 @@ class Team:
         self._peers = peers
         self._workers: Workers | None = None
 
-    def join(self, opt: MeZO, objective: Objective | None, data: str) -> None:
-        """Take this optimizer's steps from now on.
+    def join(self, opt: MeZO, data: str) -> None:
+        """Take this optimizer's steps from now on; `data` is the digest of the rows.
 
         Raises:
-            UserError: the processes differ, or the objective is one number for all rows of a step.
+            UserError: the processes differ.
         """
-        if self._peers is None:
-            return
-        if objective is not None:
-            objective.check_by_row("several processes divide the rows")
-        self._workers = Workers(opt, data=data, timeout=PATIENCE, group=self._peers)
+        if self._peers is not None:
+            self._workers = Workers(opt, data=data, timeout=PATIENCE, group=self._peers)
 
-    def step(self, opt: MeZO, closure: Callable[..., Any], batch: Any) -> float:
-        """A step; its loss."""
+    def step(self, opt: MeZO, closure: Callable[[Any], Tensor], batch: Any) -> float:
+        """A step; its loss.
+
+        Raises:
+            UserError: the closure has one number for all rows, which the processes divide; or as `Workers.step`.
+        """
         if self._workers is None:
             return opt.step(closure, batch)
-        return self._workers.step(closure, batch)
+
+        def by_row(rows: Any) -> Tensor:
+            found = closure(rows)
+            if found.dim() == 0:
+                raise UserError(
+                    "--objective is one number for all rows of a batch, and here processes divide the rows: choose one that has a "
+                    "number for each, or train without torchrun"
+                )
+            return found
+
+        return self._workers.step(by_row, batch)
 
     def agree(self, value: Any) -> Any:
         """What process 0 gives: anything that JSON knows."""
