@@ -387,3 +387,56 @@ def by_itself() -> int:
 
 def test_a_step_by_oneself_in_a_group_is_warned_of(tmp_path: Path) -> None:
     assert together(2, tmp_path, by_itself) == [1, 1]
+
+
+# ---------------------------------------------------------------------- models in parts, on several devices
+
+
+def test_a_model_that_is_spread_over_devices_has_the_bits_of_a_whole_one(tmp_path: Path) -> None:
+    """accelerate's hooks move what goes from part to part; here every part is on the CPU."""
+    from accelerate import dispatch_model
+
+    found = []
+    for spread in (False, True):
+        net = model()
+        if spread:
+            net = dispatch_model(
+                net, {"0": "cpu", "1": "cpu", "2": "cpu"}, main_device="cpu", force_hooks=True
+            )
+            assert hasattr(net[0], "_hf_hook")
+        opt = jf.MeZO(net, lr=1e-2, rule="rms")
+        for step in range(3):
+            opt.step(losses(net), batch(step))
+        found.append(jf.fingerprint(net))
+    assert found[0] == found[1] != jf.fingerprint(model())
+
+
+def test_parts_that_are_offloaded_are_refused_by_name(tmp_path: Path) -> None:
+    from accelerate import cpu_offload, disk_offload
+
+    for net in (
+        cpu_offload(model(), torch.device("cpu")),
+        disk_offload(model(), tmp_path / "parts"),
+    ):
+        with pytest.raises(
+            jf.UserError, match="parameter 0.weight is on the meta device and has no values"
+        ):
+            jf.MeZO(net)
+
+
+def sharded() -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    net = model()
+    net[0].weight = nn.Parameter(distribute_tensor(net[0].weight.detach(), mesh, [Shard(0)]))
+    with pytest.raises(jf.UserError) as refused:
+        jf.MeZO(net)
+    return str(refused.value)
+
+
+def test_parts_of_weights_are_refused_by_name(tmp_path: Path) -> None:
+    for said in together(2, tmp_path, sharded):
+        assert said.startswith("parameter 0.weight is a DTensor, one process's part of a weight")
+        assert "leave the model whole on every process" in said
