@@ -26,7 +26,6 @@ import torch.distributed as dist
 from _timing import Table, arguments
 
 import justforward as jf
-from justforward.models import load_model
 from justforward.peers import Peers
 from justforward.workers import Workers
 
@@ -71,7 +70,24 @@ def counted(messages: list[int]) -> Callable[..., list[bytes]]:
     return counting
 
 
-def measure(rank: int, store: str, rounds: int, out: Any) -> None:
+def make_model(layers: int) -> Any:
+    """SmolLM2's layers, as many as that, with random weights and a short vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=8192,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def measure(rank: int, store: str, layers: int, rounds: int, out: Any) -> None:
     """One of the two processes."""
     from step import answer_losses, make_batch
 
@@ -81,7 +97,7 @@ def measure(rank: int, store: str, rounds: int, out: Any) -> None:
     single = dist.new_group([0])
     messages: list[int] = []
     Peers.swap = counted(messages)  # type: ignore[method-assign]
-    model: Any = load_model("smollm2")[0]
+    model = make_model(layers)
     losses = answer_losses(model)
     found = []
     for rows, length, at_once, samples, populations, told in CASES:
@@ -119,7 +135,7 @@ def measure(rank: int, store: str, rounds: int, out: Any) -> None:
 
 def main() -> None:
     """Measure and print."""
-    given = arguments(__doc__, rounds=12)
+    given = arguments(__doc__, rounds=12, layers=30)
     if sys.platform != "linux":
         raise SystemExit("bytes of sockets are counted as Linux does: run it there")
     table = Table(given.json)
@@ -129,7 +145,13 @@ def main() -> None:
         processes = [
             context.Process(
                 target=measure,
-                args=(rank, str(Path(folder) / "store"), given.rounds, pipes[rank][1]),
+                args=(
+                    rank,
+                    str(Path(folder) / "store"),
+                    given.layers,
+                    given.rounds,
+                    pipes[rank][1],
+                ),
             )
             for rank in range(2)
         ]

@@ -143,12 +143,12 @@ def test_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert (launched.several(), launched.number(), launched.restarted()) == (False, 0, False)
+    assert (launched.several(), launched.number(), launched.attempt()) == (False, 0, 0)
     for name in VARIABLES:
         monkeypatch.setenv(name, "3")
-    assert (launched.several(), launched.number(), launched.restarted()) == (True, 3, True)
+    assert (launched.several(), launched.number(), launched.attempt()) == (True, 3, 1)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not launched.restarted()
+    assert launched.attempt() == 0
 
 
 def test_a_run_that_is_started_again_is_resumed(
@@ -208,7 +208,7 @@ def test_a_worker_is_killed_and_torchrun_goes_on_from_the_log(
             "--objective": f"{rewards}:right",
         }
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command += ["--master-port", "0", "--max-restarts", "1", "-m", "--", "justforward", "train"]
+        command += ["--standalone", "--max-restarts", "1", "-m", "--", "justforward", "train"]
         command += [str(word) for option in options.items() for word in option]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr

@@ -418,9 +418,7 @@ def test_parts_that_are_offloaded_are_refused_by_name(tmp_path: Path) -> None:
         cpu_offload(model(), torch.device("cpu")),
         disk_offload(model(), tmp_path / "parts"),
     ):
-        with pytest.raises(
-            jf.UserError, match="parameter 0.weight is on the meta device and has no values"
-        ):
+        with pytest.raises(jf.UserError, match=r"parameter 0\.weight is on the meta device"):
             jf.MeZO(net)
 
 

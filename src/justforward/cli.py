@@ -159,7 +159,7 @@ def _with_run(argv: list[str]) -> list[str]:
 
     A run that torchrun starts again is resumed where there is one.
     """
-    again = launched.restarted() and "--resume" not in argv
+    again = launched.attempt() > 0 and "--resume" not in argv
     if argv[:1] != ["train"] or ("--resume" not in argv and not again):
         return argv
     places = [i for i, argument in enumerate(argv) if re.fullmatch(r"--out(=.*)?", argument)]

@@ -15,6 +15,6 @@ def number() -> int:
     return int(os.environ["RANK"]) if several() else 0
 
 
-def restarted() -> bool:
-    """Whether torchrun has started the processes again, after one of them had failed."""
-    return several() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def attempt() -> int:
+    """How often torchrun has started the processes again, after one of them had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if several() else 0

@@ -51,7 +51,10 @@ class Peers:
         if not dist.is_initialized():
             if not launched.several():
                 return
-            dist.init_process_group("gloo", timeout=start)
+            # torchrun's store still has the addresses of the processes before a restart: each attempt gets keys of its own.
+            store, rank, size = next(dist.rendezvous("env://", timeout=start))  # type: ignore[attr-defined]
+            store = dist.PrefixStore(f"attempt {launched.attempt()}", store)  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", timeout=start, store=store, rank=rank, world_size=size)
             self._opened = True
         self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self.rank, self.size = self._ranks.index(dist.get_rank()), len(self._ranks)
