@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import justforward as jf
+from justforward.peers import Peers
 from justforward.workers import Workers
 from processes import together
 
@@ -349,6 +350,25 @@ def test_alone_it_needs_no_group() -> None:
     workers.step(lambda rows: losses(net)(rows).mean(), batch(2))
     workers.check()
     assert workers.opt.steps == 3
+
+
+@pytest.mark.parametrize("estimator", ["weight", "activation"])
+def test_a_message_has_64_bytes_and_4_a_row_at_most(
+    monkeypatch: pytest.MonkeyPatch, estimator: str
+) -> None:
+    """With the 4 bytes of its length."""
+    said: list[int] = []
+
+    def swap(self: Peers, raw: bytes, seconds: float, when: str) -> list[bytes]:
+        said.append(len(raw) + 4)
+        return [raw]
+
+    monkeypatch.setattr(Peers, "swap", swap)
+    workers = Workers(jf.MeZO(net := model(), estimator=estimator), check_every=0)
+    said.clear()
+    for rows in (1, ROWS, 500):
+        workers.step(losses(net), batch(0, rows))
+    assert said == [48 + 4 * rows for rows in (1, ROWS, 500)]
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ class Session:
             log=folder.log,
             resume=self.log is not None,
         )
-        self.team.join(self.opt, self.data_sha256)
+        self.team.join(self.opt, config.rows_at_once, self.data_sha256)
         self.parts = len(self.opt.param_groups)
         first = forwards_at(config, 0, self.parts) + forwards_until(config, 0, self.parts)
         if first > config.max_forwards:

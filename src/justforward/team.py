@@ -42,14 +42,16 @@ class Team:
         self._peers = peers
         self._workers: Workers | None = None
 
-    def join(self, opt: MeZO, data: str) -> None:
+    def join(self, opt: MeZO, rows_at_once: int, data: str) -> None:
         """Take this optimizer's steps from now on; `data` is the digest of the rows.
 
         Raises:
             UserError: the processes differ.
         """
         if self._peers is not None:
-            self._workers = Workers(opt, data=data, timeout=PATIENCE, group=self._peers)
+            self._workers = Workers(
+                opt, rows_at_once=rows_at_once, data=data, timeout=PATIENCE, group=self._peers
+            )
 
     def step(self, opt: MeZO, closure: Callable[[Any], Tensor], batch: Any) -> float:
         """A step; its loss.
