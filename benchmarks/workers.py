@@ -98,10 +98,12 @@ def measure(rank: int, store: str, layers: int, rounds: int, out: Any) -> None:
     messages: list[int] = []
     Peers.swap = counted(messages)  # type: ignore[method-assign]
     model = make_model(layers)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
     losses = answer_losses(model)
     found = []
     for rows, length, at_once, samples, populations, told in CASES:
         batch = make_batch(rows, length, model.config.vocab_size)
+        model.load_state_dict(base)  # worker 0 has taken steps alone
         # The rates are such that no weight goes anywhere: it is time that is measured.
         kept = {"rows_at_once": at_once, "check_every": 0}
         pair = Workers(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from justforward.errors import UserError
 from justforward.peers import Peers, spell
 from processes import together
 
@@ -68,6 +69,23 @@ def test_who_is_missing_is_named_by_all_others(tmp_path: Path, how: int, said: s
     stopped = 1 if how == signal.SIGSTOP else None
     found = together(3, tmp_path, dies, how, stopped=stopped)
     assert found == [("UserError", said), None, ("UserError", said)]
+
+
+def beside() -> list[Any]:
+    """As if the processes had come together by NCCL."""
+    group = dist.new_group([0, 1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+        found = Peers().ask(dist.get_rank(), 30.0, "here")
+        with pytest.raises(
+            UserError, match=r"make it with dist.new_group\(ranks, backend='gloo'\)"
+        ):
+            Peers(group)
+    return list(found)
+
+
+def test_a_group_of_gpus_gets_one_of_gloo_beside_it(tmp_path: Path) -> None:
+    assert together(2, tmp_path, beside) == [[0, 1]] * 2
 
 
 def test_alone() -> None:

@@ -213,6 +213,8 @@ def different(what: str) -> Any:
         rows = batch(1)
     if what == "rows" and odd:
         rows = batch(0, 6)
+    if what == "num_samples" and odd:
+        settings[what] = 2
     opt = jf.MeZO(net, **settings)
     workers = Workers(opt, **arguments)
     workers.step(losses(net), rows)
@@ -237,6 +239,7 @@ DIFFERENCES = {
     "layout": r"what is tuned is '4 parameters of 2703 numbers .*' in worker 0, '4 parameters of 3004 numbers",
     "batch": "in step 0: the batch is '.*' in worker 0, '.*' in worker 1",
     "rows": "in step 0: rows of the batch is 7 in worker 0, 6 in worker 1",
+    "num_samples": "in step 0: num_samples is 1 in worker 0, 2 in worker 1",
     "rate later": r"in step 1: lr is \[0.01\] in worker 0, \[0.03\] in worker 1",
     "bit": "after 2 steps: the fingerprint of what is tuned is .*: start again and resume the log",
 }

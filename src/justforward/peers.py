@@ -1,7 +1,7 @@
 """Bytes between the processes of a torch.distributed group, and which of them has gone.
 
-They go over a gloo group of our own, whatever the group at hand is made of: a few scalars are not worth a device's time,
-and a wait can end. Every process hears from every other one itself, so whoever is missing is known by number.
+They go over gloo, also where the group at hand is one of GPUs: a few scalars are not worth a device's time, and a wait can
+end. Every process hears from every other one itself, so whoever is missing is known by number.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from justforward.errors import UserError
 START_SECONDS = 1800.0
 # gloo takes what is shorter than the room for it and aborts at what is longer: so there is room, and the length is sent along.
 _ROOM = 1 << 16
+# Of our messages, so that they meet no one else's.
+_TAG = 1305
 _LENGTH = struct.Struct("<I")
 
 
@@ -33,11 +35,15 @@ class Peers:
     torchrun's environment is taken where nobody has called `init_process_group`; without either, this process is alone.
 
     Args:
-        group: of `torch.distributed` (default: all processes). Every process of the group makes one of these.
+        group: of `torch.distributed` (default: all processes). Every process of the group makes one of these; where the default
+            group has no gloo, every process there is.
 
     Attributes:
         rank: the number of this process in the group.
         size: how many there are.
+
+    Raises:
+        UserError: the group has no gloo.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -58,10 +64,16 @@ class Peers:
             self._opened = True
         self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self.rank, self.size = self._ranks.index(dist.get_rank()), len(self._ranks)
-        if self.size > 1:
-            self._group = dist.new_group(
-                self._ranks, timeout=start, backend="gloo", use_local_synchronization=True
-            )
+        self._group = group
+        if "cpu:gloo" not in dist.get_backend_config(group):
+            if group is not None:
+                raise UserError(
+                    f"group: its backend is {dist.get_backend(group)}, which has no messages between CPUs: make it with "
+                    "dist.new_group(ranks, backend='gloo')"
+                )
+            made = dist.new_group(timeout=start, backend="gloo")
+            assert isinstance(made, dist.ProcessGroup)
+            self._group = made
 
     def swap(self, raw: bytes, seconds: float, when: str) -> list[bytes]:
         """What every process has to say, by number.
@@ -129,7 +141,8 @@ class Peers:
         calls = [(dist.irecv, rank, buffer) for rank, buffer in into.items()]
         for call, rank, tensor in [*calls, *((dist.isend, rank, mine) for rank in to)]:
             try:
-                works.append((rank, call(tensor, self._ranks[rank], group=self._group)))
+                work = call(tensor, self._ranks[rank], group=self._group, tag=_TAG)
+                works.append((rank, work))
             except RuntimeError as error:
                 lost.setdefault(rank, str(error))
         for rank, work in works:

@@ -166,7 +166,13 @@ class Workers:
     def _together(self, loss_fn: Callable[..., Any], batch: Any, of: int | None) -> Step:
         """The step that all sights come to."""
         when = f"in step {self.opt.steps}"
-        intent: dict[str, Any] = {"the steps so far": f"{self._chain:08x}", **self._rates()}
+        samples = sample_count(self.opt.samples, self.opt.steps)
+        chain = f"{self._chain:08x}"
+        intent: dict[str, Any] = {
+            "the steps so far": chain,
+            "num_samples": samples,
+            **self._rates(),
+        }
         failure: BaseException | None = None
         try:
             digest: list[int] = []
