@@ -116,12 +116,14 @@ def measure(rank: int, store: str, layers: int, rounds: int, out: Any) -> None:
             )
         seconds: dict[str, list[float]] = {"one": [], "two": [], "one, core": [], "two, core": []}
         bytes_sent: list[int] = []
+        payload = 0
         for turn in range(rounds + 2):
             for who in ("one", "two") if turn % 2 else ("two", "one"):
                 dist.barrier()
                 start, core, before = time.perf_counter(), time.process_time(), sent()
                 if who == "two":
                     pair.step(losses, batch)
+                    payload = messages[-1] + 4  # and its length
                 elif alone is not None:
                     alone.step(losses, batch)
                 if turn >= 2:
@@ -129,7 +131,6 @@ def measure(rank: int, store: str, layers: int, rounds: int, out: Any) -> None:
                     seconds[f"{who}, core"].append(time.process_time() - core)
                     if who == "two":
                         bytes_sent.append(sent() - before)
-        payload = messages[-1] + 4  # and its length
         found.append((seconds, sorted(bytes_sent)[len(bytes_sent) // 2], payload))
     out.send(found)
     dist.barrier()
@@ -165,7 +166,7 @@ def main() -> None:
     for case, (seconds, wire, payload), (others, other, _) in zip(CASES, *found, strict=True):
         rows, length, at_once, samples, populations, told = case
         kind = told.get("estimator", "weight")
-        name = f"{rows} x {length}, {kind}, {at_once} rows at once"
+        name = f"{rows} x {length}, {kind}, {at_once} at once"
         name += f", {samples} samples divided" if populations > 1 else ""
         table.ratio(f"{name}: two workers / one", seconds["one"], seconds["two"], at_least=1.9)
         slower = [max(pair) for pair in zip(seconds["two, core"], others["two, core"], strict=True)]
