@@ -12,6 +12,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import justforward as jf
 from conftest import CONTEXT, MASKED, SEQ2SEQ, make_model, make_tokenizer, materialise
 from justforward import NonFiniteLoss, UserError, causal, noise
-from justforward.activations import repeat_rows
+from justforward.activations import Look, among, looking, repeat_rows
 from justforward.data import Example
 from justforward.directions import FAMILIES, Weights
 from justforward.estimators import AHEAD, BEHIND, RowLooks, Seen, Site
@@ -232,6 +233,36 @@ def agree(one: Tensor, other: Tensor) -> None:
     effect = float((other[:, 0] - other[:, 1]).abs().mean())
     assert effect > 5e-4
     torch.testing.assert_close(one, other, atol=min(2e-5, effect / 100), rtol=0.0)
+
+
+@settings(max_examples=10)
+@given(samples=st.integers(1, 3), parts=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+def test_parts_of_the_rows_look_along_their_directions_in_the_whole(
+    samples: int, parts: list[int]
+) -> None:
+    """Each part with all its signs and samples, run by itself: the rows of the whole, in another order."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5))
+    weights = Weights(list(net.named_parameters()), [0] * 4, FAMILIES["rank1"], [EPS])
+    rows = sum(parts)
+    draws = weights.draw(np.arange(samples * rows, dtype=np.uint64))
+    signs = [sign for sign in (1.0, -1.0) for _ in range(samples * rows)]
+    batch = torch.randn(rows, 4)
+    with torch.no_grad(), looking(Look(weights, draws, samples * rows, signs, [EPS])):
+        whole = net(batch.repeat(2 * samples, 1)).view(2 * samples, rows, 5)
+        at = 0
+        for size in parts:
+            with among(at, at + size, rows):
+                found = net(batch[at : at + size].repeat(2 * samples, 1))
+            torch.testing.assert_close(
+                found.view(2 * samples, size, 5), whole[:, at : at + size], rtol=1e-5, atol=1e-6
+            )
+            at += size
+        again = net(batch.repeat(2 * samples, 1)).view(2 * samples, rows, 5)
+    assert torch.equal(again, whole)
+    bare = net(batch)
+    with among(0, 1, rows):  # nothing looks: nothing happens
+        assert torch.equal(net(batch), bare)
 
 
 @pytest.mark.parametrize("family", ["rank1", "rank1-rademacher"])

@@ -481,6 +481,64 @@ def test_ctrl_c_lets_the_cell_end_by_itself(number: signal.Signals) -> None:
     assert run()["ok"] == 3
 
 
+def test_jobs_run_side_by_side_and_come_to_the_same() -> None:
+    search = {"mezo": {"lr": [0.001, 0.01, 0.1]}}
+    run(out="calm", search=search)
+    log()
+    # each of these cells waits for another: one after the other they would wait for ever
+    meet = "open(f'here-{kind}-{seed}-{lr:g}', 'w').close()\nimport glob\n"
+    meet += "while len(glob.glob('here-*')) < 2: time.sleep(0.01)\n"
+    Path("fake.py").write_text(FAKE.replace("run = given", meet + "run = given"))
+    stream = io.StringIO()
+    result = run(stream, search=search, jobs=3)
+    assert result["ok"] == 3
+    began = [line.split()[0] for line in log()]
+    assert sorted(began) == ["mezo"] * 5 + ["zero-shot"]
+
+    def ordered(out: str) -> list[dict[str, Any]]:
+        return sorted(
+            lasting(lines(out)), key=lambda r: json.dumps([r["method"], r["seed"], r["trial"]])
+        )
+
+    assert ordered("out") == ordered("calm")
+    assert [r["trial"] for r in lines()][
+        -1
+    ] is None  # the chosen value was run once its trials had ended
+    assert "zero-shot seed 0: accuracy" in stream.getvalue()
+    assert run(search=search, jobs=2)["ok"] == 3
+    assert log() == []
+
+
+def test_jobs_all_end_by_themselves_on_ctrl_c() -> None:
+    Path("wait").touch()
+    Path("interruptible").touch()
+    process = drive(methods={"mezo": {}}, jobs=2)
+    wait_for(lambda: Path("log").exists() and Path("log").read_text().count("\n") == 2)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert log()[2:] == ["interrupted"] * 2
+    Path("wait").unlink()
+    assert run(methods={"mezo": {}}, jobs=2)["ok"] == 2
+
+
+def test_a_full_disk_ends_the_jobs_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("interruptible").touch()
+    slow = "while kind == 'mezo' and not os.path.exists('go'): time.sleep(0.01)\n"
+    Path("fake.py").write_text(FAKE.replace("run = given", slow + "run = given"))
+
+    def full(self: Any, record: Any) -> None:
+        raise UserError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records.GridFolder, "append", full)
+        with pytest.raises(UserError, match="no space left"):
+            run(jobs=2)
+    Path("go").touch()
+    assert run(jobs=2)["ok"] == 3
+
+
 def test_peak_memory_is_the_cells_own() -> None:
     code = "x = bytearray(int(given['tune']) << 20)\n"
     Path("fake.py").write_text(FAKE.replace("run = given", code + "run = given"))
@@ -498,10 +556,10 @@ def test_live_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     board = Board(stream, live=True)
     with board:
         monkeypatch.setenv("TERM", "xterm")
-        board.begin("[1/1] a cell", lambda spent: 75.0 - spent)
+        board.begin("[1/1] a cell", Path("said"), lambda spent: 75.0 - sum(spent))
         Path("said").write_text("loading\nforwards 20/400  loss 0.69\n")
         board.tick(Path("said"))
-        board.end("accuracy 80.0%")
+        board.end(Path("said"), "accuracy 80.0%")
     text = stream.getvalue()
     assert "forwards 20/400  loss 0.69" in text
     assert "1:15 left" in text

@@ -34,7 +34,7 @@ def config(**values: Any) -> TrainConfig:
     ("name", "bad", "good"),
     [
         ("lr", [0.0, -1.0, math.nan, math.inf, "abc", True], [1e-30, 1, 1e3]),
-        ("eps", [0.0, -1e-3, math.nan, -math.inf, ""], [1e-3, 2]),
+        ("eps", [0.0, -1e-3, math.nan, -math.inf, ""], [None, 1e-3, 2]),
         ("weight_decay", [-0.1, math.inf, math.nan], [0.0, 0.1]),
         ("max_minutes", [0.0, -1.0, math.inf, "1"], [None, 0.5, 3]),
         ("target_accuracy", [0.0, 1.1, math.nan, -0.5], [None, 0.5, 1.0]),
@@ -122,6 +122,8 @@ def test_resolved_fills_in_what_depends_on_other_values() -> None:
     assert (out.eval_every, out.split_seed) == (10, 5)
     assert resolved(out) == out
     assert resolved(config(max_forwards=2)).eval_every == 2
+    assert (out.eps, resolved(config(objective="accuracy")).eps) == (1e-3, 2e-2)
+    assert resolved(config(objective="accuracy", eps=5e-3)).eps == 5e-3
     kept = resolved(config(seed=5, split_seed=0, eval_every=3))
     assert (kept.split_seed, kept.eval_every) == (0, 3)
     assert task_of(out).prompt({"text": "A"}) == "A It was"

@@ -21,7 +21,16 @@ import justforward as jf
 from justforward.config import ReplayConfig, TrainConfig
 from justforward.errors import NonFiniteLoss
 from justforward.folder import RunFolder
-from justforward.guard import WINDOW, Astray, Guard, lost_forwards, rate_factor, rewinds
+from justforward.guard import (
+    STILL,
+    WINDOW,
+    Astray,
+    Guard,
+    Stillness,
+    lost_forwards,
+    rate_factor,
+    rewinds,
+)
 from justforward.models import load_model
 from justforward.optim import MeZO
 from justforward.progress import Progress
@@ -244,3 +253,25 @@ def test_it_gives_up_in_the_end(config: TrainConfig, monkeypatch: pytest.MonkeyP
     with pytest.raises(NonFiniteLoss):
         go(config)
     assert len(rewinds(lines(config))) == 8
+
+
+# ------------------------------------------------------------------------------- looks that see nothing
+
+
+def test_looks_that_see_nothing_are_told_once() -> None:
+    still = Stillness()
+    said = [still.add((0.0, 0.0), 0.5, 1e-3) for _ in range(10)]
+    assert [text is not None for text in said] == [i == STILL - 1 for i in range(10)]
+    assert "give a longer --eps than 0.001" in str(said[STILL - 1])
+
+
+@pytest.mark.parametrize("at", range(STILL + 1))
+def test_one_step_that_sees_something_is_enough(at: int) -> None:
+    still = Stillness()
+    said = [still.add((1.0 if i == at else 1e-7,), 0.5, 1e-3) for i in range(STILL + 2)]
+    assert (said.count(None) == len(said)) == (at < STILL)
+
+
+def test_a_loss_that_is_small_has_small_rises() -> None:
+    still = Stillness()
+    assert [still.add((1e-8,), 1e-8, 1e-3) for _ in range(8)] == [None] * 8

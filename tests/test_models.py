@@ -18,7 +18,7 @@ from justforward import cli, kept, models
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
-from justforward.models import is_masked, load_model, save_model
+from justforward.models import is_causal, is_masked, load_model, save_model
 from justforward.tasks import Task
 
 
@@ -170,6 +170,9 @@ def test_masked_models_come_back_with_the_same_bits(masked_folder: Path, tmp_pat
     loaded, tokenizer = load_model(masked_folder)
     assert is_masked(loaded)
     assert not is_masked(make_model("gpt2"))
+    assert not is_causal(loaded)
+    assert is_causal(make_model("gpt2"))
+    assert not is_causal(make_model("t5"))
     assert not loaded.training
     assert tokenizer.mask_token_id is not None
     original = make_model(masked_folder_kind(masked_folder))

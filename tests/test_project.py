@@ -58,6 +58,9 @@ ROOMS = [
     "mapped",
     "kept",
     "models",
+    "training_arguments",
+    "loop",
+    "trainer",
     "store",
     "trunk",
     "stream",
@@ -296,6 +299,10 @@ def _describe(name: str, thing: Any) -> Iterator[str]:
 def _signature(thing: Any) -> str:
     if inspect.isclass(thing) and "__init__" not in vars(thing):
         return "(*args)"  # an exception: built-in types have no signature
+    if inspect.isclass(thing) and "TrainingArguments" in [base.__name__ for base in thing.__mro__]:
+        # of transformers' many fields only what is ours
+        own = vars(thing).get("__annotations__", {})
+        return f"({', '.join(f'{name}: {kind!r} = {getattr(thing, name)!r}' for name, kind in own.items())})"
     # the spelling of default objects differs between Python versions; names and kinds do not
     return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(thing)))
 

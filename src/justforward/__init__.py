@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from justforward.optim import MeZO
     from justforward.playback import fingerprint, replay
     from justforward.sights import Sight
+    from justforward.trainer import MeZOSeq2SeqTrainer, MeZOTrainer
+    from justforward.training_arguments import MeZOConfig, MeZOSeq2SeqConfig
     from justforward.trajectory import Log, Step, read_log, verify
     from justforward.variants import Blocks, Modified, linear_samples
     from justforward.workers import Workers
@@ -21,6 +23,10 @@ __all__ = [
     "Blocks",
     "Log",
     "MeZO",
+    "MeZOConfig",
+    "MeZOSeq2SeqConfig",
+    "MeZOSeq2SeqTrainer",
+    "MeZOTrainer",
     "Modified",
     "NonFiniteLoss",
     "Sight",
@@ -40,6 +46,10 @@ _HOMES = {
     "Blocks": "variants",
     "Log": "trajectory",
     "MeZO": "optim",
+    "MeZOConfig": "training_arguments",
+    "MeZOSeq2SeqConfig": "training_arguments",
+    "MeZOSeq2SeqTrainer": "trainer",
+    "MeZOTrainer": "trainer",
     "Modified": "variants",
     "NonFiniteLoss": "errors",
     "Sight": "sights",

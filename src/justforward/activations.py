@@ -65,6 +65,20 @@ class Look:
         self._eps = eps
         self._lengths: dict[tuple[int, torch.device], Tensor] = {}
 
+    def part(self, first: int, last: int, rows: int) -> Look:
+        """The look of rows `first` to `last` alone, of a batch that has `rows`."""
+        count = self._signs.shape[1]  # samples x rows
+        signs = self._signs.view(-1, count // rows, rows)[:, :, first:last]
+        draws = [
+            tuple(
+                x.reshape(count // rows, rows, -1)[:, first:last].reshape(-1, x.shape[1])
+                for x in parts
+            )
+            for parts in self._draws
+        ]
+        few = signs.shape[1] * signs.shape[2]
+        return Look(self.weights, draws, few, signs.flatten().tolist(), self._eps)
+
     def moves(self, i: int) -> bool:
         """Whether tensor i has directions."""
         return bool(self._draws[i])
@@ -404,6 +418,31 @@ def looking(look: Look) -> Iterator[None]:
                 tensor.__dict__.pop("_jf_look", None)
                 tensor.__dict__.pop("_jf_index", None)
                 tensor.__class__ = kind
+
+
+@contextmanager
+def among(first: int, last: int, rows: int) -> Iterator[None]:
+    """While inside, the model runs rows `first` to `last` of a batch only, which look along the directions they have in the whole.
+
+    Args:
+        first, last: a part of the batch's own rows, each of which may be there several times, for signs and samples.
+        rows: how many the batch has. Outside of looks nothing happens.
+    """
+    if not _under_way:
+        yield
+        return
+    whole = _under_way[-1]
+    part = whole.part(first, last, rows)
+    tensors = [t for i, t in enumerate(whole.weights.tensors) if whole.moves(i)]
+    _under_way.append(part)
+    try:
+        for tensor in tensors:
+            tensor._jf_look = part  # type: ignore[attr-defined]
+        yield
+    finally:
+        _under_way.pop()
+        for tensor in tensors:
+            tensor._jf_look = whole  # type: ignore[attr-defined]
 
 
 def repeat_rows(batch: Any, times: int) -> tuple[Any, int]:

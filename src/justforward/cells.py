@@ -96,6 +96,10 @@ class Shop:
     minutes: float | None
     tick: Callable[[Path], None]
 
+    def stderr(self, cell: Cell) -> Path:
+        """The file that its process says things in."""
+        return self.path / cell.folder / "stderr"
+
     def run(self, cell: Cell) -> Record:
         """Run a cell to its end, or go on with its run; returns its record.
 

@@ -12,15 +12,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from justforward.board import Board
 from justforward.cells import Record, Shop, counted_signals, launcher, outcome, spell_outcome
 from justforward.config import CompareConfig
+from justforward.errors import UserError
 from justforward.grid import Cell, Grid, plan
 from justforward.page import page
-from justforward.records import GridFolder
+from justforward.records import GridFolder, Key
 from justforward.tables import latex, markdown, summarise
 
 Result = dict[str, Any]
@@ -57,7 +59,7 @@ def compare(
 
     Raises:
         UserError: something in the input cannot be used, or a file cannot be written.
-        KeyboardInterrupt: by Ctrl-C or SIGTERM, once the cell under way has ended.
+        KeyboardInterrupt: by Ctrl-C or SIGTERM, once the cells under way have ended.
     """
     grid = plan(config, source)
     with board or Board() as shown, GridFolder(config.out) as folder:
@@ -92,22 +94,67 @@ class _Work:
     shop: Shop
     board: Board
     machine: Machine
+    begun: set[Key] = field(default_factory=set)  # in this call: none is tried twice
 
     def run(self) -> None:
-        """All cells and trials that are due, in order."""
+        """All cells and trials that are due, in order, so many side by side as were asked for."""
+        failures: list[BaseException] = []
+        with ThreadPoolExecutor(self.config.jobs) as pool:
+            under_way: dict[Future[Record], Cell] = {}
+            while True:
+                try:
+                    self._fill(pool, under_way)
+                except UserError as error:
+                    self._stop_for(error, failures)
+                if not under_way:
+                    break
+                for ended in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    cell = under_way.pop(ended)
+                    try:
+                        self._keep(ended.result(), cell)
+                    except BaseException as error:
+                        self._stop_for(error, failures)
+        if failures:
+            raise failures[0]
+        if self.shop.stop.asked:
+            raise KeyboardInterrupt
+
+    def _fill(self, pool: ThreadPoolExecutor, under_way: dict[Future[Record], Cell]) -> None:
+        """Begin as many cells as may be."""
+        while len(under_way) < self.config.jobs and not self.shop.stop.asked:
+            cell = self._next([busy.key for busy in under_way.values()])
+            if cell is None:
+                return
+            self.begun.add(cell.key)
+            self.board.begin(self._title(cell), self.shop.stderr(cell), self._seconds_left)
+            under_way[pool.submit(self.shop.run, cell)] = cell
+
+    def _stop_for(self, error: BaseException, failures: list[BaseException]) -> None:
+        """The cells beside it are asked to end, and are continued by another call."""
+        failures.append(error)
+        self.shop.stop.asked = max(self.shop.stop.asked, 1)
+
+    def _next(self, busy: Sequence[Key]) -> Cell | None:
+        """The first cell or trial that is due and can be begun now."""
         for cell in self.grid.cells:
             trials = self.grid.trials(cell)
             for trial in trials if cell.seed == self.grid.seeds[0] else ():
-                if self._due(trial):
-                    self._do(trial)
+                if trial.key not in self.begun and self._due(trial):
+                    return trial
+            if cell.key in self.begun or any(trial.key in busy for trial in trials):
+                continue
             if trials and not any(map(self._is_ok, trials)):
-                self._keep(outcome(cell, "failed", error="no trial of its search has ended well"))
+                self.begun.add(cell.key)
+                lost = outcome(cell, "failed", error="no trial of its search has ended well")
+                self.folder.append(lost)
+                self.write()
                 continue
             chosen = replace(cell, values=self._best(trials)) if trials else cell
             if self._due(chosen):
-                self._do(chosen)
-            else:
-                self.folder.check_same(chosen, self.folder.records[chosen.key])
+                return chosen
+            self.folder.check_same(chosen, self.folder.records[chosen.key])
+            self.begun.add(cell.key)
+        return None
 
     def _due(self, cell: Cell) -> bool:
         """Whether it is to be run.
@@ -130,19 +177,14 @@ class _Work:
         best = max(good, key=lambda trial: self.folder.records[trial.key]["validation_value"])
         return best.values
 
-    def _do(self, cell: Cell) -> None:
-        if self.shop.stop.asked:
-            raise KeyboardInterrupt
+    def _title(self, cell: Cell) -> str:
         keys = [each.key for each in self._all()]
-        place = f"[{keys.index(cell.key) + 1}/{len(keys)}]"
-        self.board.begin(f"{place} {cell.name}", self._seconds_left)
-        record = self.shop.run(cell)
-        self._keep(record)
-        self.board.end(spell_outcome(record))
+        return f"[{keys.index(cell.key) + 1}/{len(keys)}] {cell.name}"
 
-    def _keep(self, record: Record) -> None:
+    def _keep(self, record: Record, cell: Cell) -> None:
         self.folder.append(record)
         self.write()
+        self.board.end(self.shop.stderr(cell), spell_outcome(record))
 
     # ------------------------------------------------------------------------------- what it comes to
 
@@ -161,7 +203,7 @@ class _Work:
             cell.key not in self.folder.records if cell.trial is not None else not self._is_ok(cell)
         )
 
-    def _seconds_left(self, spent: float) -> float | None:
+    def _seconds_left(self, spent: Sequence[float]) -> float | None:
         """By the mean of the method's cells on that task, else on all tasks, else of all cells; None before the first."""
         ok = [r for r in self.folder.records.values() if r["status"] == "ok"]
 
@@ -171,7 +213,9 @@ class _Work:
             return math.fsum(float(r["seconds"]) for r in some) / len(some)
 
         left = [expected(cell) for cell in self._all() if self._open(cell)] if ok else []
-        return math.fsum(left) - min(spent, left[0]) if left else None
+        if not left:
+            return None
+        return max(0.0, math.fsum(left) - math.fsum(spent)) / min(self.config.jobs, len(left))
 
     def write(self) -> Result:
         """Write tables and page of the records so far; returns the result of the command."""

@@ -69,7 +69,7 @@ class TrainConfig:
         blocks: look along and move one block a step: "layers", or regular expressions with spaces between them, one a block.
         block_order: cyclic, or random.
         lr: learning rate; with rules that normalise (rms, sign), the distance a coordinate moves in a step.
-        eps: how far to look.
+        eps: how far to look (default 1e-3 for the loss, 2e-2 for other objectives: a shorter look changes hardly any answer).
         num_samples: directions a step (for each example in activation space).
         sample_schedule: constant, or linear from 1 to num_samples over the run.
         weight_decay: decoupled, times lr; skips biases and norms.
@@ -131,7 +131,7 @@ class TrainConfig:
     blocks: str | None = None
     block_order: Order = "cyclic"
     lr: float = 1e-3
-    eps: float = 1e-3
+    eps: float | None = None
     num_samples: int = 1
     sample_schedule: Samples = "constant"
     weight_decay: float = 0.0
@@ -464,6 +464,7 @@ class CompareConfig:
         again: a method whose cells are run again.
         cell_minutes: stop a cell after so many minutes (default no limit).
         threads: CPU threads of each cell (default torch's choice).
+        jobs: cells run side by side; with threads, jobs x threads is best no more than the cores. Their seconds are those beside the others.
         json: print the result as one JSON object, the last line on stdout.
     """
 
@@ -476,4 +477,5 @@ class CompareConfig:
     again: str | None = None
     cell_minutes: float | None = None
     threads: int | None = None
+    jobs: int = 1
     json: bool = False

@@ -188,6 +188,8 @@ def plan(config: CompareConfig, source: str | None = None) -> Grid:
 def _plan(config: CompareConfig) -> Grid:
     if config.threads is not None and config.threads < 1:
         raise _Refused(("threads",), f"{config.threads}: it must be at least 1")
+    if config.jobs < 1:
+        raise _Refused(("jobs",), f"{config.jobs}: it must be at least 1")
     try:
         check_source(config.model)
     except UserError as error:

@@ -19,6 +19,8 @@ ERRORS = 6.0  # standard errors of the difference of two windows
 MOST_REWINDS = 8
 BACKOFF = 0.5
 WORTH = 0.01  # of a loss: less is not worth waiting for
+STILL = 4  # steps
+STILL_PART = 2.0**-20  # of a loss: float32 rounds it by about so much
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,36 @@ class Guard:
     def best(self) -> int:
         """After how many steps the best window of all ends; 0 before there is one."""
         return self._means.index(min(self._means)) + WINDOW if self._means else 0
+
+
+class Stillness:
+    """Whether the looks of a run see nothing: told once, from its first steps.
+
+    A metric does not change where no answer does, and a loss not by more than float32 rounds it.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def add(self, grads: Sequence[float], loss: float, eps: float) -> str | None:
+        """A further step; what to say of it.
+
+        Args:
+            grads: its projected gradients.
+            loss: its mean loss.
+            eps: how far it looked.
+        """
+        if self._steps >= STILL:
+            return None
+        rise = eps * math.sqrt(math.fsum(grad * grad for grad in grads) / max(len(grads), 1))
+        # one step that sees something is enough: from then on nothing is said
+        self._steps = STILL if rise > STILL_PART * abs(loss) else self._steps + 1
+        if self._steps < STILL or rise > STILL_PART * abs(loss):
+            return None
+        return (
+            f"note: the looks of the first {STILL} steps have changed nothing (by {rise:.1e}, of {loss:.4g}): nothing can be "
+            f"learned from them: give a longer --eps than {eps:g}, or more rows to --batch-size"
+        )
 
 
 # ----------------------------------------------------------------------- what a run's lines say of it

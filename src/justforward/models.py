@@ -313,6 +313,14 @@ def is_masked(model: Any) -> bool:
     return any(c.__name__ in masked - causal for c in type(inner_model(model)).__mro__)
 
 
+def is_causal(model: Any) -> bool:
+    """Whether a model continues texts, by its class: its loss at a place is that of the next token."""
+    causal = _lm_classes()[0]
+    return not is_seq2seq(model) and any(
+        c.__name__ in causal for c in type(inner_model(model)).__mro__
+    )
+
+
 def is_seq2seq(model: Any) -> bool:
     """Whether a model reads with an encoder and answers with a decoder, by its config."""
     config = getattr(inner_model(model), "config", None)

@@ -138,8 +138,8 @@ class MeZO(Optimizer):
         self._scales = (1.0,) * len(labels)
         self._norms: tuple[float, ...] = ()
         self._row_looks = RowLooks(two_calls, check_rows)
-        self.steps = 0
-        self.log = log
+        self.projected_grads: tuple[float, ...] = ()  # of the last step, one a direction
+        self.steps, self.log = 0, log
         self._writer: Writer | None = None
         if log is not None:
             header = header_for(
@@ -423,7 +423,7 @@ class MeZO(Optimizer):
         if self._writer is not None:
             self._writer.append(step)
         self._course.apply(self.weights, [step], back, draws)
-        self._rule_state = step.rule_state
+        self._rule_state, self.projected_grads = step.rule_state, step.projected_grads
         self._scales, self._norms = step.scales, step.norms
         self.steps += 1
         self._opt_called = True  # torch's schedulers ask for it: a step may be taken without `step`

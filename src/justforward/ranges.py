@@ -70,6 +70,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
             "prefix_length",
             "prompt_length",
             "threads",
+            "jobs",
             "last",
             "rows",
             "step_rows",

@@ -205,6 +205,7 @@ class Session:
     def _make_optimizer(self) -> None:
         config, folder = self.config, self.folder
         assert self.model is not None
+        assert config.eps is not None
         if self.log is None:
             folder.write_config(config)
             keep_start(self.model, config, folder.start, self.begun)

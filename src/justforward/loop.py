@@ -1,0 +1,134 @@
+"""`MeZO` for a loop that calls `optimizer.step()` for itself, and its log in and out of checkpoints.
+
+A checkpoint has a copy of the log, as long as it was then. So the log of a run that is resumed is that copy, and what a killed
+run had logged beyond it is done again, to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from justforward.errors import UserError
+from justforward.optim import MeZO
+from justforward.trajectory import Log, Step, Writer, read_log
+
+logger = logging.get_logger(__name__)
+
+LOG = "trajectory.jfl"
+OPTIMIZER, STATE = "optimizer.pt", "trainer_state.json"  # of a checkpoint: Trainer's names
+
+
+class LoopMeZO(MeZO):
+    """`MeZO` as a loop wants it that calls `step()` for itself, and whose log moves in and out of checkpoints.
+
+    Attributes:
+        path: of the log; None until it has a name.
+        last: the last step that was taken.
+        step_was_skipped: whether the last one was not: accelerate's name, by which the learning rate stays.
+    """
+
+    _is_accelerate_prepared = True  # accelerate is to leave it as it is: there is nothing to scale
+
+    def __init__(self, model: nn.Module, beside: Path, **settings: Any) -> None:
+        beside.mkdir(parents=True, exist_ok=True)
+        self.last: Step | None = None
+        self.step_was_skipped = False
+        self.path: Path | None = None
+        # Its place is taken when it is known that no checkpoint is resumed, which has one.
+        self._new = beside / f".{LOG}.new"
+        self._new.unlink(missing_ok=True)
+        super().__init__(model, log=self._new, **settings)
+        self._header = read_log(self._new).header
+
+    def step(self, closure: Any = None, batch: Any = None) -> float:  # type: ignore[override]
+        """As `MeZO.step`; without a closure the step has been taken, and this is the loop's own call.
+
+        Returns:
+            The mean loss of all looks, of the last step if there is no closure.
+        """
+        if closure is None:
+            return math.nan if self.last is None else self.last.loss
+        return super().step(closure, batch)
+
+    def _apply(self, step: Step, *rest: Any) -> None:
+        super()._apply(step, *rest)
+        self.last = step
+
+    def open_log(self, path: Path) -> None:
+        """Give a new log its name, or go on with the one there was; another run's that is there gets another name."""
+        if self.path is None:
+            set_aside(path)
+            os.replace(self._new, path)
+            self.path = path
+        if self._writer is None:
+            self._writer = Writer.resume(read_log(self.path))
+
+    def take_log(self, path: Path, saved: Path) -> None:
+        """Go on with a checkpoint's log, whose state has been loaded, under a name.
+
+        Raises:
+            UserError: it is of other settings, or does not end where the state does.
+        """
+        log = read_log(saved)
+        for key, value in self._header.items():
+            if key != "base" and log.header[key] != value:
+                raise UserError(
+                    f"{saved}: cannot be resumed: {key} is {log.header[key]!r} in the log and {value!r} now"
+                )
+        if len(log.steps) != self.steps:
+            raise UserError(
+                f"{saved}: has {len(log.steps)} steps, the state beside it {self.steps}: take another checkpoint"
+            )
+        self.close_log()
+        self._new.unlink(missing_ok=True)
+        put_log(log, path)
+        self.path = path
+        self._writer = Writer.resume(read_log(path))
+
+    def close_log(self) -> None:
+        """Seal the log and let go of it, until it is opened again."""
+        self.close()
+        self._writer = None
+
+
+def set_aside(path: Path) -> None:
+    """Keep a log that is in the way, as trajectory-1.jfl and so on."""
+    if path.exists():
+        numbers = iter(range(1, 1 << 30))
+        other = path
+        while other.exists():
+            other = path.with_stem(f"{path.stem}-{next(numbers)}")
+        path.rename(other)
+        logger.warning(f"{path} is kept as {other.name}: another log takes its place")
+
+
+def put_log(log: Log, path: Path) -> None:
+    """Copy a log to a place; one that is there is kept, unless it goes on where this one ends."""
+    if path.exists():
+        whole = log.path.read_bytes()[: log.size]
+        if not path.read_bytes().startswith(whole):
+            set_aside(path)
+    new = path.with_name(f".{path.name}.copy")
+    shutil.copyfile(log.path, new)
+    os.replace(new, path)
+
+
+def what_lacks(checkpoint: Path) -> str:
+    """What a checkpoint lacks that resuming needs, in words; "" if nothing."""
+    for name in (LOG, OPTIMIZER, STATE):
+        if not (checkpoint / name).is_file():
+            why = " (save_only_model)" if name == OPTIMIZER else ""
+            return f"it has no {name}{why}"
+    try:
+        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))  # what is written last
+    except ValueError:
+        return f"its {STATE} is cut short"
+    return ""

@@ -1,0 +1,405 @@
+"""`MeZOTrainer`: transformers' `Trainer` with `MeZO` in place of backpropagation. Its loop is theirs.
+
+The loop calls `training_step` for each micro-batch of a step. All but the last are kept; with the last the step is taken:
+one estimate over all of them, and the weights move. What the loop does next (clip the gradients, `optimizer.step()`,
+zero the gradients) then has nothing left to do.
+
+Every step goes to `trajectory.jfl` in the output folder. A checkpoint has a copy of it, so what is resumed is a position in
+a log: base + log = the trained weights, bit for bit, however often training was stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.utils import logging
+
+from justforward.activations import among, repeat_rows
+from justforward.errors import NonFiniteLoss, UserError
+from justforward.estimators import looking_mode
+from justforward.loop import LOG, LoopMeZO, put_log, set_aside, what_lacks
+from justforward.models import is_causal, is_seq2seq
+from justforward.stored import as_stored, is_half
+from justforward.training_arguments import MeZOConfig, MeZOSeq2SeqConfig
+from justforward.trajectory import read_log
+from justforward.variants import forwards_of
+
+__all__ = ["MeZOConfig", "MeZOSeq2SeqConfig", "MeZOSeq2SeqTrainer", "MeZOTrainer"]
+
+logger = logging.get_logger(__name__)
+
+MicroBatches = Sequence[tuple[Any, Any]]  # inputs, and items of the whole step or None
+
+
+def check_workers(args: TrainingArguments) -> None:
+    """Refuse more than one worker: each would go its own way.
+
+    Raises:
+        UserError: there are several processes, or several GPUs in this one.
+    """
+    said = os.environ.get(
+        "WORLD_SIZE", ""
+    )  # without a GPU transformers asks for it with use_cpu only
+    counts = [args.world_size, int(said) if said.isdecimal() else 1]
+    if dist.is_available() and dist.is_initialized():
+        counts.append(dist.get_world_size())
+    if max(counts) > 1:
+        raise UserError(
+            f"MeZOTrainer runs in one process, here are {max(counts)}: start the script with python, not with torchrun or "
+            "accelerate launch (or with one process)"
+        )
+    if args.n_gpu > 1:
+        raise UserError(
+            f"MeZOTrainer uses one GPU, this process sees {args.n_gpu}: set CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+class MeZOTrainer(Trainer):
+    """`transformers.Trainer` that tunes with forward passes: its arguments, callbacks, evaluation, checkpoints and logs.
+
+    `args` is a `MeZOConfig`. The optimizer is a `MeZO` of the whole model, made from it; only parameters that require
+    gradients are tuned, so a peft model's adapter is. With accumulation the loss of a step is that of all its micro-batches,
+    weighted as Trainer weights them, seen along the same direction.
+
+    In the logs `grad_norm` is the root mean square of the step's projected gradients, before any clipping: its square is an
+    estimate of the gradient's squared norm, right on average. A step whose loss is NaN or infinite is not taken, as with
+    Trainer's own loss scaling: the weights and the learning rate stay, the loss is shown as it is, `skipped_steps` counts.
+
+    The weights move in `training_step`, so `on_pre_optimizer_step` comes after that. `optimizer.step()` changes nothing.
+
+    Raises:
+        UserError: an argument has no meaning here; the reason is said before anything moves.
+    """
+
+    args: MeZOConfig
+    model: Any
+    optimizer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, MeZOConfig):
+            raise UserError(
+                f"args is a {type(self.args).__name__}: MeZOTrainer takes a justforward.MeZOConfig, which has the same fields and MeZO's"
+            )
+        check_workers(self.args)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # said to `accelerate launch`
+            raise UserError(
+                "DeepSpeed and FSDP shard gradients and optimizer states, of which there are none: start the script with python"
+            )
+        given = (self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs)
+        if any(thing is not None for thing in given):
+            raise UserError(
+                "optimizers: MeZOTrainer makes its own MeZO from args, and a scheduler for it (lr_scheduler_type, or override "
+                "create_scheduler): leave it out"
+            )
+        self.args.mezo()  # what cannot be read is refused now
+        self._micro: list[tuple[Any, Any]] = []
+        self._rows_checked = self._ignores_items = False
+        self._skipped_in_a_row = 0
+        self._skipped_since_logged = 0
+
+    # -- the loop's hooks ---------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """A `MeZO` of the model, whose log has no name yet; the one there is, if there is one."""
+        if self.optimizer is None:
+            whole = self.model if model is None else model
+            if self.args.torch_compile and any(
+                is_half(p) for p in whole.parameters() if p.requires_grad
+            ):
+                raise UserError(
+                    "torch_compile with weights of 16 bits: there parameters intercept operations, which a compiled model "
+                    "does not call: load the model in float32, or leave torch_compile out"
+                )
+            self.optimizer = LoopMeZO(whole, self._log_folder, **self.args.mezo())
+        if not isinstance(self.optimizer, LoopMeZO):
+            raise UserError(
+                f"the optimizer is a {type(self.optimizer).__name__}: MeZOTrainer makes its own MeZO from args"
+            )
+        return self.optimizer
+
+    @property
+    def _log_folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Trainer's: the micro-batches of a step. Those of one that the data were too few for are dropped."""
+        self._micro.clear()
+        found: tuple[list[Any], Any] = super().get_batch_samples(*args, **kwargs)
+        return found
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Keep a micro-batch; with a step's last one take the step.
+
+        Returns:
+            Mean loss of all looks of the step, with its last micro-batch; 0 with the others.
+
+        Raises:
+            NonFiniteLoss: of too many steps in a row.
+        """
+        self._micro.append((self._prepare_inputs(inputs), num_items_in_batch))
+        loss = 0.0
+        if self.accelerator.sync_gradients:
+            micro, self._micro = self._micro, []
+            loss = self._take_step(model, micro)
+        return torch.tensor(loss, device=self.args.device)
+
+    def _take_step(self, model: nn.Module, micro: MicroBatches) -> float:
+        optimizer: LoopMeZO = self.optimizer
+        try:
+            if self.args.estimator == "activation":
+                self._rows_checked = self._rows_checked or self._check_rows(model, micro)
+                loss = optimizer.step(*self._row_losses(model, micro))
+            else:
+                loss = optimizer.step(
+                    lambda: sum(self._part_of_loss(model, *part) for part in micro)
+                )
+        except NonFiniteLoss as error:
+            optimizer.step_was_skipped = True
+            self._skipped_since_logged += 1
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row > self.args.max_skipped_steps:
+                raise
+            return error.loss
+        optimizer.step_was_skipped = False
+        self._skipped_in_a_row = 0
+        return loss
+
+    def _part_of_loss(self, model: nn.Module, inputs: Any, items: Any) -> float:
+        """A micro-batch's part of the loss of the step, as Trainer weights it."""
+        with self.compute_loss_context_manager():
+            # `compute_loss` may take the labels out of its inputs
+            loss: Any = self.compute_loss(model, copy.copy(inputs), num_items_in_batch=items)
+        return float(loss) / self._parts(items)
+
+    def _parts(self, items: Any) -> int:
+        """By what Trainer divides the loss of a micro-batch."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and items is not None
+            )
+        return 1 if scaled else int(self.current_gradient_accumulation_steps)
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        return self._get_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        """Root mean square of the projected gradients of the step; NaN if it was not taken."""
+        last = self.optimizer.last
+        if last is None or self.optimizer.step_was_skipped:
+            return math.nan
+        return math.hypot(*last.projected_grads) / math.sqrt(len(last.projected_grads))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with the steps that were skipped since the last time."""
+        if "loss" in logs and self._skipped_since_logged:
+            logs["skipped_steps"] = self._skipped_since_logged
+            self._skipped_since_logged = 0
+        super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if self._globalstep_last_logged == self.state.global_step:
+            tr_loss.zero_()  # Trainer subtracts it from itself, which leaves a NaN there for good
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Those of the looks: Trainer's count is that of three forwards."""
+        looks = forwards_of(self.args.looks, self.args.num_samples)
+        return int(super().floating_point_ops(inputs)) * looks // 3
+
+    # -- activation space -----------------------------------------------------------------------------------------
+
+    def row_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """What each row of a batch adds to the loss, for estimator="activation": override it where the loss is another.
+
+        The default is the cross-entropy of logits and `labels`, with label smoothing: one label a row, or a label a token,
+        that of the token before it in a causal model; -100 counts for nothing.
+
+        Returns:
+            A tensor [rows]: the sum over the row's items (tokens), which the trainer divides by how many there are in all.
+
+        Raises:
+            UserError: there are no labels that are whole numbers.
+        """
+        labels = inputs.get("labels")
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            raise UserError(
+                'estimator="activation": the batch has no labels that are whole numbers: override row_losses, or use '
+                'estimator="weight"'
+            )
+        given = dict(inputs)
+        if not is_seq2seq(self.model):
+            del given["labels"]  # an encoder-decoder makes the decoder's input of them
+        logits = model(**given).logits
+        if is_causal(self.model):
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        losses = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(),
+            labels.reshape(-1),
+            reduction="none",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        return losses.view(len(labels), -1).sum(dim=1)
+
+    def _row_losses(
+        self, model: nn.Module, micro: MicroBatches
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """A function of the rows' numbers, each as often as there are signs and samples, and these numbers.
+
+        Each micro-batch is run once, with all signs and samples of its rows; the rows' directions are those of the step.
+        """
+        sizes = [repeat_rows(dict(inputs), 1)[1] for inputs, _ in micro]
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        rows = ends[-1]
+        shares = [self._divisor(*part) for part in micro]
+        weights = [rows / share if share else math.nan for share in shares]
+
+        def losses(numbers: Tensor) -> Tensor:
+            times = len(numbers) // rows
+            found = []
+            for (inputs, _), size, end, weight in zip(micro, sizes, ends, weights, strict=True):
+                with among(end - size, end, rows), self.compute_loss_context_manager():
+                    batch = repeat_rows(dict(inputs), times)[0]
+                    found.append(self.row_losses(model, batch).view(times, size) * weight)
+            return torch.cat(found, dim=1).flatten()
+
+        return losses, torch.arange(rows)
+
+    def _divisor(self, inputs: Any, items: Any) -> float:
+        """By what the losses of a micro-batch's rows are divided, so that they add up to its part of the loss."""
+        if items is not None and not self._ignores_items:
+            return float(items)
+        labels = inputs["labels"]
+        if is_causal(self.model):
+            labels = labels[:, 1:]
+        return float(labels.ne(-100).sum()) * self._parts(items)
+
+    def _check_rows(self, model: nn.Module, micro: MicroBatches) -> bool:
+        """Refuse losses of rows that do not add up to Trainer's, and find out what these are divided by.
+
+        Trainer tells a model that takes any keyword how many items there are in all, and takes its loss to be divided by
+        that. Some models (classifiers, T5) divide by their own number all the same.
+
+        Returns:
+            Whether it could be told: a loss that is NaN says nothing.
+        """
+        with looking_mode(self.model):
+            whole = sum(self._part_of_loss(model, *part) for part in micro)
+            for self._ignores_items in (False, True):
+                losses, numbers = self._row_losses(model, micro)
+                mean = float(losses(numbers).double().mean())
+                if not math.isfinite(whole):
+                    return False
+                if math.isclose(mean, whole, rel_tol=1e-3, abs_tol=1e-4):
+                    return True
+        raise UserError(
+            f'estimator="activation": the losses of the rows come to {mean:.6g}, compute_loss says {whole:.6g}: override '
+            'row_losses, one loss a row, or use estimator="weight"'
+        )
+
+    # -- checkpoints and the log ------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Trainer's; with `resume_from_checkpoint=True` from the newest checkpoint that is whole, to the same bits.
+
+        Raises:
+            UserError: the checkpoint is not one of MeZOTrainer's, or of other settings.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._newest_checkpoint()
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            lacks = what_lacks(Path(resume_from_checkpoint))
+            if lacks:
+                raise UserError(
+                    f"{resume_from_checkpoint}: cannot be resumed: {lacks}: take another checkpoint"
+                )
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self._micro.clear()
+            if isinstance(self.optimizer, LoopMeZO):
+                self.optimizer.close_log()
+
+    def _newest_checkpoint(self) -> str | bool:
+        """The newest whole one; True if there is none, of which Trainer says so."""
+        for folder in reversed(sort_checkpoints(str(self._log_folder), PREFIX_CHECKPOINT_DIR)):
+            lacks = what_lacks(Path(folder))
+            if not lacks:
+                return str(folder)
+            logger.warning(f"{folder} is left out: {lacks}")
+        return True
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        self.create_optimizer()
+        with as_stored(self.model):  # accelerate puts the weights where they are to be
+            prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        path = self._log_folder / LOG
+        if resume_from_checkpoint is None:
+            self.optimizer.open_log(path)
+        else:
+            self.optimizer.take_log(path, Path(resume_from_checkpoint) / LOG)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; a checkpoint gets a copy of the log."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None:
+            shutil.copyfile(self.optimizer.path, Path(output_dir) / LOG)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with as_stored(self.model):
+            super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        with as_stored(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Trainer's; the log becomes that of the best step, and the whole one is kept beside it."""
+        with as_stored(self.model):
+            super()._load_best_model()
+        best, optimizer = str(self.state.best_model_checkpoint), self.optimizer
+        log = read_log(Path(best) / LOG)
+        if len(log.steps) == optimizer.steps:
+            return
+        self._load_optimizer_and_scheduler(best)
+        optimizer.close_log()
+        set_aside(optimizer.path)
+        if len(log.steps) == optimizer.steps:
+            optimizer.take_log(optimizer.path, log.path)
+        else:  # save_only_model: there was no state
+            put_log(log, optimizer.path)
+            self.optimizer = None
+
+
+class MeZOSeq2SeqTrainer(MeZOTrainer, Seq2SeqTrainer):
+    """`MeZOTrainer` that evaluates by generating: `transformers.Seq2SeqTrainer`. `args` is a `MeZOSeq2SeqConfig`.
+
+    A trainer of your own becomes one of these in the same way: class Mine(justforward.MeZOTrainer, TheirTrainer).
+    """

@@ -1,0 +1,874 @@
+"""`MeZOTrainer` is Trainer with other steps: what it logs, saves, resumes and refuses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+import justforward as jf
+from conftest import make_model
+from justforward.errors import NonFiniteLoss, UserError
+from justforward.trainer import (
+    MeZOConfig,
+    MeZOSeq2SeqConfig,
+    MeZOSeq2SeqTrainer,
+    MeZOTrainer,
+    check_workers,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks
+]
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> Iterator[None]:
+    """accelerate collects garbage before every training, which with all of torch and Numba loaded takes longer than it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def texts(count: int, seed: int = 0, length: int = 10) -> Rows:
+    """Rows whose first tokens, some to five, are a prompt without a label."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        ids = torch.randint(5, 60, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: int(torch.randint(1, 6, (1,), generator=generator))] = -100
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def pairs(count: int) -> Rows:
+    return [{"input_ids": torch.arange(5, 13) + i, "labels": torch.arange(5, 9)} for i in range(count)]  # fmt: skip
+
+
+def classes(count: int) -> Rows:
+    return [{"input_ids": torch.arange(5, 13) + i, "labels": i % 3} for i in range(count)]
+
+
+class Prints(TrainerCallback):
+    """The fingerprint of the model after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_step_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.seen.append(jf.fingerprint(model))
+
+
+def config(out: Path, kind: type[MeZOConfig] = MeZOConfig, **changes: Any) -> MeZOConfig:
+    given: dict[str, Any] = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return kind(**{**given, **changes})
+
+
+def make_trainer(
+    model: nn.Module,
+    out: Path,
+    rows: Rows | None = None,
+    *,
+    kind: type[MeZOTrainer] = MeZOTrainer,
+    more: dict[str, Any] | None = None,
+    **changes: Any,
+) -> MeZOTrainer:
+    extra = dict(more or {})
+    extra.setdefault("train_dataset", rows or texts(10))
+    args = config(out, extra.pop("config", MeZOConfig), **changes)
+    return kind(model, args, **extra)
+
+
+def assert_replayed(base: nn.Module, trained: nn.Module, out: Path, steps: int) -> None:
+    again = copy.deepcopy(base)
+    assert jf.replay(again, out / "trajectory.jfl") == steps
+    assert jf.fingerprint(again) == jf.fingerprint(trained)
+
+
+def shown(trainer: Trainer, key: str) -> list[float]:
+    return [line[key] for line in trainer.state.log_history if key in line]
+
+
+def small_classifier(seed: int = 0) -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BertForSequenceClassification(
+            BertConfig(
+                vocab_size=64,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_labels=3,
+            )
+        )
+
+
+# ----------------------------------------------------------------------------- it is the plain loop
+
+
+@settings(max_examples=8)
+@given(
+    parts=st.integers(1, 3),
+    rows=st.integers(1, 3),
+    rule=st.sampled_from(["sgd", "rms", "rms+momentum", "adam"]),
+    samples=st.integers(1, 2),
+)
+def test_accumulation_is_one_estimate_over_all_micro_batches(
+    tmp_path_factory: pytest.TempPathFactory, parts: int, rows: int, rule: str, samples: int
+) -> None:
+    """Log and weights have the bits of a plain loop that looks at the same micro-batches."""
+    out = tmp_path_factory.mktemp("run")
+    data = texts(parts * rows * 3)
+    base = make_model("llama")
+    model = copy.deepcopy(base)
+    trainer = make_trainer(
+        model,
+        out / "trainer",
+        data,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=parts,
+        max_steps=3,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        rule=rule,
+        num_samples=samples,
+        seed=7,
+    )
+    trainer.train()
+
+    plain = copy.deepcopy(base)
+    opt = jf.MeZO(plain, lr=1e-3, rule=rule, num_samples=samples, seed=7, log=out / "plain.jfl")
+    losses = []
+    for step in range(3):
+        mine = data[step * parts * rows : (step + 1) * parts * rows]
+        micro = [
+            {key: torch.stack([row[key] for row in mine[i : i + rows]]) for key in mine[0]}
+            for i in range(0, len(mine), rows)
+        ]
+        items = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in micro)
+        losses.append(
+            opt.step(
+                lambda micro=micro, items=items: sum(
+                    float(plain(**batch, num_items_in_batch=items).loss) for batch in micro
+                )
+            )
+        )
+    opt.close()
+    assert (out / "trainer" / "trajectory.jfl").read_bytes() == (out / "plain.jfl").read_bytes()
+    assert jf.fingerprint(model) == jf.fingerprint(plain)
+    assert shown(trainer, "loss") == pytest.approx(losses, rel=1e-6)
+
+
+def test_activation_space_is_the_plain_loop_too(tmp_path: Path) -> None:
+    data = texts(6)
+    base = make_model("llama")
+    model = copy.deepcopy(base)
+    make_trainer(
+        model,
+        tmp_path,
+        data,
+        per_device_train_batch_size=3,
+        max_steps=2,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        estimator="activation",
+    ).train()
+
+    plain = copy.deepcopy(base)
+    opt = jf.MeZO(plain, lr=1e-3, rule="rms", estimator="activation", seed=42)
+
+    def losses(batch: dict[str, Tensor]) -> Tensor:
+        logits, labels = plain(input_ids=batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:]
+        found = nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="none"
+        )
+        return found.view(labels.shape).sum(dim=1) * batch["weight"]
+
+    for step in range(2):
+        rows = data[3 * step : 3 * step + 3]
+        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        items = float(batch["labels"][:, 1:].ne(-100).sum())
+        batch["weight"] = torch.full((3,), 3.0 / items)
+        opt.step(losses, batch)
+    assert jf.fingerprint(model) == jf.fingerprint(plain)
+
+
+@pytest.mark.parametrize(
+    ("samples", "looks"), [(1, "two-sided"), (2, "two-sided"), (2, "one-sided")]
+)
+def test_micro_batches_have_the_directions_of_the_whole_in_activation_space(
+    tmp_path: Path, samples: int, looks: str
+) -> None:
+    """Six rows in three micro-batches or in one: each row has its own direction, the same."""
+    logs = []
+    for parts in (1, 3):
+        out = tmp_path / str(parts)
+        make_trainer(
+            make_model("llama"),
+            out,
+            texts(6),
+            per_device_train_batch_size=6 // parts,
+            gradient_accumulation_steps=parts,
+            max_steps=1,
+            train_sampling_strategy="sequential",
+            estimator="activation",
+            rule="sgd",
+            num_samples=samples,
+            looks=looks,
+        ).train()
+        logs.append(jf.read_log(out / "trajectory.jfl").steps[0].coefficients)
+    assert len(logs[0]) == 6 * samples
+    assert logs[1] == pytest.approx(logs[0], rel=1e-2, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------ replay and resuming
+
+
+def adapted(kind: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return get_peft_model(make_model(kind), LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1))
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "weight": {"gradient_accumulation_steps": 2},
+    "activation": {"estimator": "activation", "gradient_accumulation_steps": 2},
+    "momentum": {"rule": "rms+momentum"},
+    "adam": {"rule": "adam(window=2)", "num_samples": 2},
+    "adam, kept": {"rule": "adam(window=0)"},
+    "blocks": {"blocks": "layers", "rule": "sgd"},
+    "modified": {"modified": "variance"},
+    "one-point": {"looks": "one-point"},
+    "clipped": {"max_grad_norm": 0.5, "weight_decay": 0.1},
+    "cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 2},
+    "workers": {"dataloader_num_workers": 1},
+}
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_resumed_from_a_checkpoint_it_has_the_bits_of_an_undisturbed_run(
+    tmp_path: Path, case: str
+) -> None:
+    check_resume(tmp_path, lambda: make_model("gpt2"), CASES[case])
+
+
+def test_the_same_with_weights_of_16_bits(tmp_path: Path) -> None:
+    check_resume(tmp_path, lambda: make_model("llama").to(torch.bfloat16), {})
+
+
+def test_the_same_with_an_adapter(tmp_path: Path) -> None:
+    check_resume(tmp_path, lambda: adapted("llama"), {"estimator": "activation"})
+
+
+def test_the_same_where_a_step_was_skipped(tmp_path: Path) -> None:
+    """The log has one step fewer than Trainer counts."""
+    rows = texts(12)
+    for row in rows[2:4]:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    changes = {"train_sampling_strategy": "sequential"}
+    check_resume(tmp_path, lambda: make_model("gpt2"), changes, rows, taken=5)
+
+
+def test_a_model_that_the_trainer_makes_is_made_again_by_each_train(tmp_path: Path) -> None:
+    more = {"model_init": lambda: make_model("gpt2")}
+    trainer = make_trainer(None, tmp_path, more=more)  # type: ignore[arg-type]
+    prints = []
+    for _ in range(2):
+        trainer.train()
+        prints.append(jf.fingerprint(trainer.model))
+    assert prints[0] == prints[1]
+    assert_replayed(make_model("gpt2"), trainer.model, tmp_path, 4)
+    assert (tmp_path / "trajectory-1.jfl").is_file()
+
+
+def check_resume(
+    tmp_path: Path, make: Any, changes: dict[str, Any], rows: Rows | None = None, taken: int = 6
+) -> None:
+    """Six steps; then the last four again, by another process as it were, with data in the same order."""
+    whole, out = Prints(), tmp_path / "run"
+    common = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, **changes}
+    base = make()
+    model = copy.deepcopy(base)
+    make_trainer(model, out, rows, more={"callbacks": [whole]}, **common).train()
+    assert len(set(whole.seen)) == taken
+    log = (out / "trajectory.jfl").read_bytes()
+    assert_replayed(base, model, out, taken)
+
+    shutil.rmtree(out / "checkpoint-4")
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "trajectory.jfl").write_bytes(log[:-13])  # as a kill leaves it
+    rest = Prints()
+    model = make()
+    make_trainer(model, out, rows, more={"callbacks": [rest]}, **common).train(
+        resume_from_checkpoint=True
+    )
+    assert rest.seen == whole.seen[2:]
+    assert_replayed(base, model, out, taken)
+    assert sorted(path.name for path in out.glob("*.jfl")) == ["trajectory.jfl"]
+
+
+def test_a_log_of_another_run_is_kept_and_a_second_train_goes_on(tmp_path: Path) -> None:
+    base = make_model("gpt2")
+    first = copy.deepcopy(base)
+    make_trainer(first, tmp_path).train()
+    model = copy.deepcopy(base)
+    trainer = make_trainer(model, tmp_path, seed=1)
+    trainer.train()
+    assert_replayed(base, model, tmp_path, 4)
+    again = copy.deepcopy(base)
+    jf.replay(again, tmp_path / "trajectory-1.jfl")
+    assert jf.fingerprint(again) == jf.fingerprint(first)
+    trainer.train()  # as with Trainer: with the optimizer there is
+    assert_replayed(base, model, tmp_path, 8)
+
+
+def test_the_newest_whole_checkpoint_is_resumed(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole = Prints()
+    make_trainer(make_model("gpt2"), tmp_path, more={"callbacks": [whole]}, **common).train()
+    state = tmp_path / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])  # killed while it was written
+    os.remove(tmp_path / "checkpoint-4" / "optimizer.pt")
+    rest = Prints()
+    trainer = make_trainer(make_model("gpt2"), tmp_path, more={"callbacks": [rest]}, **common)
+    trainer.train(resume_from_checkpoint=True)
+    assert rest.seen == whole.seen[2:]
+    os.remove(tmp_path / "checkpoint-4" / "optimizer.pt")
+    with pytest.raises(UserError, match=r"checkpoint-4: cannot be resumed: it has no optimizer.pt"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eps": 2e-3}, r"groups is \[0.001\] in the log and \[0.002\] now"),
+        ({"seed": 1}, "the seed is 42 in the state and 1 here"),
+        ({"rule": "sgd"}, "the rule is"),
+        ({"estimator": "activation"}, "the family is"),
+    ],
+)
+def test_other_settings_cannot_resume(tmp_path: Path, changes: Any, said: str) -> None:
+    common: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(make_model("gpt2"), tmp_path, **common).train()
+    log = (tmp_path / "trajectory.jfl").read_bytes()
+    trainer = make_trainer(make_model("gpt2"), tmp_path, **common, **changes)
+    with pytest.raises(UserError, match=said):
+        trainer.train(resume_from_checkpoint=True)
+    assert (tmp_path / "trajectory.jfl").read_bytes() == log
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_the_best_model_has_the_log_that_leads_to_it(tmp_path: Path, only_model: bool) -> None:
+    """The rate is such that each evaluation is worse than the one before."""
+    base = make_model("gpt2")
+    model = copy.deepcopy(base)
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        more={"eval_dataset": texts(4, seed=1)},
+        learning_rate=0.5,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        save_only_model=only_model,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert_replayed(base, model, tmp_path, 2)
+    assert len(jf.read_log(tmp_path / "trajectory-1.jfl").steps) == 4
+    best = copy.deepcopy(model)
+    trainer.train()  # from the best one: its log goes on, or without a state there is one with it for a base
+    steps = int(str(trainer.state.best_model_checkpoint).rpartition("-")[2])
+    if only_model:
+        assert_replayed(best, trainer.model, tmp_path, steps)
+    else:
+        assert_replayed(base, trainer.model, tmp_path, 2 + steps)
+
+
+def test_an_interrupt_leaves_the_weights_of_the_last_step_and_a_run_to_resume(
+    tmp_path: Path,
+) -> None:
+    """Ctrl-C in the middle of a look; `examples/trainer` is interrupted by a real signal in `test_examples`."""
+    common: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole, rest = Prints(), Prints()
+    make_trainer(make_model("gpt2"), tmp_path / "a", more={"callbacks": [whole]}, **common).train()
+
+    class Impatient(MeZOTrainer):
+        calls = 0
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == 8:
+                raise KeyboardInterrupt
+            return super().compute_loss(*args, **kwargs)
+
+    model = make_model("gpt2")
+    trainer = make_trainer(model, tmp_path / "b", kind=Impatient, **common)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert jf.fingerprint(model) == whole.seen[2]
+    trainer.add_callback(rest)
+    trainer.train(resume_from_checkpoint=True)
+    assert rest.seen == whole.seen[2:]
+    ours, theirs = (tmp_path / name / "trajectory.jfl" for name in "ab")
+    assert jf.read_log(ours).steps == jf.read_log(theirs).steps
+
+
+# -------------------------------------------------------------------------------- what Trainer does
+
+
+def test_evaluation_leaves_every_bit_and_the_metrics_are_trainers(tmp_path: Path) -> None:
+    model = small_classifier()
+    prints: list[str] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            prints.append(jf.fingerprint(model))
+
+        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+            assert prints.pop() == jf.fingerprint(model)
+
+    def right(found: Any) -> dict[str, float]:
+        return {"right": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+
+    rows = classes(9)
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        rows,
+        more={"eval_dataset": rows, "compute_metrics": right, "callbacks": [Watch()]},
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    trainer.train()
+    with torch.no_grad():
+        ids = torch.stack([row["input_ids"] for row in rows])
+        found = model.eval()(input_ids=ids).logits.argmax(-1)
+    expected = float((found == torch.tensor([row["labels"] for row in rows])).double().mean())
+    assert shown(trainer, "eval_right")[-1] == pytest.approx(expected)
+    assert len(shown(trainer, "eval_loss")) == 4
+    assert prints == []
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        make_model("gpt2"),
+        tmp_path,
+        more={"eval_dataset": texts(4), "callbacks": [EarlyStoppingCallback(2)]},
+        learning_rate=0.5,
+        max_steps=20,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+    )
+    trainer.train()
+    assert trainer.state.global_step < 20
+    assert len(jf.read_log(tmp_path / "trajectory.jfl").steps) == trainer.state.global_step
+
+
+@pytest.mark.parametrize(
+    "kind", ["linear", "cosine", "constant_with_warmup", "polynomial", "reduce_lr_on_plateau"]
+)
+def test_learning_rates_are_the_schedulers(tmp_path: Path, kind: str) -> None:
+    """The same as Trainer's own, and what the log was written with."""
+    common: dict[str, Any] = {
+        "lr_scheduler_type": kind,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "learning_rate": 1e-3,
+    }
+    more = {"eval_dataset": texts(2)}
+    ours = make_trainer(make_model("gpt2"), tmp_path / "a", more=more, **common, rule="sign")
+    ours.train()
+    given = config(tmp_path / "b", **common)
+    kept = {key: getattr(given, key) for key in common} | {
+        key: getattr(given, key)
+        for key in ("output_dir", "per_device_train_batch_size", "max_steps", "logging_steps",
+                    "save_strategy", "disable_tqdm", "use_cpu")
+    }  # fmt: skip
+    theirs = Trainer(
+        make_model("gpt2"),
+        TrainingArguments(**kept, report_to="none"),
+        train_dataset=texts(10),
+        **more,
+    )
+    theirs.train()
+    assert shown(ours, "learning_rate") == shown(theirs, "learning_rate")
+    moved = [abs(s.coefficients[0]) for s in jf.read_log(tmp_path / "a" / "trajectory.jfl").steps]
+    assert moved == pytest.approx(shown(ours, "learning_rate"), rel=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["weight", "activation"])
+def test_label_smoothing_is_trainers(tmp_path: Path, estimator: str) -> None:
+    """A step without a look to speak of shows the loss that Trainer would have shown."""
+    common: dict[str, Any] = {"label_smoothing_factor": 0.2, "max_steps": 1, "gradient_accumulation_steps": 2}  # fmt: skip
+    ours = make_trainer(make_model("gpt2"), tmp_path / "a", **common, estimator=estimator, eps=1e-6)
+    ours.train()
+    args = TrainingArguments(
+        str(tmp_path / "b"), per_device_train_batch_size=2, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True, use_cpu=True, **common,
+    )  # fmt: skip
+    theirs = Trainer(make_model("gpt2").eval(), args, train_dataset=texts(10))
+    theirs.train()
+    assert shown(ours, "loss") == pytest.approx(shown(theirs, "loss"), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["texts", "classes"])
+@pytest.mark.parametrize("estimator", ["weight", "activation"])
+def test_the_loss_of_unlike_micro_batches_is_trainers(
+    tmp_path: Path, estimator: str, kind: str
+) -> None:
+    """By tokens in a language model, by micro-batches in a classifier."""
+    rows = texts(8) if kind == "texts" else classes(8)
+
+    def model() -> Any:
+        return make_model("gpt2") if kind == "texts" else small_classifier()
+
+    common: dict[str, Any] = {"max_steps": 1, "gradient_accumulation_steps": 3}
+    ours = make_trainer(model(), tmp_path / "a", rows, **common, estimator=estimator, eps=1e-6)
+    ours.train()
+    args = TrainingArguments(
+        str(tmp_path / "b"), per_device_train_batch_size=2, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True, use_cpu=True, **common,
+    )  # fmt: skip
+
+    class NoDropout(Trainer):
+        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(model.eval(), *args, **kwargs)
+
+    theirs = NoDropout(model(), args, train_dataset=rows)
+    theirs.train()
+    assert shown(ours, "loss") == pytest.approx(shown(theirs, "loss"), rel=1e-4)
+
+
+def test_a_loss_of_ones_own(tmp_path: Path) -> None:
+    """By compute_loss_func, and by a subclass; neither is differentiable."""
+
+    def wrong(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        hit = outputs.logits[:, :-1].argmax(-1) == labels[:, 1:]
+        return 1.0 - hit.sum() / num_items_in_batch
+
+    base = make_model("gpt2")
+    model = copy.deepcopy(base)
+    trainer = make_trainer(model, tmp_path / "a", more={"compute_loss_func": wrong}, eps=0.1)
+    trainer.train()
+    assert all(0.0 <= loss <= 1.0 for loss in shown(trainer, "loss"))
+    assert_replayed(base, model, tmp_path / "a", 4)
+
+    class Mine(MeZOTrainer):
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            labels = inputs.pop("labels")  # as many do
+            return wrong(model(**inputs), labels, num_items_in_batch)
+
+    other = copy.deepcopy(base)
+    make_trainer(other, tmp_path / "b", kind=Mine, eps=0.1).train()
+    assert jf.fingerprint(other) == jf.fingerprint(model)
+
+    class Number(MeZOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return float(model(input_ids=inputs["input_ids"]).logits[0, 0, 0])  # no tensor at all
+
+    trainer = make_trainer(other, tmp_path / "c", kind=Number, gradient_accumulation_steps=2)
+    trainer.train()
+    assert trainer.optimizer.steps == 4
+
+
+def test_activation_space_refuses_a_loss_that_it_does_not_know(tmp_path: Path) -> None:
+    def other(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return outputs.logits.square().mean()
+
+    base = make_model("gpt2")
+    model = copy.deepcopy(base)
+    more = {"compute_loss_func": other}
+    trainer = make_trainer(model, tmp_path, more=more, estimator="activation")
+    with pytest.raises(UserError, match=r"compute_loss says .*: override row_losses"):
+        trainer.train()
+    assert jf.read_log(tmp_path / "trajectory.jfl").steps == []
+
+    class Mine(MeZOTrainer):
+        def row_losses(self, model: Any, inputs: Any) -> Tensor:
+            # the mean over all logits of the batch is that over its rows; each row has as many items
+            logits = model(input_ids=inputs["input_ids"]).logits
+            return logits.square().mean(dim=(1, 2)) * 10.0
+
+    rows = [{**row, "labels": row["input_ids"]} for row in texts(8)]
+    mine = make_trainer(
+        copy.deepcopy(base), tmp_path / "mine", rows, kind=Mine, more=more, estimator="activation"
+    )
+    mine.train()
+    assert len(jf.read_log(tmp_path / "mine" / "trajectory.jfl").steps) == 4
+
+
+def test_activation_space_needs_labels_that_are_numbers(tmp_path: Path) -> None:
+    rows = [{**row, "labels": row["labels"].float()} for row in texts(4)]
+    trainer = make_trainer(
+        make_model("gpt2"),
+        tmp_path,
+        rows,
+        more={"compute_loss_func": lambda outputs, *args, **kwargs: outputs.logits.mean()},
+        estimator="activation",
+    )
+    with pytest.raises(UserError, match="no labels that are whole numbers: override row_losses"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("estimator", ["weight", "activation"])
+def test_a_loss_that_is_nan_is_shown_and_its_step_not_taken(tmp_path: Path, estimator: str) -> None:
+    rows = texts(8)
+    for row in rows[2:4]:
+        row["labels"] = torch.full_like(row["labels"], -100)  # 0 / 0, the mean over nothing
+    prints = Prints()
+    base = make_model("gpt2")
+    model = copy.deepcopy(base)
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        rows,
+        more={"callbacks": [prints]},
+        train_sampling_strategy="sequential",
+        estimator=estimator,
+    )
+    trainer.train()
+    losses = shown(trainer, "loss")
+    assert [math.isnan(loss) for loss in losses] == [False, True, False, False]
+    assert shown(trainer, "skipped_steps") == [1]
+    assert prints.seen[0] == prints.seen[1] != prints.seen[2]
+    rates = shown(trainer, "learning_rate")
+    assert rates[1] == rates[2] < rates[0]  # the schedule waits, as for a loss scaler
+    assert math.isnan(shown(trainer, "grad_norm")[1])
+    assert_replayed(base, model, tmp_path, 3)
+
+
+def test_too_many_steps_without_a_loss_end_training(tmp_path: Path) -> None:
+    rows = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in texts(8)]
+    model = make_model("gpt2")
+    trainer = make_trainer(model, tmp_path, rows, max_steps=9, max_skipped_steps=2)
+    with pytest.raises(NonFiniteLoss, match="the weights are as before"):
+        trainer.train()
+    assert shown(trainer, "skipped_steps") == [1, 1]
+    assert jf.read_log(tmp_path / "trajectory.jfl").steps == []
+
+
+def test_grad_norm_is_the_size_of_the_projected_gradients(tmp_path: Path) -> None:
+    trainer = make_trainer(make_model("gpt2"), tmp_path, num_samples=3, rule="sgd", learning_rate=1e-6)  # fmt: skip
+    trainer.train()
+    rates = [1e-6, 0.75e-6, 0.5e-6, 0.25e-6]
+    for step, rate, norm in zip(
+        jf.read_log(tmp_path / "trajectory.jfl").steps,
+        rates,
+        shown(trainer, "grad_norm"),
+        strict=True,
+    ):
+        grads = [3.0 * c / -rate for c in step.coefficients]
+        assert norm == pytest.approx(math.sqrt(sum(g * g for g in grads) / 3.0), rel=1e-4)
+
+
+def test_max_grad_norm_clips_it(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        make_model("gpt2"), tmp_path, rule="sgd", learning_rate=1e-6, max_grad_norm=0.5,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.train()
+    norms = shown(trainer, "grad_norm")
+    assert max(norms) > 0.5
+    moved = [abs(s.coefficients[0]) / 1e-6 for s in jf.read_log(tmp_path / "trajectory.jfl").steps]
+    assert moved == pytest.approx([min(norm, 0.5) for norm in norms], rel=1e-4)
+
+
+def test_operations_are_those_of_the_looks(tmp_path: Path) -> None:
+    counts = []
+    for looks in ("one-point", "two-sided"):
+        trainer = make_trainer(make_model("gpt2"), tmp_path / looks, looks=looks)
+        trainer.train()
+        counts.append(trainer.state.total_flos)
+    assert counts[1] == 2 * counts[0] > 0
+
+
+def test_a_compiled_model(tmp_path: Path) -> None:
+    """Weights move in place under it; without a compiler, so that it is quick."""
+    whole = [make_model("gpt2"), make_model("gpt2")]
+    make_trainer(whole[0], tmp_path / "a").train()
+    make_trainer(
+        whole[1], tmp_path / "b", torch_compile=True, torch_compile_backend="eager"
+    ).train()
+    assert jf.fingerprint(whole[0]) == jf.fingerprint(whole[1])
+    half = make_model("gpt2").to(torch.bfloat16)
+    trainer = make_trainer(half, tmp_path / "c", torch_compile=True, torch_compile_backend="eager")
+    with pytest.raises(UserError, match="torch_compile with weights of 16 bits"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("estimator", ["weight", "activation"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_generation_in_evaluation(tmp_path: Path, kind: str, estimator: str) -> None:
+    shapes: list[Sequence[int]] = []
+    base = make_model(kind)
+    model = copy.deepcopy(base)
+
+    def look_at(found: Any) -> dict[str, float]:
+        shapes.append(found.predictions.shape)
+        return {"rows": float(len(found.predictions))}
+
+    more = {"config": MeZOSeq2SeqConfig, "eval_dataset": pairs(3), "compute_metrics": look_at}
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        pairs(8),
+        kind=MeZOSeq2SeqTrainer,
+        more=more,
+        predict_with_generate=True,
+        generation_max_length=6,
+        eval_strategy="steps",
+        eval_steps=2,
+        estimator=estimator,
+        gradient_accumulation_steps=2,
+    )
+    trainer.train()
+    assert [shape[0] for shape in shapes] == [3, 3]
+    assert shown(trainer, "eval_rows") == [3.0, 3.0]
+    assert_replayed(base, model, tmp_path, 4)
+
+
+class Unfinished(torch.utils.data.IterableDataset[Any]):
+    """Rows without a length, five of them: half a step is left over at the end of each epoch."""
+
+    def __iter__(self) -> Any:
+        return iter(texts(5))
+
+
+def test_rows_without_a_length(tmp_path: Path) -> None:
+    base = make_model("gpt2")
+    model = copy.deepcopy(base)
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        more={"train_dataset": Unfinished()},
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=1,
+        max_steps=3,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert_replayed(base, model, tmp_path, 3)
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs, of all kinds
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "mlflow"])
+def test_trackers(tmp_path: Path, tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(tracker)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    if tracker == "tensorboard":
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(out / "logs"))
+    trainer = make_trainer(make_model("gpt2"), out, report_to=tracker)
+    trainer.train()
+    assert len(shown(trainer, "grad_norm")) == 4
+    assert [path for path in tmp_path.rglob("*") if tracker in str(path) or "events" in path.name]
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+
+def test_arguments_must_be_mezos(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"args is a TrainingArguments: .* justforward.MeZOConfig"):
+        MeZOTrainer(make_model("gpt2"), TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+def test_an_optimizer_of_ones_own_is_refused(tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    for more in (
+        {"optimizers": (torch.optim.SGD(model.parameters()), None)},
+        {"optimizer_cls_and_kwargs": (torch.optim.SGD, {})},
+    ):
+        with pytest.raises(UserError, match="optimizers: MeZOTrainer makes its own"):
+            make_trainer(model, tmp_path, more=more)
+
+    class Mine(MeZOTrainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            self.optimizer = torch.optim.SGD(self.model.parameters())
+            return super().create_optimizer(model)
+
+    with pytest.raises(UserError, match="the optimizer is a SGD"):
+        make_trainer(model, tmp_path, kind=Mine).train()
+
+
+def test_several_workers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MeZOConfig, "world_size", property(lambda self: 2))
+    with pytest.raises(UserError, match="runs in one process, here are 2"):
+        make_trainer(make_model("gpt2"), tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(MeZOConfig, "n_gpu", property(lambda self: 4))
+    with pytest.raises(UserError, match="uses one GPU, this process sees 4"):
+        make_trainer(make_model("gpt2"), tmp_path)
+
+
+def test_workers_that_transformers_does_not_see_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun without a GPU: transformers runs as many trainings side by side, unless it is told use_cpu."""
+    args = config(tmp_path)
+    for said, refused in (("3", True), ("1", False), ("many", False)):
+        monkeypatch.setenv("WORLD_SIZE", said)
+        if refused:
+            with pytest.raises(UserError, match="runs in one process, here are 3"):
+                check_workers(args)
+        else:
+            check_workers(args)
+
+
+def test_what_accelerate_launch_says_is_refused_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Trainer.create_accelerator_and_postprocess
+
+    def sharded(self: Any) -> None:
+        whole(self)
+        self.is_fsdp_enabled = True
+        self.place_model_on_device = False
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(UserError, match="DeepSpeed and FSDP shard"):
+        make_trainer(make_model("gpt2"), tmp_path)
