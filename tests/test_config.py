@@ -73,7 +73,7 @@ def test_ranges(name: str, bad: list[Any], good: list[Any]) -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["model", "data", "lr", "rule", "max_forwards", "keep", "json"])
+@pytest.mark.parametrize("name", ["model", "data", "lr", "rule", "max_forwards", "tuner", "json"])
 def test_empty_values(name: str) -> None:
     with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is empty: it must be given"):
         check_ranges(config(**{name: None}))
@@ -131,7 +131,7 @@ def test_resolved_fills_in_what_depends_on_other_values() -> None:
 
 def test_where_a_run_starts_and_how_patient_it_is_unless_told() -> None:
     plain = TrainConfig("m", "d.csv", "out", template="{text} It was", labels="neg=bad,pos=good")
-    assert (plain.start, plain.patience) == ("auto", 2)
+    assert (plain.start, resolved(plain).patience) == ("auto", 2)
     assert resolved(plain).start == "auto"  # until model and rows are there
     assert resolved(plain).eval_every is None  # likewise
     assert resolved(replace(plain, eval_every=7)).eval_every == 7
@@ -189,6 +189,11 @@ CHANGED: dict[str, Any] = {
     "probe_rows": 7,
     "layers": 0.5,
     "backoff": False,
+    "private": True,
+    "target_epsilon": 8.0,
+    "target_delta": 1e-6,
+    "noise_multiplier": 2.0,
+    "clip": 0.5,
     "template": "{text} So",
     "labels": {"pos": "great", "neg": "terrible"},  # the order of the choices
     "task": "sst2",

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from justforward import noise
+    from justforward.accounting import epsilon_of, noise_for
     from justforward.errors import NonFiniteLoss, UserError
     from justforward.optim import MeZO
     from justforward.playback import fingerprint, replay
+    from justforward.private import Private
     from justforward.sights import Sight
     from justforward.trainer import MeZOSeq2SeqTrainer, MeZOTrainer
     from justforward.training_arguments import MeZOConfig, MeZOSeq2SeqConfig
@@ -29,13 +31,16 @@ __all__ = [
     "MeZOTrainer",
     "Modified",
     "NonFiniteLoss",
+    "Private",
     "Sight",
     "Step",
     "UserError",
     "Workers",
+    "epsilon_of",
     "fingerprint",
     "linear_samples",
     "noise",
+    "noise_for",
     "read_log",
     "replay",
     "verify",
@@ -52,12 +57,15 @@ _HOMES = {
     "MeZOTrainer": "trainer",
     "Modified": "variants",
     "NonFiniteLoss": "errors",
+    "Private": "private",
     "Sight": "sights",
     "Step": "trajectory",
     "UserError": "errors",
     "Workers": "workers",
+    "epsilon_of": "accounting",
     "fingerprint": "playback",
     "linear_samples": "variants",
+    "noise_for": "accounting",
     "read_log": "trajectory",
     "replay": "playback",
     "verify": "trajectory",

@@ -44,7 +44,7 @@ COMMANDS: dict[str, type[Any]] = {
     "tasks": TasksConfig,
 }
 # Settings that are true where they are named.
-FLAGS = ("calibrate", "gradient_checkpointing", "resume", "merge", "json")
+FLAGS = ("calibrate", "gradient_checkpointing", "private", "resume", "merge", "json")
 
 
 class Parser(ArgumentParser):

@@ -74,7 +74,7 @@ class TrainConfig:
         sample_schedule: constant, or linear from 1 to num_samples over the run.
         weight_decay: decoupled, times lr; skips biases and norms.
         lr_schedule: constant, or linear or cosine to 0 over max_forwards.
-        batch_size: rows a step.
+        batch_size: rows a step (with private on average).
         rows_at_once: with torchrun, rows of a step that go through the model at once; then no bit depends on how many processes there are (more are faster, as long as there are enough parts for all).
         seed: of the directions and the order of the rows.
         tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), embeddings before it (prompt), the output head (head).
@@ -93,10 +93,15 @@ class TrainConfig:
         reuse: run each text once through the layers below what is tuned, and keep what they give.
         cache: folder to keep that in for further runs (default a temporary file beside `out`).
         cache_gb: how much of it is kept at most.
-        backoff: where the loss runs away, take steps back to where it was best and go on at half the rate.
+        private: protect the training rows by differential privacy (docs/privacy.md): with target_epsilon or noise_multiplier, in weight space from the base.
+        target_epsilon: private: find the noise with which all steps of max_forwards cost no more than this.
+        target_delta: private: at which delta epsilon is counted (default 1e-5, or a tenth of 1 / training rows if that is less).
+        noise_multiplier: private: standard deviation of the noise, in units of what one row can change.
+        clip: private: the length that a row's projected gradients are clipped to (default: they are scaled to length 1, which is a vote; docs/privacy.md says how to choose).
+        backoff: where the loss runs away, take steps back to where it was best and go on at half the rate (default yes; with private no).
         max_forwards: stop after so many forward passes over a batch (a two-sided step is 2 for each sample).
         max_minutes: stop after so many minutes.
-        patience: stop when so many validations in a row were no better than one before, by value or by a hundredth of the loss (0: go on).
+        patience: stop when so many validations in a row were no better than one before, by value or by a hundredth of the loss (0: go on; default 2, with private 0).
         target_accuracy: stop when validation reaches it (the task's first metric), in (0, 1].
         eval_every: forwards between validations (default an eighth of max_forwards; a sixteenth, but 16 at least, with a --start other than base, where lower layers are spared).
         eval_batch_size: rows a forward in validation and test.
@@ -105,7 +110,7 @@ class TrainConfig:
         train_size: rows to train on (default all the others).
         shots: with --task: rows of each label to train on; as many others choose the step.
         split_seed: of the split into train, validation and test (default seed).
-        keep: the step to keep: the best in validation (the task's first metric, then loss, then the earliest), or the last.
+        keep: the step to keep: the best in validation (the task's first metric, then loss, then the earliest), or the last (default best, with private last).
         threads: CPU threads (default torch's choice).
         resume: continue the run in `out`; what is not given again is taken from there.
         json: print the result as one JSON object, the last line on stdout.
@@ -155,10 +160,15 @@ class TrainConfig:
     reuse: bool = True
     cache: str | None = None
     cache_gb: float = 4.0
-    backoff: bool = True
+    private: bool = False
+    target_epsilon: float | None = None
+    target_delta: float | None = None
+    noise_multiplier: float | None = None
+    clip: float | None = None
+    backoff: bool | None = None
     max_forwards: int = 400
     max_minutes: float | None = None
-    patience: int = 2
+    patience: int | None = None
     target_accuracy: float | None = None
     eval_every: int | None = None
     eval_batch_size: int = 32
@@ -167,7 +177,7 @@ class TrainConfig:
     train_size: int | None = None
     shots: int | None = None
     split_seed: int | None = None
-    keep: Keep = "best"
+    keep: Keep | None = None
     threads: int | None = None
     resume: bool = False
     json: bool = False

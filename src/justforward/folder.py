@@ -4,7 +4,7 @@ config.yaml       the resolved TrainConfig
 environment.json  versions, machine, what base model and data were (by hash)
 trajectory.jfl    the log: base + log = the tuned model (`trajectory`)
 start.safetensors where tuning starts, with --tuner prefix or --start probe (`tuners`)
-metrics.jsonl     one object a step (kind "step"), validation ("validation"), the test before ("before"), and steps
+metrics.jsonl     one object a step (kind "step", or without a loss "private"), validation ("validation"), the test before ("before"), and steps
                   taken back ("rewind": `step` of `taken` were kept, `lost` forwards were in vain)
 seen.txt          a hash of each row trained or validated on, for `eval --run` on another file
 result.json       the outcome, rewritten whenever a session ends
@@ -40,6 +40,7 @@ Metric = dict[str, Any]
 # Numbers that each kind of line in metrics.jsonl holds, and what other files must hold to be of use.
 _NUMBERS = {
     "step": ("loss", "lr"),
+    "private": ("lr",),
     "validation": ("accuracy", "loss"),
     "before": ("accuracy", "loss"),
     "rewind": ("taken", "lost"),

@@ -15,6 +15,13 @@ LONGEST_EPS = 100.0
 ESTIMATORS = ("weight", "activation")
 
 
+def check_seed(seed: int) -> int:
+    """The seed, if it is one; else UserError."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^64")
+    return seed
+
+
 def parameter_groups(
     params: Any, model: nn.Module | None
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
@@ -129,11 +136,7 @@ def split(
 
 
 def family_of(family: str | None, estimator: str) -> str:
-    """Name in `FAMILIES` of the directions that an estimator takes.
-
-    Raises:
-        UserError: there is no such family, or no such estimator.
-    """
+    """Name in `FAMILIES` of the directions that an estimator takes; UserError if either is unknown."""
     if estimator not in ESTIMATORS:
         raise UserError(f"estimator is {estimator!r}: it must be one of {', '.join(ESTIMATORS)}")
     name = family or "gaussian"

@@ -20,15 +20,31 @@ from justforward import noise, rules
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
 from justforward.estimators import Draws, RowLooks, Site, look_weights, looking_mode
-from justforward.groups import check_group, check_state, family_of, parameter_groups, split
+from justforward.groups import (
+    check_group,
+    check_seed,
+    check_state,
+    family_of,
+    parameter_groups,
+    split,
+)
 from justforward.interrupts import Shield
 from justforward.modified import measure
 from justforward.moments import compile_kernels, course_of
 from justforward.playback import apply_steps, base_of, check_base, check_header, header_for
+from justforward.private import Private, count_answers
 from justforward.sights import Sight, check_places, put_together, see_rows, see_weights, warn_alone
 from justforward.stored import compute_model_wide
 from justforward.trajectory import Log, Step, Writer, read_log, rounded
-from justforward.variants import Blocks, Modified, check_variants, sample_count, sample_schedule
+from justforward.variants import (
+    Blocks,
+    Modified,
+    check_shared,
+    check_variants,
+    sample_count,
+    sample_schedule,
+    settings_of,
+)
 
 Closure = Callable[[], Any]
 LossFn = Callable[[Any], Tensor]
@@ -59,6 +75,7 @@ class MeZO(Optimizer):
             step's index (`linear_samples`).
         modified: look along unlike tensors at unlike lengths (`Modified`); the groups are split for it.
         blocks: look along and move one block of tensors a step (`Blocks`); the groups are split for it.
+        private: look at rows with differential privacy (`Private`; weight space only).
         weight_decay: decoupled, times lr; skips biases and norm scales.
         seed: of all directions of the run.
         model: the module, when `params` is not one: for names, eval mode and the log.
@@ -86,6 +103,7 @@ class MeZO(Optimizer):
         num_samples: int | Callable[[int], int] = 1,
         modified: Modified | None = None,
         blocks: Blocks | None = None,
+        private: Private | None = None,
         weight_decay: float = 0.0,
         seed: int = 0,
         model: nn.Module | None = None,
@@ -94,11 +112,13 @@ class MeZO(Optimizer):
         log: str | os.PathLike[str] | None = None,
         resume: bool = False,
     ) -> None:
-        self.estimator = estimator
-        self.family = family_of(family, estimator)
-        self.rule, self.seed = rules.parse(rule), seed
-        self.looks, self.modified, self.blocks = looks, modified, blocks
-        check_variants(seed, looks, estimator, self.rule, modified, blocks)
+        self.estimator, self.family = estimator, family_of(family, estimator)
+        self.seed = check_seed(seed)
+        self.rule = rules.parse(rule)
+        self.looks, self.modified, self.blocks, self.private = looks, modified, blocks, private
+        check_variants(looks, estimator, self.rule, modified, blocks)
+        if private is not None:
+            private.check(estimator, looks, modified)
         self.model = params if isinstance(params, nn.Module) else model
         self.samples = sample_schedule(num_samples)
 
@@ -128,7 +148,6 @@ class MeZO(Optimizer):
         self.weights = Weights(
             list(zip(flat, tensors, strict=True)), owners, FAMILIES[self.family], self._longest
         )
-        momentum = self.rule.momentum
         if self.weights.compiled:
             compile_kernels(FAMILIES[self.family], self.rule.spec, *self.weights.dtypes)
         self._course = course_of(seed, self.rule.spec)
@@ -149,25 +168,21 @@ class MeZO(Optimizer):
                 eps=self._longest,
                 rule=self.rule.spec,
                 rule_state=memory,
-                momentum=(momentum.beta, momentum.window) if momentum else (0.0, 1),
+                momentum=(last.beta, last.window) if (last := self.rule.momentum) else (0.0, 1),
                 base=base,
                 settings=self._settings(),
             )
             if old is not None:
-                self._continue(old, header)
+                check_header(old, header)
+                self.follow(old.steps)
+                count_answers(self.private, self.steps)
+                self._writer = Writer.resume(old)
             else:
                 self._writer = Writer.create(log, header)
 
     def _settings(self) -> dict[str, Any]:
-        """What the log says besides; an option that is not used is left out, so that older logs can be resumed."""
-        out: dict[str, Any] = {"estimator": self.estimator}
-        if self.looks != "two-sided":
-            out["looks"] = self.looks
-        if self.modified is not None:
-            out["modified"] = self.modified.settings()
-        if self.blocks is not None:
-            out["blocks"] = self.blocks.settings()
-        return out
+        parts = {"modified": self.modified, "blocks": self.blocks, "private": self.private}
+        return settings_of(self.estimator, self.looks, **parts)
 
     def _kind(self) -> dict[str, Any]:
         """What a state must agree in to be this optimizer's."""
@@ -208,11 +223,11 @@ class MeZO(Optimizer):
             Root mean squares of the rises of the loss (per eps) along the directions of the step.
 
         Raises:
-            As `estimate`; UserError where looks are one-point, which have no second sign.
+            As `estimate`; UserError where looks are one-point, which have no second sign, or private.
         """
-        if self.looks == "one-point":
+        if self.looks == "one-point" or self.private is not None:
             raise UserError(
-                "resolution: one-point looks are compared with the step before: use other looks"
+                "resolution: one-point looks are compared with the step before, private ones answer once: use others"
             )
         found, lengths = [], [group["eps"] for group in self.param_groups]
         for part in (1.0, 1.0 / 1024.0):
@@ -249,14 +264,10 @@ class MeZO(Optimizer):
             What `combine` takes. The weights are bit-identical to before, whatever happened.
 
         Raises:
-            As `estimate`; UserError: rows or samples that the step has not, or an estimate that workers cannot share
-            (modified, or one-point).
+            As `estimate`; UserError: rows or samples that the step has not; as `variants.check_shared`.
         """
+        check_shared(self.looks, self.modified, self.private)
         with Shield() as shield, looking_mode(self.model):
-            if self.modified is not None or self.looks == "one-point":
-                raise UserError(
-                    "look: modified and one-point estimates cannot be shared by workers"
-                )
             count = sample_count(self.samples, self.steps)
             samples = range(count) if samples is None else samples
             check_places("samples", samples, count)
@@ -278,8 +289,9 @@ class MeZO(Optimizer):
             of: how many rows the step's batch has.
 
         Raises:
-            UserError: there are none, or they are of another step, or contradict each other.
+            UserError: as `look`; there are none, or they are of another step, or contradict each other.
         """
+        check_shared(self.looks, self.modified, self.private)
         samples = sample_count(self.samples, self.steps)
         view = put_together(sights, self.steps, samples, of)
         apart = self.estimator == "activation"
@@ -340,7 +352,8 @@ class MeZO(Optimizer):
                 extra = self.modified.forwards(self.steps, len(norms))
             site = replace(site, eps=self._reaches(norms))
             if self.estimator == "weight":
-                seen = look_weights(site, closure, batch, samples, keep_back)
+                look = look_weights if self.private is None else self.private.look
+                seen = look(site, closure, batch, samples, keep_back)
                 back = [-seen.at * e for e in site.eps] if seen.at else None
             else:
                 seen, draws = self._row_looks.look(site, closure, batch, samples)
@@ -372,11 +385,8 @@ class MeZO(Optimizer):
         if self.modified is not None:
             return [(1.0 / norm, self.modified.gain(norm)) for norm in norms]
         if self.blocks is not None:
-            count = max(self._block_of) + 1
-            turn = self.steps % count
-            if self.blocks.order == "random":
-                turn = self._direction(self.steps, BLOCK_LANE) % count
-            return [(float(block == turn),) * 2 for block in self._block_of]
+            drawn = self._direction(self.steps, BLOCK_LANE)
+            return self.blocks.shape(self._block_of, self.steps, drawn)
         return [(1.0, 1.0)] * len(self._block_of)
 
     # -- moving -----------------------------------------------------------------------------------------------
@@ -441,21 +451,9 @@ class MeZO(Optimizer):
     def _direction(self, step: int, lane: int) -> int:
         return noise.direction_seed(self.seed, step, lane)
 
-    # -- keeping ----------------------------------------------------------------------------------------------
-
-    def _continue(self, log: Log, header: dict[str, Any]) -> None:
-        check_header(log, header)
-        self.follow(log.steps)
-        self._writer = Writer.resume(log)
-
     def follow(self, steps: Sequence[Step]) -> None:
-        """Take the next steps as another optimizer of this kind took them, in few passes over the weights.
-
-        Raises:
-            UserError: as `apply`.
-        """
+        """Take the next steps as another optimizer of this kind took them, in few passes; raises as `apply`."""
         for step in steps:
-            self._course.check(step)
             if self._writer is not None:
                 self._writer.append(step)
         self.steps += apply_steps(self.weights, self._course, steps)
@@ -476,6 +474,7 @@ class MeZO(Optimizer):
             "justforward": {
                 **self._kind(),
                 "steps": self.steps,
+                "answers": getattr(self.private, "answers", 0),
                 "rule_state": self._rule_state,
                 "scales": self._scales,
                 "norms": self._norms,
@@ -495,6 +494,7 @@ class MeZO(Optimizer):
         self.steps = own["steps"]
         self._rule_state = tuple(own["rule_state"])
         self._scales, self._norms = tuple(own["scales"]), tuple(own["norms"])
+        count_answers(self.private, own["answers"])
         self._course.restore(own["past"])
         for mine, theirs in zip(self.weights.exponents, own["exponents"], strict=True):
             mine.copy_(theirs)

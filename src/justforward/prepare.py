@@ -172,7 +172,7 @@ def stop_reason(
     return None
 
 
-def environment_now(quantize: str | None = None) -> dict[str, Any]:
+def environment_now(quantize: str | None = None, private: bool = False) -> dict[str, Any]:
     """What may change the last bits of a loss; no names of hosts, users or folders."""
     packages = ("torch", "numpy", "numba", "transformers", "tokenizers", "safetensors", "peft")
     return {
@@ -181,6 +181,7 @@ def environment_now(quantize: str | None = None) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in packages},
             **library_version(quantize),
+            **({"dp-accounting": version("dp-accounting")} if private else {}),
         },
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),

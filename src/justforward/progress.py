@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -77,12 +78,13 @@ class Progress:
         self._bar.start()
 
     def step(self, forwards: int, loss: float) -> None:
-        """A step was taken."""
+        """A step was taken; a loss that is NaN is not shown."""
         now = time.monotonic()
         rate = (forwards - self._first) / max(now - self._started, 1e-9)
         left = min((self._total - forwards) / max(rate, 1e-9), max(self._limit - now, 0.0))
+        shown = "-" if math.isnan(loss) else f"{loss:.4f}"
         text = (
-            f"forwards {forwards}/{self._total}  loss {loss:.4f}  validation {self._validation}  "
+            f"forwards {forwards}/{self._total}  loss {shown}  validation {self._validation}  "
             f"{rate:.2f} forwards/s  {spell_seconds(left)} left"
         )
         if self._bar is not None:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from justforward.config import InspectConfig
+from justforward.budget import spent_by
+from justforward.config import InspectConfig, TrainConfig
 from justforward.folder import Metric, RunFolder, best_step, value_of, writing
 from justforward.progress import spell_seconds
 from justforward.ranges import check_ranges
 from justforward.schedules import forwards_until
 from justforward.tasks import METRICS
-from justforward.trajectory import read_log
+from justforward.trajectory import Log, read_log
 
 Result = dict[str, Any]
 _BARS = "▁▂▃▄▅▆▇█"
@@ -130,7 +131,7 @@ def inspect_run(config: InspectConfig) -> Result:
     metrics, torn = folder.read_metrics()
     steps = len(log.steps)
     metrics = sorted((m for m in metrics if m["step"] <= steps), key=lambda m: m["step"])
-    lines = {m["step"]: m for m in metrics if m["kind"] == "step"}
+    lines = {m["step"]: m for m in metrics if m["kind"] in ("step", "private")}
     result = folder.read_result()
     best = best_step(metrics, steps)
     last: list[Metric] = []
@@ -166,7 +167,7 @@ def inspect_run(config: InspectConfig) -> Result:
         "lr_schedule",
         "num_samples",
     ]
-    shown += ["batch_size", "seed", "tuner", "start", "tune", "keep"]
+    shown += ["batch_size", "seed", "tuner", "start", "tune", "keep", "private"]
     return {
         **{name: getattr(run, name) for name in shown},
         "base_fingerprint": log.header["base"],
@@ -179,6 +180,7 @@ def inspect_run(config: InspectConfig) -> Result:
         "forwards": forwards_until(run, steps, len(log.header["groups"])),
         "max_forwards": run.max_forwards,
         "seconds": max((m["seconds"] for m in metrics), default=0.0),
+        "privacy": _privacy(run, log),
         "log": {
             "bytes": log.size,
             "bytes_per_step": round(log.size / steps, 2) if steps else None,
@@ -191,6 +193,15 @@ def inspect_run(config: InspectConfig) -> Result:
         "losses": [m["loss"] for m in metrics if m["kind"] == "step"],
         "last": last,
     }
+
+
+def _privacy(run: TrainConfig, log: Log) -> Result | None:
+    """What a private run's log has cost its training rows."""
+    if not run.private:
+        return None
+    assert run.target_delta is not None
+    epsilon = spent_by(log, run.target_delta)
+    return {"epsilon": epsilon, "delta": run.target_delta, **log.header["settings"]["private"]}
 
 
 def spell_inspect(found: Result) -> str:
@@ -227,6 +238,8 @@ def spell_inspect(found: Result) -> str:
             f"test      {result.get('metric', 'accuracy')} {before:.1%} before, {after:.1%} after "
             f"(step {result['kept_step']}, {result['rows']['test']} rows)"
         )
+    if found["privacy"]:
+        lines.append(f"private   {_spell_privacy(found['privacy'])}")
     if found["losses"]:
         low, high = min(found["losses"]), max(found["losses"])
         lines.append(f"loss      {sparkline(found['losses'])}  {low:.3f} to {high:.3f}")
@@ -275,10 +288,29 @@ def spell_train(result: Result) -> str:
             f"kept step {result['kept_step']} of {result['steps']} "
             f"(validation {name} {result['validation_value']:.1%})",
             f"fingerprint {result['fingerprint']}",
+            *_share(result.get("privacy")),
             f"{out}: base + a log of {result['log_bytes']:,} bytes = the tuned model; "
             f"as a folder: justforward replay {out} --out NEW",
         ]
     )
+
+
+def _spell_privacy(said: Result) -> str:
+    clip = "scaled to length 1" if said["clip"] is None else f"clipped to {said['clip']:g}"
+    return (
+        f"epsilon {said['epsilon']:.3f} at delta {said['delta']:g} for each of {said['rows']} training rows "
+        f"(noise multiplier {said['noise_multiplier']:.4g}, {said['batch_size']} rows a step on average, {clip})"
+    )
+
+
+def _share(said: Result | None) -> list[str]:
+    """Of a private run what it has cost, and what may be shown to others."""
+    if said is None:
+        return []
+    return [
+        f"private: {_spell_privacy(said)}",
+        f"may be shared: {said['share']}; keep to yourself: {said['keep']}",
+    ]
 
 
 def _more(result: Result) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from justforward.budget import with_delta
 from justforward.config import TrainConfig
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
@@ -78,6 +79,10 @@ def _open(config: TrainConfig, progress: Progress, team: Team) -> Session | Resu
                 "probe_rows",
                 "layers",
                 "start",
+                "target_delta",
+                "backoff",
+                "patience",
+                "keep",
             )
             if getattr(config, name) in (None, "auto")
         }
@@ -111,6 +116,7 @@ def _load(
 ) -> Session | Result:
     examples, digest = read_data(config.task, config.data, task, progress.note)
     config, splits = split_rows(config, examples)
+    config = with_delta(config, len(splits.train))
     log: Log | None = None
     metrics: list[Metric] = []
     if config.resume:
@@ -121,6 +127,8 @@ def _load(
     dtype = FORMATS[config.dtype if config.tuner in ("full", "head") else "float32"]
     compile_kernels(FAMILIES[family_of(config.family, config.estimator)], config.rule, dtype)
     session = Session(config, task, splits, folder, progress, metrics, started, digest, log, team)
+    for note in session.budget.plan(config) if session.budget else ():
+        progress.note(note)
     try:
         session.load()
     except BaseException:
@@ -149,7 +157,7 @@ def _reopen(
     if torn or len(kept) < len(metrics):
         progress.note("note: metrics.jsonl was cut back to the end of the log")
         folder.keep_metrics(kept)
-    now = environment_now(config.quantize)
+    now = environment_now(config.quantize, config.private)
     for name, was in environment["versions"].items():
         if now["versions"].get(name) != was:
             progress.note(

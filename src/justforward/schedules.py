@@ -45,6 +45,14 @@ def forwards_until(config: TrainConfig, steps: int, parts: int = 1) -> int:
     return sum(looks) + measured
 
 
+def planned_steps(config: TrainConfig) -> int:
+    """How many steps fit into max_forwards, where none measures anything besides (`modified`)."""
+    steps, left = 0, config.max_forwards - forwards_until(config, 0)
+    while (left := left - forwards_at(config, steps)) >= 0:
+        steps += 1
+    return steps
+
+
 def probe_steps(config: TrainConfig) -> int:
     """How many batches what was fitted before the first step has seen; steps go on with the rows after those."""
     if config.start not in FITTED or config.probe_rows is None:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from justforward.budget import budget_of
 from justforward.config import FITTED, TrainConfig
-from justforward.data import Example, Splits, batches
+from justforward.data import Example, Splits
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.evaluate import Evaluation, Scorer
+from justforward.feed import feed
 from justforward.folder import Metric, RunFolder, best_step, value_of
 from justforward.generate import Sampling
 from justforward.guard import MOST_REWINDS, Guard, lost_forwards, rate_factor, rewinds
@@ -26,12 +28,10 @@ from justforward.optim import MeZO
 from justforward.playback import fingerprint, replay
 from justforward.prepare import Stop, environment_now, stop_reason
 from justforward.progress import Progress
-from justforward.prompts import Batch
 from justforward.schedules import (
     forwards_at,
     forwards_until,
     learning_rate,
-    probe_steps,
     samples_at,
     validation_due,
 )
@@ -44,8 +44,6 @@ from justforward.trajectory import Log, Writer, read_log
 from justforward.tuners import attach, keep_start
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -92,6 +90,7 @@ class Session:
             if self.config.estimator == "activation":
                 self.objective.check_by_row()
         self.spared = Spared(self.config, self.progress.note)
+        self.budget = budget_of(self.config, len(self.splits.train), self.log)
         self.begun: dict[str, Tensor] = {}  # what was fitted before the first step
         self.opt: MeZO | None = None
         self.parts = 1 if self.log is None else len(self.log.header["groups"])  # parameter groups
@@ -153,7 +152,8 @@ class Session:
         if begins:
             self._score_before("before")
         if rows:
-            self.spared.find(self.model, self.scorer, self.splits.train)
+            compared = self.splits.validation if self.budget else self.splits.train
+            self.spared.find(self.model, self.scorer, compared)
         if begins and self.config.start in FITTED:
             self.begun = begin(
                 self.config, self.scorer, self.splits, self.progress.note, self.spared.reused, free
@@ -221,6 +221,7 @@ class Session:
             num_samples=lambda step: samples_at(config, step),
             modified=modified,
             blocks=blocks,
+            private=self.budget.private if self.budget else None,
             weight_decay=config.weight_decay,
             seed=config.seed,
             log=folder.log,
@@ -239,7 +240,7 @@ class Session:
             base = read_log(folder.log).header["base"]
             folder.write_environment(
                 {
-                    **environment_now(config.quantize),
+                    **environment_now(config.quantize, config.private),
                     "base_fingerprint": base,
                     "data_sha256": self.data_sha256,
                 }
@@ -312,25 +313,18 @@ class Session:
         config, opt, scorer = self.config, self.opt, self.scorer
         assert opt is not None
         assert scorer is not None
-        by_gradient = opt.modified is not None and opt.modified.by == "gradient"
-        closure: Callable[[Batch], Tensor] = scorer.loss_of if by_gradient else scorer.losses
-        encode: Callable[[list[Example]], Batch] = scorer.encode_training
-        if self.objective is not None:
-            encode = partial(self.objective.batch, scorer)
-            closure = self.objective.closure(scorer, opt.steps)
         lr = learning_rate(config, self.forwards) * self.factor
         for group in opt.param_groups:
             group["lr"] = lr
-        train = self.splits.train
-        rows = batches(len(train), config.batch_size, config.seed, opt.steps + probe_steps(config))
-        batch = encode([train[row] for row in rows])
+        closure, batch = feed(config, opt, scorer, self.objective, self.splits.train)
         clock = time.monotonic()
         with Shield() as shield, self.spared.reused():  # a step and its line: both or neither
             loss = self.team.step(opt, partial(shield.call, closure), batch)
             self.forwards += forwards_at(config, opt.steps - 1, self.parts)
             took = round(time.monotonic() - clock, 4)
-            values = {"loss": loss, "lr": lr, "step_seconds": took}
-            self._append(self._metric("step", self.steps, self.forwards, **values))
+            kind, seen = ("private", {}) if self.budget else ("step", {"loss": loss})
+            values = {**seen, "lr": lr, "step_seconds": took}
+            self._append(self._metric(kind, self.steps, self.forwards, **values))
         return loss
 
     # ------------------------------------------------------------------------------------ going back
@@ -340,7 +334,7 @@ class Session:
         self.factor = rate_factor(self.metrics)
 
     def _may_rewind(self) -> bool:
-        return self.config.backoff and len(rewinds(self.metrics)) < MOST_REWINDS
+        return bool(self.config.backoff) and len(rewinds(self.metrics)) < MOST_REWINDS
 
     def _rewind(self, step: int, why: str) -> None:
         """Take the steps after the first `step` back, and go on from there at a lower rate."""
@@ -369,7 +363,11 @@ class Session:
         except UserError as error:
             raise UserError(f"step {step}: {error}, or start again with a lower --lr") from error
         self.progress.validation(forwards, found.metric, found.value, found.loss)
-        return self._metric("validation", step, forwards, **self.team.agree_on(found))
+        worth = self.team.agree_on(found)
+        if self.budget is not None:
+            self.progress.note(self.budget.spell(step))
+            worth["epsilon"] = self.budget.spent(step)
+        return self._metric("validation", step, forwards, **worth)
 
     def _finish(self) -> Result:
         """Close the log, go back to the best step if that is not the last, score the test rows."""
@@ -445,6 +443,7 @@ class Session:
                 "duplicates": self.splits.duplicates,
                 "conflicts": self.splits.conflicts,
             },
+            "privacy": self.budget.so_far() if self.budget else None,
             "log_bytes": self.folder.log.stat().st_size,
             "out": str(self.folder.path),
         }

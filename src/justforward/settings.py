@@ -126,7 +126,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
         )
     modified, blocks = variants_of(config)
     rule = rules.parse(config.rule)
-    check_variants(config.seed, config.looks, config.estimator, rule, modified, blocks)
+    check_variants(config.looks, config.estimator, rule, modified, blocks)
     if modified is not None and modified.by == "gradient" and config.objective != "loss":
         raise UserError(
             f"--modified is {config.modified!r}: {config.objective} has no gradient: measure by looks"
@@ -145,6 +145,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
         raise UserError(
             f"--shots is {config.shots}: it is for the rows of a --task: give --train-size"
         )
+    config = _privately(config)
     task = task_of(config)
     whole = config.tuner in ("full", "head")
     if config.start in PROBED and (not whole or task.kind != "classification"):
@@ -192,6 +193,48 @@ def resolved(config: TrainConfig) -> TrainConfig:
         or (None if start == "auto" else eval_every_of(start, config.max_forwards)),
         split_seed=config.seed if config.split_seed is None else config.split_seed,
     )
+
+
+def _privately(config: TrainConfig) -> TrainConfig:
+    """`config` with the defaults that differ in a private run filled in.
+
+    Raises:
+        UserError: an option is for private runs only, or would say more of the training rows than their noisy answers.
+    """
+    private = config.private
+    config = replace(
+        config,
+        backoff=not private if config.backoff is None else config.backoff,
+        patience=(0 if private else 2) if config.patience is None else config.patience,
+        keep=config.keep or ("last" if private else "best"),
+    )
+    if not private:
+        for name in ("target_epsilon", "target_delta", "noise_multiplier", "clip"):
+            value = getattr(config, name)
+            if value is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {value!r}: it is for --private: give that too, or leave it out"
+                )
+        return config
+    if (config.target_epsilon is None) == (config.noise_multiplier is None):
+        raise UserError(
+            "--private takes either --target-epsilon or --noise-multiplier: give one of them"
+        )
+    for name, value, good, why in (
+        ("estimator", config.estimator, "weight", "in activation space each row has directions of its own, so the log would show which rows took part"),
+        ("looks", config.looks, ("two-sided", "one-sided"), "it keeps a loss of training rows, without noise, for the next step"),
+        ("modified", config.modified, None, "it measures layers by the losses of training rows, without noise"),
+        ("objective", config.objective, "loss", "what is bounded for each row is its loss"),
+        ("start", config.start, ("auto", "base"), "it is fitted to training rows without noise"),
+        ("backoff", config.backoff, False, "it takes steps back by the losses of training rows, without noise"),
+        ("cache", config.cache, None, "it shows what the model makes of training rows to other runs, and takes it from them"),
+    ):  # fmt: skip
+        if value not in (good if isinstance(good, tuple) else (good,)):
+            use = good[-1] if isinstance(good, tuple) else good
+            option = f"--{name}"
+            advice = "leave it out" if use in (None, False) else f"choose {option} {use}"
+            raise UserError(f"{option} is {value!r}, with --private: {why}: {advice}")
+    return replace(config, start="base")
 
 
 def eval_every_of(start: str, forwards: int) -> int:
@@ -278,12 +321,15 @@ def check_same(old: TrainConfig, new: TrainConfig, where: str) -> None:
     free = set(FREE)
     if new.lr_schedule == "constant" and new.sample_schedule == "constant":
         free.add("max_forwards")  # else the schedules depend on it
+    if new.target_epsilon is not None:
+        free.discard("max_forwards")
     for field in fields(TrainConfig):
         a, b = getattr(old, field.name), getattr(new, field.name)
         same = list(a.items()) == list(b.items()) if isinstance(a, dict) else a == b
         if field.name not in free and not same:
             option = field.name.replace("_", "-")
-            why = ", which sets the schedules" if field.name == "max_forwards" else ""
+            sets = "schedules" if new.target_epsilon is None else "noise for the target"
+            why = f", which sets the {sets}" if field.name == "max_forwards" else ""
             raise UserError(
                 f"{where}: --{option} is {a!r} in the run and {b!r} now{why}: "
                 "resume with the run's value, or choose another --out"

@@ -146,15 +146,20 @@ def see_weights(
             if not math.isfinite(value):
                 raise NonFiniteLoss(site.step, value, f"{error.where} in row {row}") from None
         raise
+    rises = rises_by_row(site.kind, kept, len(samples))
+    return _sight(site, samples, rows, rises, seen.loss, seen.forwards)
+
+
+def rises_by_row(kind: str, kept: Sequence[Sequence[float]], samples: int) -> list[list[float]]:
+    """Of each sample and row, how much the loss grows for one eps: from the losses of all looks, in their order."""
     ahead, behind = kept[0::2], kept[1::2]
     half = 0.5
-    if site.kind == "one-sided":
-        ahead, behind, half = kept[1:], [kept[0]] * len(samples), 1.0
-    rises = [
+    if kind == "one-sided":
+        ahead, behind, half = kept[1:], [kept[0]] * samples, 1.0
+    return [
         [half * (plus - minus) for plus, minus in zip(*pair, strict=True)]
         for pair in zip(ahead, behind, strict=True)
     ]
-    return _sight(site, samples, rows, rises, seen.loss, seen.forwards)
 
 
 def see_rows(

@@ -252,13 +252,31 @@ class Blocks:
             )
         return labels
 
+    def shape(self, block_of: Sequence[int], step: int, drawn: int) -> list[tuple[float, float]]:
+        """For each group, how far a step looks and moves: 1 in the block whose turn it is, 0 in the others.
+
+        Args:
+            block_of: of each group, which block it is of.
+            step: index of the step.
+            drawn: a random number, for a random order.
+        """
+        turn = (drawn if self.order == "random" else step) % (max(block_of) + 1)
+        return [(float(block == turn),) * 2 for block in block_of]
+
     def settings(self) -> dict[str, Any]:
         """What the log says of it."""
         return {"by": self.by if isinstance(self.by, str) else list(self.by), "order": self.order}
 
 
+def settings_of(estimator: str, looks: str, **parts: Any) -> dict[str, Any]:
+    """What the log says besides; an option that is not used is left out, so that older logs can be resumed."""
+    out: dict[str, Any] = {"estimator": estimator}
+    if looks != "two-sided":
+        out["looks"] = looks
+    return out | {name: part.settings() for name, part in parts.items() if part is not None}
+
+
 def check_variants(
-    seed: int,
     looks: str,
     estimator: str,
     rule: Chain,
@@ -270,8 +288,6 @@ def check_variants(
     Raises:
         UserError: naming it, or both.
     """
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise UserError(f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^64")
     if looks not in LOOKS:
         raise UserError(f"looks is {looks!r}: it must be one of {', '.join(LOOKS)}")
     if looks == "one-point" and estimator == "activation":
@@ -288,6 +304,18 @@ def check_variants(
         raise UserError(
             f"blocks with rule {rule.spec!r}: its past directions are of blocks that rest now: choose a rule without "
             "momentum or moments"
+        )
+
+
+def check_shared(looks: str, modified: Modified | None, private: object) -> None:
+    """Refuse estimates of which workers cannot do a part each.
+
+    Raises:
+        UserError: looks are one-point, or the estimate is modified or private.
+    """
+    if modified is not None or looks == "one-point" or private is not None:
+        raise UserError(
+            "look, combine: modified, one-point and private estimates cannot be shared by workers"
         )
 
 

@@ -1,0 +1,49 @@
+"""What a step of a run looks at: its rows as a batch, and the function of the batch that is made less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from justforward.data import batches
+from justforward.evaluate import Scorer
+from justforward.optim import MeZO
+from justforward.schedules import probe_steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from justforward.config import TrainConfig
+    from justforward.data import Example
+    from justforward.objectives import Objective
+
+
+def feed(
+    config: TrainConfig,
+    opt: MeZO,
+    scorer: Scorer,
+    objective: Objective | None,
+    train: Sequence[Example],
+) -> tuple[Callable[..., Tensor], Any]:
+    """The loss of each row as a function of a batch, and the batch of the next step."""
+    if opt.private is not None:
+        return _privately(scorer, [train[row] for row in opt.private.draw()])
+    by_gradient = opt.modified is not None and opt.modified.by == "gradient"
+    closure: Callable[..., Tensor] = scorer.loss_of if by_gradient else scorer.losses
+    encode: Callable[[list[Example]], Any] = scorer.encode_training
+    if objective is not None:
+        encode = partial(objective.batch, scorer)
+        closure = objective.closure(scorer, opt.steps)
+    rows = batches(len(train), config.batch_size, config.seed, opt.steps + probe_steps(config))
+    return closure, encode([train[row] for row in rows])
+
+
+def _privately(scorer: Scorer, rows: list[Example]) -> tuple[Callable[..., Tensor], Any]:
+    # Each row by itself: in company its length would pad others, and the last bits of their losses would tell.
+    def losses(alone: list[Any]) -> Tensor:
+        return torch.cat([scorer.losses(batch) for batch in alone])
+
+    return losses, [scorer.encode_training([row]) for row in rows]
