@@ -185,6 +185,7 @@ def test_kept_values_are_a_config_without_its_place() -> None:
 
 CHANGED: dict[str, Any] = {
     "reuse": False,
+    "rows_at_once": 4,
     "probe_rows": 7,
     "layers": 0.5,
     "backoff": False,

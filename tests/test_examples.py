@@ -39,6 +39,17 @@ def test_anything(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(said[-1].split()[-2]) < 5.0
 
 
+def test_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By one process, which needs no torchrun; it goes on from its log."""
+    main = load("workers").main
+    whole = main(["--steps", "30", str(tmp_path / "whole.jfl")])
+    main(["--steps", "10", str(tmp_path / "parts.jfl")])
+    assert main(["--steps", "30", str(tmp_path / "parts.jfl")]) == whole
+    assert whole[0] > 0.15
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"held-out accuracy {whole[0]:.1%} after 30 steps, workers: 1"
+
+
 # ------------------------------------------------------------------------------------ in other loops
 
 TRAINER = EXAMPLES / "trainer"

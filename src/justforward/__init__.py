@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from justforward.training_arguments import MeZOConfig, MeZOSeq2SeqConfig
     from justforward.trajectory import Log, Step, read_log, verify
     from justforward.variants import Blocks, Modified, linear_samples
+    from justforward.workers import Workers
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "Sight",
     "Step",
     "UserError",
+    "Workers",
     "epsilon_of",
     "fingerprint",
     "linear_samples",
@@ -59,6 +61,7 @@ _HOMES = {
     "Sight": "sights",
     "Step": "trajectory",
     "UserError": "errors",
+    "Workers": "workers",
     "epsilon_of": "accounting",
     "fingerprint": "playback",
     "linear_samples": "variants",

@@ -455,28 +455,45 @@ def repeat_rows(batch: Any, times: int) -> tuple[Any, int]:
     Raises:
         UserError: no tensor, or tensors whose first axes differ.
     """
+
+    def repeat(x: Tensor) -> Tensor:
+        return x.repeat(times, *([1] * (x.dim() - 1))) if times > 1 else x
+
+    return change_rows(batch, repeat)
+
+
+def change_rows(batch: Any, change: Callable[[Tensor], Tensor]) -> tuple[Any, int]:
+    """The batch with every tensor changed, and the number of rows that all of them had.
+
+    Args:
+        batch: tensors nested in dicts, lists, tuples; other leaves are passed on as they are.
+        change: what becomes of a tensor, rows first.
+
+    Raises:
+        UserError: no tensor, or tensors whose first axes differ.
+    """
     rows: set[int] = set()
 
-    def repeat(x: Any) -> Any:
+    def changed(x: Any) -> Any:
         if isinstance(x, Tensor):
             if x.dim() == 0:
                 raise UserError(
-                    "activation space: the batch has a tensor without rows (0-d): move it into loss_fn"
+                    "the batch has a tensor without rows (0-d): move it into the closure"
                 )
             rows.add(x.shape[0])
-            return x.repeat(times, *([1] * (x.dim() - 1))) if times > 1 else x
+            return change(x)
         if isinstance(x, dict) or hasattr(x, "keys"):
-            return {key: repeat(x[key]) for key in x.keys()}  # noqa: SIM118 - BatchEncoding iterates otherwise
+            return {key: changed(x[key]) for key in x.keys()}  # noqa: SIM118 - BatchEncoding iterates otherwise
         if isinstance(x, tuple) and hasattr(x, "_fields"):
-            return type(x)(*(repeat(y) for y in x))
+            return type(x)(*(changed(y) for y in x))
         if isinstance(x, (list, tuple)):
-            return type(x)(repeat(y) for y in x)
+            return type(x)(changed(y) for y in x)
         return x
 
-    result = repeat(batch)
+    result = changed(batch)
     if len(rows) != 1:
         raise UserError(
-            "activation space: every tensor of the batch must have one row an example; first axes are "
+            "every tensor of the batch must have one row an example; first axes are "
             f"{sorted(rows) or 'none: the batch has no tensors'}"
         )
     return result, rows.pop()

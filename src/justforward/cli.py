@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import justforward
-from justforward import catalog
+from justforward import catalog, launched
 from justforward.config import (
     BaselineConfig,
     CompareConfig,
@@ -161,8 +161,12 @@ def _with_underscores(argv: Sequence[str]) -> list[str]:
 
 
 def _with_run(argv: list[str]) -> list[str]:
-    """`train --resume --out DIR`: what is not given is taken from the run's config.yaml."""
-    if argv[:1] != ["train"] or "--resume" not in argv:
+    """`train --resume --out DIR`: what is not given is taken from the run's config.yaml.
+
+    A run that torchrun starts again is resumed where there is one.
+    """
+    again = launched.attempt() > 0 and "--resume" not in argv
+    if argv[:1] != ["train"] or ("--resume" not in argv and not again):
         return argv
     places = [i for i, argument in enumerate(argv) if re.fullmatch(r"--out(=.*)?", argument)]
     if not places:
@@ -170,6 +174,8 @@ def _with_run(argv: list[str]) -> list[str]:
     place = places[-1]
     follows = argv[place + 1 : place + 2]
     out = argv[place].partition("=")[2] if "=" in argv[place] else "".join(follows)
+    if again and not os.path.isfile(os.path.join(out, "config.yaml")):
+        return argv  # it had not begun
     if not os.path.isdir(out):
         raise UserError(
             f"{out}: there is no run folder to continue: check --out, or leave out --resume"
@@ -177,7 +183,7 @@ def _with_run(argv: list[str]) -> list[str]:
     config = os.path.join(out, "config.yaml")
     if not os.path.isfile(config):
         raise UserError(f"{out}: not a run folder: config.yaml is missing")
-    return ["train", "--config", config, *argv[1:]]
+    return ["train", "--config", config, *argv[1:], *(["--resume"] if again else [])]
 
 
 def _check_yaml(argv: list[str]) -> None:
@@ -324,6 +330,8 @@ def _run(command: str, config: Any, source: str | None = None) -> int:
         try:
             result = run.train(config)
         except Interrupted as stopped:
+            if launched.number():
+                return 130
             if stopped.result is not None:
                 report.plot(config.out)
                 _print(config.json, stopped.result, report.spell_train(stopped.result))
@@ -332,8 +340,9 @@ def _run(command: str, config: Any, source: str | None = None) -> int:
             else:
                 _say(f"stopped: continue with: justforward train --resume --out {config.out}")
             return 130
-        report.plot(config.out)
-        _print(config.json, result, report.spell_train(result))
+        if not launched.number():  # the others' folder has gone
+            report.plot(config.out)
+            _print(config.json, result, report.spell_train(result))
     return 0
 
 
@@ -342,7 +351,8 @@ def _print(as_json: bool, result: Any, text: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(" ".join(text.split("\n")), file=sys.stderr, flush=True)
+    who = f"worker {launched.number()}: " if launched.number() else ""
+    print(who + " ".join(text.split("\n")), file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

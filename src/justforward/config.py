@@ -39,9 +39,7 @@ FREE = (
     "cache",
     "cache_gb",
     "offload",
-    "sync",
-    "snapshot_every",
-    "keep_snapshots",
+    *("sync", "snapshot_every", "keep_snapshots"),
     "model",
     "data",
     *NOT_KEPT,
@@ -79,6 +77,7 @@ class TrainConfig:
         weight_decay: decoupled, times lr; skips biases and norms.
         lr_schedule: constant, or linear or cosine to 0 over max_forwards.
         batch_size: rows a step (with private on average).
+        rows_at_once: with torchrun, rows of a step that go through the model at once; then no bit depends on how many processes there are (more are faster, as long as there are enough parts for all).
         seed: of the directions and the order of the rows.
         tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), embeddings before it (prompt), the output head (head).
         start: with --tuner head or full: the output head from the base model, or from a linear probe of training rows (probe), or with full one of all that the upper layers compute, written into them (deep); for answers that are written, with full, the last layer's last linear map fitted to their tokens (last); auto: last or deep, probe or base, the first that task and model allow.
@@ -148,6 +147,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     lr_schedule: Schedule = "linear"
     batch_size: int = 8
+    rows_at_once: int = 1
     seed: int = 0
     tuner: Tuner = "full"
     start: Start = "auto"

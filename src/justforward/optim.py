@@ -34,7 +34,7 @@ from justforward.moments import compile_kernels, course_of
 from justforward.playback import apply_steps, base_of, check_base, check_header, header_for
 from justforward.private import Private, count_answers
 from justforward.recipe import Recipe
-from justforward.sights import Sight, check_places, see_rows, see_weights
+from justforward.sights import Sight, check_places, see_rows, see_weights, warn_alone
 from justforward.stored import compute_model_wide
 from justforward.trajectory import Log, Step, Writer, read_log
 from justforward.variants import (
@@ -121,7 +121,7 @@ class MeZO(Optimizer):
         if private is not None:
             private.check(estimator, looks, modified)
         self.model = params if isinstance(params, nn.Module) else model
-        self._samples = sample_schedule(num_samples)
+        self.samples = sample_schedule(num_samples)
 
         groups, names = parameter_groups(params, self.model)
         variant = modified or blocks
@@ -159,7 +159,7 @@ class MeZO(Optimizer):
         self._norms: tuple[float, ...] = ()
         self._row_looks = RowLooks(two_calls, check_rows)
         self.projected_grads: tuple[float, ...] = ()  # of the last step, one a direction
-        self.steps = 0
+        self.steps, self.log = 0, log
         self._writer: Writer | None = None
         if log is not None:
             header = header_for(
@@ -266,7 +266,7 @@ class MeZO(Optimizer):
         """
         check_shared(self.looks, self.modified, self.private)
         with Shield() as shield, looking_mode(self.model):
-            count = sample_count(self._samples, self.steps)
+            count = sample_count(self.samples, self.steps)
             samples = range(count) if samples is None else samples
             check_places("samples", samples, count)
             check_places("rows", rows, of)
@@ -290,7 +290,7 @@ class MeZO(Optimizer):
             UserError: as `look`; there are none, or they are of another step, or contradict each other.
         """
         check_shared(self.looks, self.modified, self.private)
-        samples = sample_count(self._samples, self.steps)
+        samples = sample_count(self.samples, self.steps)
         apart = self.estimator == "activation"
         return self._recipe(self._norms).combined(sights, samples=samples, of=of, apart=apart)
 
@@ -331,7 +331,8 @@ class MeZO(Optimizer):
     def _estimate(
         self, closure: Any, batch: Any, shield: Shield, keep_back: bool
     ) -> tuple[Step, list[float] | None, Draws | None]:
-        samples = sample_count(self._samples, self.steps)
+        warn_alone()
+        samples = sample_count(self.samples, self.steps)
         site = self._site(shield)
         norms, extra = self._norms, 0
         back: list[float] | None = None
@@ -419,16 +420,22 @@ class MeZO(Optimizer):
     def _direction(self, step: int, lane: int) -> int:
         return noise.direction_seed(self.seed, step, lane)
 
-    # -- keeping ----------------------------------------------------------------------------------------------
-
     def _continue(self, log: Log, header: dict[str, Any]) -> None:
+        """Go on with a log, whose steps are the next ones."""
         check_header(log, header)
-        self.steps = apply_steps(self.weights, self._course, log.steps)
-        if log.steps:
-            self._rule_state = log.steps[-1].rule_state
-            self._scales, self._norms = log.steps[-1].scales, log.steps[-1].norms
+        self.follow(log.steps)
         count_answers(self.private, self.steps)
         self._writer = Writer.resume(log)
+
+    def follow(self, steps: Sequence[Step]) -> None:
+        """Take the next steps as another optimizer of this kind took them, in few passes; raises as `apply`."""
+        for step in steps:
+            if self._writer is not None:
+                self._writer.append(step)
+        self.steps += apply_steps(self.weights, self._course, steps)
+        if steps:
+            self._rule_state = steps[-1].rule_state
+            self._scales, self._norms = steps[-1].scales, steps[-1].norms
 
     def close(self) -> None:
         """Seal and close the log."""

@@ -28,7 +28,6 @@ def fingerprint(model: nn.Module) -> str:
     Of quantised weights, over the integers and what gives them their values: that is inside the tensor (torchao), or
     in the state_dict beside the parameters (bitsandbytes), or what holds them in its place (`stored.Packed`). Works in slices, so that it never holds a copy of a tensor.
     """
-    digest = hashlib.sha256()
     state = model.state_dict()
     named = [
         *model.named_parameters(remove_duplicate=False),
@@ -36,8 +35,14 @@ def fingerprint(model: nn.Module) -> str:
     ]
     known = {name for name, _ in named}
     named += [(n, x) for n, x in state.items() if n not in known and isinstance(x, Tensor)]
+    return fingerprint_of(sorted(named, key=lambda item: item[0]))
+
+
+def fingerprint_of(named: Iterable[tuple[str, Tensor]]) -> str:
+    """The same of these tensors alone, in this order."""
+    digest = hashlib.sha256()
     seen: dict[int, str] = {}
-    for name, tensor in sorted(named, key=lambda item: item[0]):
+    for name, tensor in named:
         digest.update(f"{name}\0{stored_dtype(tensor)}\0{tuple(tensor.shape)}\0".encode())
         if id(tensor) in seen:
             digest.update(f"tied to {seen[id(tensor)]}\0".encode())

@@ -65,6 +65,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
             "num_samples",
             "probe_rows",
             "batch_size",
+            "rows_at_once",
             "max_forwards",
             "max_steps",
             "demonstrations",

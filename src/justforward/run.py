@@ -33,6 +33,7 @@ from justforward.session import Interrupted, Result, Session
 from justforward.settings import check_same, resolved, task_of
 from justforward.stored import FORMATS
 from justforward.tasks import Task
+from justforward.team import Team, gathered
 from justforward.trajectory import Log, Writer, read_log
 
 
@@ -44,9 +45,13 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
         NonFiniteLoss: a loss became NaN or infinite; the run so far is kept.
         Interrupted: by Ctrl-C or SIGTERM; the run so far is kept.
     """
-    with progress or Progress() as shown, stop_signals() as stop:
+    with (
+        progress or Progress() as shown,
+        stop_signals() as stop,
+        gathered(config, shown) as (config, shown, team),
+    ):
         try:
-            session = _open(config, shown)
+            session = _open(config, shown, team)
         except KeyboardInterrupt:
             raise Interrupted(None) from None
         if isinstance(session, dict):
@@ -57,7 +62,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Result:
 # ------------------------------------------------------------------------------ before the folder
 
 
-def _open(config: TrainConfig, progress: Progress) -> Session | Result:
+def _open(config: TrainConfig, progress: Progress, team: Team) -> Session | Result:
     """Check everything, load everything, make or reopen the folder; a finished run's result."""
     started = time.monotonic()
     folder = RunFolder(config.out)
@@ -93,7 +98,7 @@ def _open(config: TrainConfig, progress: Progress) -> Session | Result:
         folder.tidy()
     use_threads(config.threads)
     try:
-        session = _load(config, task, folder, progress, started)
+        session = _load(config, task, folder, progress, started, team)
     except BaseException:
         folder.unlock()
         raise
@@ -103,7 +108,12 @@ def _open(config: TrainConfig, progress: Progress) -> Session | Result:
 
 
 def _load(
-    config: TrainConfig, task: Task, folder: RunFolder, progress: Progress, started: float
+    config: TrainConfig,
+    task: Task,
+    folder: RunFolder,
+    progress: Progress,
+    started: float,
+    team: Team,
 ) -> Session | Result:
     examples, digest = read_data(config.task, config.data, task, progress.note)
     config, splits = split_rows(config, examples)
@@ -117,7 +127,7 @@ def _load(
     # adapters are float32 whatever the base is
     dtype = FORMATS[config.dtype if config.tuner in ("full", "head") else "float32"]
     compile_kernels(FAMILIES[family_of(config.family, config.estimator)], config.rule, dtype)
-    session = Session(config, task, splits, folder, progress, metrics, started, digest, log)
+    session = Session(config, task, splits, folder, progress, metrics, started, digest, log, team)
     for note in session.budget.plan(config) if session.budget else ():
         progress.note(note)
     try:

@@ -20,12 +20,12 @@ from justforward.evaluate import Evaluation, Scorer
 from justforward.feed import feed
 from justforward.folder import Metric, RunFolder, best_step, value_of
 from justforward.generate import Sampling
-from justforward.guard import MOST_REWINDS, Guard, lost_forwards, rate_factor, rewinds
+from justforward.guard import MOST_REWINDS, Guard, Stillness, lost_forwards, rate_factor, rewinds
 from justforward.interrupts import Shield
 from justforward.models import load_model
 from justforward.objectives import Objective
 from justforward.ondisk import keep_on_disk
-from justforward.outcome import figures, worth_of
+from justforward.outcome import figures
 from justforward.playback import fingerprint
 from justforward.prepare import Stop, environment_now, stop_reason
 from justforward.progress import Progress
@@ -41,6 +41,7 @@ from justforward.snapshots import RunOptimizer, Snapshots, replay
 from justforward.spared import Spared
 from justforward.starting import begin, choose_layers, decided
 from justforward.tasks import Task
+from justforward.team import Team
 from justforward.trajectory import Log, Writer, read_log
 from justforward.tuners import attach, keep_start
 
@@ -76,6 +77,7 @@ class Session:
     started: float
     data_sha256: str
     log: Log | None
+    team: Team
 
     def __post_init__(self) -> None:
         self.seconds_before = max((float(m["seconds"]) for m in self.metrics), default=0.0)
@@ -175,7 +177,7 @@ class Session:
                 self.progress.note(f"scoring {len(rows)} {_WHAT[kind]}")
                 found = self._validate() if kind == "validation" else self._evaluate(rows)
                 forwards = 0 if kind == "before" else forwards_until(self.config, 0)
-                self._remember(self._metric(kind, 0, forwards, **worth_of(found)))
+                self._remember(self._metric(kind, 0, forwards, **self.team.agree_on(found)))
 
     def _repair(self, log: Log) -> None:
         """Score again what the last session did not live to write down."""
@@ -231,6 +233,7 @@ class Session:
             log=folder.log,
             resume=self.log is not None,
         )
+        self.team.join(self.opt, config.rows_at_once, self.data_sha256)
         self.parts = len(self.opt.param_groups)
         first = forwards_at(config, 0, self.parts) + forwards_until(config, 0, self.parts)
         if first > config.max_forwards:
@@ -305,6 +308,7 @@ class Session:
                 self._rewind(self.guard.best() or best["step"], str(error))
                 continue
             self.progress.step(self.forwards, loss)
+            self._tell_stillness(loss)
             found = self.guard.add(loss)
             if found is not None and self._may_rewind():
                 self._rewind(
@@ -312,24 +316,13 @@ class Session:
                     f"the loss has risen to {found.last:.4f}, from {found.best:.4f} at step {found.step}",
                 )
                 continue
-            self._snapshot()
+            assert self.opt is not None
+            self.opt.snapshot_due(config.snapshot_every, config.keep_snapshots, self.progress.note)
             if validation_due(config, before, self.forwards):
                 self._append(self._validation(self.steps, self.forwards))
         if not any(m["step"] == self.steps for m in self.validations):
             self._append(self._validation(self.steps, self.forwards))
         self.progress.stop()
-
-    def _snapshot(self) -> None:
-        every = self.config.snapshot_every
-        if every is None or self.steps % every:
-            return
-        assert self.opt is not None
-        try:
-            self.opt.snapshot(self.config.keep_snapshots)
-        except UserError as error:
-            self.progress.note(
-                f"note: no snapshot of step {self.steps}: {error}: the run goes on, its log is enough to continue from"
-            )
 
     def _step(self) -> float:
         """One step and its line; its loss."""
@@ -342,7 +335,7 @@ class Session:
         closure, batch = feed(config, opt, scorer, self.objective, self.splits.train)
         clock = time.monotonic()
         with Shield() as shield, self.spared.reused():  # a step and its line: both or neither
-            loss = opt.step(partial(shield.call, closure), batch)
+            loss = self.team.step(opt, partial(shield.call, closure), batch)
             self.forwards += forwards_at(config, opt.steps - 1, self.parts)
             took = round(time.monotonic() - clock, 4)
             kind, seen = ("private", {}) if self.budget else ("step", {"loss": loss})
@@ -355,6 +348,15 @@ class Session:
     def _watch(self) -> None:
         self.guard = Guard(m["loss"] for m in self.metrics if m["kind"] == "step")
         self.factor = rate_factor(self.metrics)
+        self.still = Stillness()
+
+    def _tell_stillness(self, loss: float) -> None:
+        assert self.opt is not None
+        if self.budget is None:  # private answers are noise as well
+            eps = float(self.opt.param_groups[0]["eps"])
+            said = self.still.add(self.opt.projected_grads, loss, eps)
+            if said is not None:
+                self.progress.note(said)
 
     def _may_rewind(self) -> bool:
         return bool(self.config.backoff) and len(rewinds(self.metrics)) < MOST_REWINDS
@@ -387,7 +389,7 @@ class Session:
         except UserError as error:
             raise UserError(f"step {step}: {error}, or start again with a lower --lr") from error
         self.progress.validation(forwards, found.metric, found.value, found.loss)
-        worth = worth_of(found)
+        worth = self.team.agree_on(found)
         if self.budget is not None:
             self.progress.note(self.budget.spell(step))
             worth["epsilon"] = self.budget.spent(step)
@@ -488,8 +490,10 @@ class Session:
         self._remember(metric)
 
     def _reason(self) -> str | None:
+        timed = self.config.max_minutes is not None
+        seconds: float = self.team.agree(self.seconds) if timed else 0.0
         return stop_reason(
-            self.config, self.steps, self.forwards, self.seconds, self.validations, self.parts
+            self.config, self.steps, self.forwards, seconds, self.validations, self.parts
         )
 
 

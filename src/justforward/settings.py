@@ -125,7 +125,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
             f"--dtype is {config.dtype!r}: what --quantize leaves as it is stays float32: leave it out"
         )
     modified, blocks = variants_of(config)
-    check_variants(config.looks, config.estimator, rules.parse(config.rule), modified, blocks)
+    rule = rules.parse(config.rule)
+    check_variants(config.looks, config.estimator, rule, modified, blocks)
     if modified is not None and modified.by == "gradient" and config.objective != "loss":
         raise UserError(
             f"--modified is {config.modified!r}: {config.objective} has no gradient: measure by looks"

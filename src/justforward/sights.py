@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from torch import Tensor
 
 from justforward.errors import NonFiniteLoss, UserError
@@ -105,6 +107,16 @@ def _spaced(what: str, places: Sequence[int]) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------- looking
 
 
+def warn_alone() -> None:
+    """Warn a process that takes steps by itself though it is one of several."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            f"torch.distributed has {dist.get_world_size()} processes, and each of them moves its own weights by its own losses: "
+            "let justforward.Workers take the steps (unless the closure returns the same number in all of them)",
+            stacklevel=5,
+        )
+
+
 def see_weights(
     site: Site, closure: Any, batch: Any, samples: Sequence[int], rows: Sequence[int]
 ) -> Sight:
@@ -123,7 +135,7 @@ def see_weights(
     kept: list[list[float]] = []
 
     def mean(*arguments: Any) -> float:
-        kept.append(_row_losses(closure(*arguments), len(rows)))
+        kept.append(row_losses(closure(*arguments), len(rows)))
         return math.fsum(kept[-1]) / len(rows)
 
     here = replace(site, seed_of=lambda lane: site.seed_of(samples[lane]))
@@ -198,7 +210,34 @@ def _sight(
     )
 
 
-def _row_losses(losses: Any, rows: int) -> list[float]:
+def merged(parts: Sequence[Sight]) -> Sight:
+    """One sight of what a worker has seen block by block.
+
+    Args:
+        parts: each of some rows and samples; together every sample of every row, once.
+    """
+    places = {
+        (sample, row): rise
+        for part in parts
+        for sample, rises in zip(part.samples, part.rises, strict=True)
+        for row, rise in zip(part.rows, rises, strict=True)
+    }
+    samples = tuple(sorted({sample for sample, _ in places}))
+    rows = tuple(sorted({row for _, row in places}))
+    weights = [len(part.samples) * len(part.rows) for part in parts]
+    loss = math.fsum(part.loss * weight for part, weight in zip(parts, weights, strict=True))
+    passes = sum(part.forwards * len(part.rows) for part in parts)
+    return Sight(
+        parts[0].step,
+        samples,
+        rows,
+        tuple(tuple(places[sample, row] for row in rows) for sample in samples),
+        float(np.float32(loss / sum(weights))),
+        math.ceil(passes / len(rows)),
+    )
+
+
+def row_losses(losses: Any, rows: int) -> list[float]:
     """Of a closure in weight space: one a row, or one for all."""
     if isinstance(losses, Tensor):
         if losses.dim() == 1 and len(losses) == rows:

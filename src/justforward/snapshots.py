@@ -36,7 +36,6 @@ from justforward.kept import whole_folder
 from justforward.moments import Moments
 from justforward.optim import MeZO
 from justforward.playback import apply_steps, at_base, check_steps
-from justforward.private import count_answers
 from justforward.stored import raw
 from justforward.trajectory import Log, Step, read_log
 
@@ -275,12 +274,11 @@ class RunOptimizer(MeZO):
 
     def _continue(self, log: Log, header: dict[str, Any]) -> None:
         first = _restored(self._snapshots, log, len(log.steps), self.weights, self._course)
-        super()._continue(replace(log, steps=log.steps[first:]), header)
-        if log.steps:
-            last = log.steps[-1]
+        if first:
+            last = log.steps[first - 1]
             self._rule_state, self._scales, self._norms = last.rule_state, last.scales, last.norms
-        self.steps += first
-        count_answers(self.private, self.steps)
+        self.steps = first
+        super()._continue(replace(log, steps=log.steps[first:]), header)
 
     def snapshot(self, keep: int) -> None:
         """Write a snapshot of the run as it is.
@@ -292,3 +290,14 @@ class RunOptimizer(MeZO):
         self._writer.sync()  # a snapshot is never ahead of the log
         self.weights.settle()
         self._snapshots.write(self.weights, self._course, read_log(self._writer.path), keep)
+
+    def snapshot_due(self, every: int | None, keep: int, note: Note) -> None:
+        """Write a snapshot if one is due after this step; where it cannot be written the run goes on."""
+        if every is None or self.steps % every:
+            return
+        try:
+            self.snapshot(keep)
+        except UserError as error:
+            note(
+                f"note: no snapshot of step {self.steps}: {error}: the run goes on, its log is enough to continue from"
+            )

@@ -277,12 +277,16 @@ def settings_of(estimator: str, looks: str, **parts: Any) -> dict[str, Any]:
 
 
 def check_variants(
-    looks: str, estimator: str, rule: Chain, modified: Modified | None, blocks: Blocks | None
+    looks: str,
+    estimator: str,
+    rule: Chain,
+    modified: Modified | None,
+    blocks: Blocks | None,
 ) -> None:
-    """Refuse what does not go together.
+    """Refuse what is unknown or does not go together.
 
     Raises:
-        UserError: naming both.
+        UserError: naming it, or both.
     """
     if looks not in LOOKS:
         raise UserError(f"looks is {looks!r}: it must be one of {', '.join(LOOKS)}")

@@ -1,0 +1,109 @@
+"""A run in several processes: `torchrun -m justforward train ...`. Each has all rows and a model of its own; they divide the rows of a step.
+
+Process 0 keeps the run folder. The others do the same in a temporary one, so that every process can score, go back and
+go on by itself; what clocks or unlike machines decide, process 0 decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from justforward import launched
+from justforward.config import TrainConfig
+from justforward.errors import UserError
+from justforward.evaluate import Evaluation
+from justforward.optim import MeZO
+from justforward.outcome import worth_of
+from justforward.peers import START_SECONDS, Peers
+from justforward.progress import Progress
+from justforward.workers import Workers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Longest wait within a run: one machine may take so much longer over a validation than another.
+PATIENCE = 300.0
+
+
+class Team:
+    """What a run needs of the other processes; alone it takes steps as `MeZO.step` does.
+
+    Args:
+        peers: the processes, if torchrun has started them.
+    """
+
+    def __init__(self, peers: Peers | None = None) -> None:
+        self._peers = peers
+        self._workers: Workers | None = None
+
+    def join(self, opt: MeZO, rows_at_once: int, data: str) -> None:
+        """Take this optimizer's steps from now on; `data` is the digest of the rows.
+
+        Raises:
+            UserError: the processes differ.
+        """
+        if self._peers is not None:
+            self._workers = Workers(
+                opt, rows_at_once=rows_at_once, data=data, timeout=PATIENCE, group=self._peers
+            )
+
+    def step(self, opt: MeZO, closure: Callable[[Any], Tensor], batch: Any) -> float:
+        """A step; its loss.
+
+        Raises:
+            UserError: the closure has one number for all rows, which the processes divide; or as `Workers.step`.
+        """
+        if self._workers is None:
+            return opt.step(closure, batch)
+
+        def by_row(rows: Any) -> Tensor:
+            found = closure(rows)
+            if found.dim() == 0:
+                raise UserError(
+                    "--objective is one number for all rows of a batch, and here processes divide the rows: choose one that has a "
+                    "number for each, or train without torchrun"
+                )
+            return found
+
+        return self._workers.step(by_row, batch)
+
+    def agree(self, value: Any) -> Any:
+        """What process 0 gives: anything that JSON knows."""
+        if self._peers is None:
+            return value
+        return self._peers.decide(value, PATIENCE, "outside of a step")
+
+    def agree_on(self, found: Evaluation) -> dict[str, float]:
+        """What a line of metrics.jsonl says of an evaluation."""
+        agreed: dict[str, float] = self.agree(worth_of(found))
+        return agreed
+
+
+@contextlib.contextmanager
+def gathered(
+    config: TrainConfig, progress: Progress
+) -> Iterator[tuple[TrainConfig, Progress, Team]]:
+    """The run as this process is to do it."""
+    if not launched.several():
+        yield config, progress, Team()
+        return
+    peers = Peers()
+    with contextlib.ExitStack() as stack:
+        stack.callback(peers.close)
+        if peers.rank != 0:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="justforward-")))
+            progress = Progress(stack.enter_context(open(os.devnull, "w")), bar=False)
+            if config.resume and Path(config.out).is_dir():
+                # it is made from the log: a copy of weights would be large
+                left_out = shutil.ignore_patterns("snapshots")
+                shutil.copytree(config.out, folder / "run", ignore=left_out)
+            config = replace(config, out=str(folder / "run"), snapshot_every=None)
+        peers.ask("the folder is copied", START_SECONDS, "at the start")
+        yield config, progress, Team(peers)
