@@ -35,7 +35,7 @@ from justforward.playback import apply_steps, base_of, check_base, check_header,
 from justforward.private import Private, count_answers
 from justforward.sights import Sight, check_places, put_together, see_rows, see_weights, warn_alone
 from justforward.stored import compute_model_wide
-from justforward.trajectory import Log, Step, Writer, read_log, rounded
+from justforward.trajectory import Step, Writer, read_log, rounded
 from justforward.variants import (
     Blocks,
     Modified,
