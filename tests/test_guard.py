@@ -37,6 +37,7 @@ from justforward.progress import Progress
 from justforward.rebuild import rebuild
 from justforward.run import train
 from justforward.session import Interrupted
+from justforward.snapshots import RunOptimizer
 from justforward.trajectory import Writer, read_log
 
 # ------------------------------------------------------------------------------------------ losses
@@ -223,17 +224,17 @@ def test_cut_off_between_log_and_lines(config: TrainConfig, tmp_path: Path, monk
 @pytest.mark.parametrize("backoff", [True, False])
 def test_a_loss_that_is_no_number(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, backoff: bool) -> None:  # fmt: skip
     """At a rate that breaks the weights there is no second step; halved a few times there is."""
-    real: Callable[..., float] = MeZO.step
+    real: Callable[..., float] = RunOptimizer.step
     calls = 0
 
-    def broken(self: MeZO, *args: Any) -> float:
+    def broken(self: RunOptimizer, *args: Any) -> float:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise NonFiniteLoss(self.steps, float("nan"), "at +eps")
         return real(self, *args)
 
-    monkeypatch.setattr(MeZO, "step", broken)
+    monkeypatch.setattr(RunOptimizer, "step", broken)
     config = replace(config, lr=1e-3, max_forwards=20, backoff=backoff)
     if not backoff:
         with pytest.raises(NonFiniteLoss):
@@ -246,10 +247,10 @@ def test_a_loss_that_is_no_number(config: TrainConfig, monkeypatch: pytest.Monke
 
 
 def test_it_gives_up_in_the_end(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: MeZO, *args: Any) -> float:
+    def broken(self: RunOptimizer, *args: Any) -> float:
         raise NonFiniteLoss(self.steps, float("nan"), "at +eps")
 
-    monkeypatch.setattr(MeZO, "step", broken)
+    monkeypatch.setattr(RunOptimizer, "step", broken)
     with pytest.raises(NonFiniteLoss):
         go(config)
     assert len(rewinds(lines(config))) == 8

@@ -753,7 +753,7 @@ def test_files_that_may_not_grow(config: TrainConfig, samples: int, file: str) -
     begun = 0
     # seconds are spelled with more or fewer digits: the metrics of another run are not as long
     most = sizes[file] - 1 if file == "trajectory.jfl" else sizes[file] * 17 // 20
-    for limit in [0, 100, 600, 1200, *range(1300, most, sizes[file] // 9), most]:
+    for limit in [0, 100, 600, 1200, *range(1300, most, sizes[file] // 14), most]:
         cut = elsewhere(config, f"full{limit}")
         text = refused_with(cut, limit)
         assert re.search("File too large|No space left", text), text
