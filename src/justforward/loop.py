@@ -29,7 +29,14 @@ OPTIMIZER, STATE = "optimizer.pt", "trainer_state.json"  # of a checkpoint: Trai
 class LoopMeZO(MeZO):
     """`MeZO` as a loop wants it that calls `step()` for itself, and whose log moves in and out of checkpoints.
 
+    Args:
+        model: what is tuned.
+        beside: the folder that the log is to be in.
+        writes: whether this process writes it: of several that take steps together, one.
+        settings: of `MeZO`.
+
     Attributes:
+        writes: as given.
         path: of the log; None until it has a name.
         last: the last step that was taken.
         step_was_skipped: whether the last one was not: accelerate's name, by which the learning rate stays.
@@ -37,16 +44,20 @@ class LoopMeZO(MeZO):
 
     _is_accelerate_prepared = True  # accelerate is to leave it as it is: there is nothing to scale
 
-    def __init__(self, model: nn.Module, beside: Path, **settings: Any) -> None:
-        beside.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self, model: nn.Module, beside: Path, *, writes: bool = True, **settings: Any
+    ) -> None:
+        self.writes = writes
         self.last: Step | None = None
         self.step_was_skipped = False
         self.path: Path | None = None
         # Its place is taken when it is known that no checkpoint is resumed, which has one.
         self._new = beside / f".{LOG}.new"
-        self._new.unlink(missing_ok=True)
-        super().__init__(model, log=self._new, **settings)
-        self._header = read_log(self._new).header
+        if writes:
+            beside.mkdir(parents=True, exist_ok=True)
+            self._new.unlink(missing_ok=True)
+        super().__init__(model, log=self._new if writes else None, **settings)
+        self._header = read_log(self._new).header if writes else {}
 
     def step(self, closure: Any = None, batch: Any = None) -> float:  # type: ignore[override]
         """As `MeZO.step`; without a closure the step has been taken, and this is the loop's own call.
@@ -64,10 +75,13 @@ class LoopMeZO(MeZO):
 
     def open_log(self, path: Path) -> None:
         """Give a new log its name, or go on with the one there was; another run's that is there gets another name."""
+        if not self.writes:
+            self.path = path
+            return
         if self.path is None:
             set_aside(path)
             os.replace(self._new, path)
-            self.path = path
+            self.path = self.log = path
         if self._writer is None:
             self._writer = Writer.resume(read_log(self.path))
 
@@ -87,10 +101,13 @@ class LoopMeZO(MeZO):
             raise UserError(
                 f"{saved}: has {len(log.steps)} steps, the state beside it {self.steps}: take another checkpoint"
             )
+        self.path = path
+        if not self.writes:
+            return
         self.close_log()
         self._new.unlink(missing_ok=True)
         put_log(log, path)
-        self.path = path
+        self.log = path
         self._writer = Writer.resume(read_log(path))
 
     def close_log(self) -> None:

@@ -4,6 +4,8 @@ The loop calls `training_step` for each micro-batch of a step. All but the last 
 one estimate over all of them, and the weights move. What the loop does next (clip the gradients, `optimizer.step()`,
 zero the gradients) then has nothing left to do.
 
+Several processes take a step together (`Workers`): a row of it is a micro-batch, in activation space a row of one.
+
 Every step goes to `trajectory.jfl` in the output folder. A checkpoint has a copy of it, so what is resumed is a position in
 a log: base + log = the trained weights, bit for bit, however often training was stopped.
 """
@@ -15,6 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, sort_checkpoints
 from transformers.utils import logging
 
 from justforward.activations import among, repeat_rows
@@ -34,7 +37,8 @@ from justforward.models import is_causal, is_seq2seq
 from justforward.stored import as_stored, is_half
 from justforward.training_arguments import MeZOConfig, MeZOSeq2SeqConfig
 from justforward.trajectory import read_log
-from justforward.variants import forwards_of
+from justforward.variants import check_shared, forwards_of
+from justforward.workers import Workers
 
 __all__ = ["MeZOConfig", "MeZOSeq2SeqConfig", "MeZOSeq2SeqTrainer", "MeZOTrainer"]
 
@@ -43,27 +47,39 @@ logger = logging.get_logger(__name__)
 MicroBatches = Sequence[tuple[Any, Any]]  # inputs, and items of the whole step or None
 
 
-def check_workers(args: TrainingArguments) -> None:
-    """Refuse more than one worker: each would go its own way.
+def check_workers(args: MeZOConfig) -> None:
+    """Refuse processes that would each go its own way, and what several cannot do together.
 
     Raises:
-        UserError: there are several processes, or several GPUs in this one.
+        UserError: there are more processes than transformers knows of, or torch.distributed; or several GPUs in this one; or
+            several processes, and looks of which they cannot do a part each, or unlike numbers of micro-batches.
     """
-    said = os.environ.get(
-        "WORLD_SIZE", ""
-    )  # without a GPU transformers asks for it with use_cpu only
-    counts = [args.world_size, int(said) if said.isdecimal() else 1]
-    if dist.is_available() and dist.is_initialized():
-        counts.append(dist.get_world_size())
-    if max(counts) > 1:
+    grouped = dist.is_available() and dist.is_initialized()
+    counts = [args.world_size, dist.get_world_size() if grouped else 1]
+    said = os.environ.get("WORLD_SIZE", "")
+    if said.isdecimal():
+        counts.append(int(said))
+    if min(counts) != max(
+        counts
+    ):  # without a GPU transformers asks for the others with use_cpu only
         raise UserError(
-            f"MeZOTrainer runs in one process, here are {max(counts)}: start the script with python, not with torchrun or "
-            "accelerate launch (or with one process)"
+            f"MeZOTrainer: {max(counts)} processes were started, and transformers ({counts[0]}) or torch.distributed ({counts[1]}) "
+            "sees fewer, so that each would train by itself: start the script with torchrun, on CPUs say use_cpu=True; or "
+            "start it with python"
         )
     if args.n_gpu > 1:
         raise UserError(
-            f"MeZOTrainer uses one GPU, this process sees {args.n_gpu}: set CUDA_VISIBLE_DEVICES=0"
+            f"MeZOTrainer uses one GPU a process, this one sees {args.n_gpu}: set CUDA_VISIBLE_DEVICES=0, or start one process a "
+            "GPU with torchrun"
         )
+    if args.world_size > 1:
+        check_shared(args.looks, args.mezo()["modified"], None)
+        even = getattr(args.accelerator_config, "even_batches", True)
+        if not even and not args.dataloader_drop_last:
+            raise UserError(
+                "MeZOConfig: accelerator_config has even_batches=False, so that one process has a last micro-batch that others "
+                "have not: leave it out, or say dataloader_drop_last=True"
+            )
 
 
 class MeZOTrainer(Trainer):
@@ -76,6 +92,9 @@ class MeZOTrainer(Trainer):
     In the logs `grad_norm` is the root mean square of the step's projected gradients, before any clipping: its square is an
     estimate of the gradient's squared norm, right on average. A step whose loss is NaN or infinite is not taken, as with
     Trainer's own loss scaling: the weights and the learning rate stay, the loss is shown as it is, `skipped_steps` counts.
+
+    Processes of torchrun take each step together: every one looks with the micro-batches that Trainer gives it, they send each other
+    scalars, and each moves its own copy of the weights, which is not wrapped. The process that saves writes the log.
 
     The weights move in `training_step`, so `on_pre_optimizer_step` comes after that. `optimizer.step()` changes nothing.
 
@@ -105,10 +124,19 @@ class MeZOTrainer(Trainer):
                 "create_scheduler): leave it out"
             )
         self.args.mezo()  # what cannot be read is refused now
+        self._workers: Workers | None = None
         self._micro: list[tuple[Any, Any]] = []
         self._rows_checked = self._ignores_items = False
         self._skipped_in_a_row = 0
         self._skipped_since_logged = 0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's, whose models stay as they are in several processes, too."""
+        super().create_accelerator_and_postprocess()
+        if self.args.world_size > 1:
+            # Not for training: DistributedDataParallel would send weights and buffers round, for gradients that are not there.
+            plain = partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.accelerator.prepare_model = plain
 
     # -- the loop's hooks ---------------------------------------------------------------------------------------
 
@@ -123,7 +151,8 @@ class MeZOTrainer(Trainer):
                     "torch_compile with weights of 16 bits: there parameters intercept operations, which a compiled model "
                     "does not call: load the model in float32, or leave torch_compile out"
                 )
-            self.optimizer = LoopMeZO(whole, self._log_folder, **self.args.mezo())
+            writes = bool(self.args.should_save)
+            self.optimizer = LoopMeZO(whole, self._log_folder, writes=writes, **self.args.mezo())
         if not isinstance(self.optimizer, LoopMeZO):
             raise UserError(
                 f"the optimizer is a {type(self.optimizer).__name__}: MeZOTrainer makes its own MeZO from args"
@@ -150,6 +179,7 @@ class MeZOTrainer(Trainer):
 
         Raises:
             NonFiniteLoss: of too many steps in a row.
+            UserError: another process is gone or differs, as `Workers.step` says.
         """
         self._micro.append((self._prepare_inputs(inputs), num_items_in_batch))
         loss = 0.0
@@ -160,9 +190,15 @@ class MeZOTrainer(Trainer):
 
     def _take_step(self, model: nn.Module, micro: MicroBatches) -> float:
         optimizer: LoopMeZO = self.optimizer
+        by_row = self.args.estimator == "activation"
         try:
-            if self.args.estimator == "activation":
+            if by_row:
                 self._rows_checked = self._rows_checked or self._check_rows(model, micro)
+            if self._workers is not None:
+                losses, rows = (self._row_losses if by_row else self._micro_losses)(model, micro)
+                whole = len(rows) * self._workers.size
+                loss = self._workers.step(lambda: losses(rows), of=whole)
+            elif by_row:
                 loss = optimizer.step(*self._row_losses(model, micro))
             else:
                 loss = optimizer.step(
@@ -179,12 +215,26 @@ class MeZOTrainer(Trainer):
         self._skipped_in_a_row = 0
         return loss
 
-    def _part_of_loss(self, model: nn.Module, inputs: Any, items: Any) -> float:
-        """A micro-batch's part of the loss of the step, as Trainer weights it."""
+    def _part_of_loss(self, model: nn.Module, inputs: Any, items: Any, times: int = 1) -> float:
+        """A micro-batch's part of the loss of the step, as Trainer weights it, so many times."""
         with self.compute_loss_context_manager():
             # `compute_loss` may take the labels out of its inputs
             loss: Any = self.compute_loss(model, copy.copy(inputs), num_items_in_batch=items)
-        return float(loss) / self._parts(items)
+        return float(loss) * times / self._parts(items)
+
+    def _micro_losses(
+        self, model: nn.Module, micro: MicroBatches
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """A function of the micro-batches' numbers: losses whose mean, over all processes, is the loss of the step; and these.
+
+        Trainer takes the mean of the processes' losses, each the sum of its micro-batches' parts; all have as many of them.
+        """
+
+        def losses(numbers: Tensor) -> Tensor:
+            parts = [self._part_of_loss(model, *part, times=len(numbers)) for part in micro]
+            return torch.tensor(parts, dtype=torch.float64)
+
+        return losses, torch.arange(len(micro))
 
     def _parts(self, items: Any) -> int:
         """By what Trainer divides the loss of a micro-batch."""
@@ -282,12 +332,16 @@ class MeZOTrainer(Trainer):
 
     def _divisor(self, inputs: Any, items: Any) -> float:
         """By what the losses of a micro-batch's rows are divided, so that they add up to its part of the loss."""
+        told = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        shared = self.args.average_tokens_across_devices and told and items is not None
+        # `compute_loss` multiplies what is divided by the items of all processes, of which the mean is taken
+        times = self.accelerator.num_processes if shared else 1
         if items is not None and not self._ignores_items:
-            return float(items)
+            return float(items) / times
         labels = inputs["labels"]
         if is_causal(self.model):
             labels = labels[:, 1:]
-        return float(labels.ne(-100).sum()) * self._parts(items)
+        return float(labels.ne(-100).sum()) * self._parts(items) / times
 
     def _check_rows(self, model: nn.Module, micro: MicroBatches) -> bool:
         """Refuse losses of rows that do not add up to Trainer's, and find out what these are divided by.
@@ -337,6 +391,7 @@ class MeZOTrainer(Trainer):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self._micro.clear()
+            self._workers = None
             if isinstance(self.optimizer, LoopMeZO):
                 self.optimizer.close_log()
 
@@ -362,12 +417,22 @@ class MeZOTrainer(Trainer):
             self.optimizer.open_log(path)
         else:
             self.optimizer.take_log(path, Path(resume_from_checkpoint) / LOG)
+        if self.args.world_size > 1:
+            self._workers = Workers(
+                self.optimizer, timeout=float(self.args.ddp_timeout), data=self._said_of_data()
+            )
         return prepared
+
+    def _said_of_data(self) -> str:
+        """What processes must agree in, in words."""
+        rows = len(self.train_dataset) if has_length(self.train_dataset) else "unknown"
+        args = self.args
+        return f"{rows} rows, {args.train_batch_size} x {args.gradient_accumulation_steps} a step"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's; a checkpoint gets a copy of the log."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir is not None:
+        if _internal_call and output_dir is not None and self.optimizer.writes:
             shutil.copyfile(self.optimizer.path, Path(output_dir) / LOG)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -390,12 +455,14 @@ class MeZOTrainer(Trainer):
             return
         self._load_optimizer_and_scheduler(best)
         optimizer.close_log()
-        set_aside(optimizer.path)
+        if optimizer.writes:
+            set_aside(optimizer.path)
         if len(log.steps) == optimizer.steps:
             optimizer.take_log(optimizer.path, log.path)
-        else:  # save_only_model: there was no state
+            return
+        if optimizer.writes:  # save_only_model: there was no state
             put_log(log, optimizer.path)
-            self.optimizer = None
+        self.optimizer = None
 
 
 class MeZOSeq2SeqTrainer(MeZOTrainer, Seq2SeqTrainer):
