@@ -76,7 +76,7 @@ def lines(tmp_path: Path) -> Path:
     return path
 
 
-def start(script: Path, *arguments: Any) -> subprocess.Popen[str]:
+def start(script: Path | str, *arguments: Any) -> subprocess.Popen[str]:
     """A script as a process that warnings end, and that Ctrl-C reaches."""
     return subprocess.Popen(
         [sys.executable, str(script), *map(str, arguments)],
@@ -88,7 +88,7 @@ def start(script: Path, *arguments: Any) -> subprocess.Popen[str]:
     )
 
 
-def run(script: Path, *arguments: Any) -> str:
+def run(script: Path | str, *arguments: Any) -> str:
     process = start(script, *arguments)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
@@ -137,6 +137,25 @@ def test_the_script_with_and_without_the_diff(
     run(script, "--model", model_folder, "--data", lines, "--steps", 2, "--out", tmp_path / "out")
     assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
     assert (tmp_path / "out" / "trajectory.jfl").is_file() == (kind == "after")
+
+
+def test_a_trainer_script_with_the_diff_is_started_by_torchrun(
+    tmp_path: Path, model_folder: Path, lines: Path
+) -> None:
+    """Two processes, one log; what they have trained is the model that is saved. Without --cpu they would not see each other."""
+    script, out = tmp_path / "after.py", tmp_path / "out"
+    script.write_text(after(), encoding="utf-8")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
+    given = ("--model", model_folder, "--data", lines, "--out", out, "--steps", 3)
+    run(*launch, "--cpu", "--save-steps", 2, *given)
+    from transformers import AutoModelForCausalLM
+
+    base: Any = AutoModelForCausalLM.from_pretrained(model_folder)
+    tuned: Any = AutoModelForCausalLM.from_pretrained(out / "final")
+    assert [path.name for path in out.glob("*.jfl")] == ["trajectory.jfl"]
+    assert jf.replay(base, out / "trajectory.jfl") == 3
+    assert jf.fingerprint(base) == jf.fingerprint(tuned)
+    assert (out / "checkpoint-2" / "rng_state_1.pth").is_file()
 
 
 @pytest.mark.parametrize("name", LOOPS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import math
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from justforward.trainer import (
     MeZOTrainer,
     check_workers,
 )
+from processes import together
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks
@@ -835,13 +838,16 @@ def test_an_optimizer_of_ones_own_is_refused(tmp_path: Path) -> None:
         make_trainer(model, tmp_path, kind=Mine).train()
 
 
-def test_several_workers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_without_a_group_and_several_gpus_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several cores of a TPU are processes of which torch.distributed knows nothing."""
     monkeypatch.setattr(MeZOConfig, "world_size", property(lambda self: 2))
-    with pytest.raises(UserError, match="runs in one process, here are 2"):
+    with pytest.raises(UserError, match=r"2 processes were started, and .* \(1\) sees fewer"):
         make_trainer(make_model("gpt2"), tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(MeZOConfig, "n_gpu", property(lambda self: 4))
-    with pytest.raises(UserError, match="uses one GPU, this process sees 4"):
+    with pytest.raises(UserError, match="uses one GPU a process, this one sees 4"):
         make_trainer(make_model("gpt2"), tmp_path)
 
 
@@ -853,7 +859,7 @@ def test_workers_that_transformers_does_not_see_are_refused(
     for said, refused in (("3", True), ("1", False), ("many", False)):
         monkeypatch.setenv("WORLD_SIZE", said)
         if refused:
-            with pytest.raises(UserError, match="runs in one process, here are 3"):
+            with pytest.raises(UserError, match=r"3 processes were started, .* say use_cpu=True"):
                 check_workers(args)
         else:
             check_workers(args)
@@ -872,3 +878,235 @@ def test_what_accelerate_launch_says_is_refused_too(
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
     with pytest.raises(UserError, match="DeepSpeed and FSDP shard"):
         make_trainer(make_model("gpt2"), tmp_path)
+
+
+# --------------------------------------------------------------------------------- several processes
+
+EPOCH = 11  # rows: six micro-batches of two, the last of which has the first row once more
+# As two processes have them, two micro-batches a step: the rows of one, then those of the other.
+DEALT = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 10, 0]
+TOGETHER: dict[str, dict[str, Any]] = {
+    "weight": {"rule": "sgd", "num_samples": 2},
+    "activation": {"rule": "sgd", "estimator": "activation"},
+    "classifier": {"rule": "sgd"},
+    "classifier's rows": {"rule": "sgd", "estimator": "activation"},
+}
+
+
+def dealt(case: str, parts: int) -> dict[str, Any]:
+    """What a training of two epochs is made with, of so many micro-batches a step."""
+    return {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": parts,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        **TOGETHER[case],
+    }
+
+
+def dealt_model(case: str) -> Any:
+    return small_classifier() if "classifier" in case else make_model("llama")
+
+
+def dealt_rows(case: str) -> Rows:
+    return classes(EPOCH) if "classifier" in case else texts(EPOCH)
+
+
+class Fails(MeZOTrainer):
+    """In process 1 the loss of one step is not a number, or there is none."""
+
+    with_what: Any = math.nan
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.state.global_step == 1 and self.args.process_index == 1:
+            if isinstance(self.with_what, Exception):
+                raise self.with_what
+            return loss * self.with_what
+        return loss
+
+
+class Stumbles(Fails):
+    with_what = OSError("no more rows")
+
+
+def rows_counted(prediction: Any) -> dict[str, float]:
+    return {"rows": float(len(prediction.predictions))}
+
+
+def refused(*args: Any, **changes: Any) -> str:
+    with pytest.raises(UserError) as error:
+        make_trainer(*args, **changes).train()
+    return str(error.value)
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Trainings of the group at hand, which is told what torchrun says; of each what all processes must agree in."""
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    found: dict[str, Any] = {}
+    for case in TOGETHER:
+        trainer = make_trainer(dealt_model(case), folder / case, dealt_rows(case), **dealt(case, 2))
+        trainer.train()
+        found[case] = (jf.fingerprint(trainer.model), shown(trainer, "loss"))
+
+    out = folder / "resumed"
+    common: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "rule": "adam", "max_steps": 6}  # fmt: skip
+    prints = []
+    for resume in (False, True):
+        seen = Prints()
+        trainer = make_trainer(make_model("gpt2"), out, more={"callbacks": [seen]}, **common)
+        trainer.train(resume_from_checkpoint=resume)
+        prints.append(seen.seen)
+        dist.barrier()
+        if not resume and dist.get_rank() == 0:
+            shutil.copyfile(out / "trajectory.jfl", out / "whole")
+            for step in (4, 6):
+                shutil.rmtree(out / f"checkpoint-{step}")
+        dist.barrier()
+    found["resumed"] = prints
+
+    trainer = make_trainer(
+        make_model("gpt2"),
+        folder / "best",
+        more={"eval_dataset": texts(5, seed=1), "compute_metrics": rows_counted},
+        learning_rate=0.5,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+    )
+    trainer.train()
+    keys = ("eval_rows", "eval_loss")
+    found["best"] = (jf.fingerprint(trainer.model), *(shown(trainer, key) for key in keys))
+
+    trainer = make_trainer(make_model("gpt2"), folder / "skipped", kind=Fails)
+    trainer.train()
+    keys = ("loss", "skipped_steps", "learning_rate")
+    found["skipped"] = [
+        json.dumps([shown(trainer, key) for key in keys]),
+        jf.fingerprint(trainer.model),
+    ]
+
+    own = dist.get_rank()
+    model, where = make_model("gpt2"), folder / "refused"
+    cases: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "model": ((make_model("gpt2", seed=own), where), {}),
+        "rows": ((model, where, texts(10 + own)), {}),
+        "rule": ((model, where), {"rule": "sgd" if own else "rms"}),
+        "looks": ((model, where), {"looks": "one-point"}),
+        "modified": ((model, where), {"modified": "variance"}),
+        "even": ((model, where), {"accelerator_config": {"even_batches": False}}),
+    }
+    found["refused"] = {name: refused(*args, **said) for name, (args, said) in cases.items()}
+    found["failed"] = None
+    try:
+        make_trainer(model, where, kind=Stumbles).train()
+    except (OSError, UserError) as error:
+        found["failed"] = str(error)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """What two processes have trained together, and where; all that they must agree in they do."""
+    folder = tmp_path_factory.mktemp("shared")
+    one, two = together(2, tmp_path_factory.mktemp("group"), trained, folder)
+    assert isinstance(one, dict), one
+    assert isinstance(two, dict), two
+    failed = (one.pop("failed"), two.pop("failed"))
+    assert one == two
+    return folder, {**one, "failed": failed}
+
+
+@pytest.mark.parametrize("case", sorted(TOGETHER))
+def test_two_processes_train_as_one_does(
+    shared: tuple[Path, dict[str, Any]], tmp_path: Path, case: str
+) -> None:
+    """With the same rows in its steps; alone, float32 rounds the sum of the losses and not their rises."""
+    folder, found = shared
+    rows = dealt_rows(case)
+    alone = make_trainer(dealt_model(case), tmp_path, [rows[i] for i in DEALT], **dealt(case, 4))
+    alone.train()
+    fingerprint, losses = found[case]
+    assert losses == pytest.approx(shown(alone, "loss"), rel=1e-5)
+    again = dealt_model(case)
+    assert jf.replay(again, folder / case / "trajectory.jfl") == 4
+    assert jf.fingerprint(again) == fingerprint
+    logs = [jf.read_log(out / "trajectory.jfl").steps for out in (folder / case, tmp_path)]
+    for mine, theirs in zip(*logs, strict=True):
+        assert mine.coefficients == pytest.approx(theirs.coefficients, rel=1e-2, abs=1e-6)
+
+
+def test_their_log_has_the_bytes_of_one_that_looks_micro_batch_by_micro_batch(
+    shared: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    rows, net = texts(EPOCH), make_model("llama")
+    opt = jf.MeZO(net, lr=1e-3, seed=42, log=tmp_path / "plain.jfl", **TOGETHER["weight"])
+    for places in [range(4), range(4, 6)] * 2:
+        micro = [[rows[i] for i in DEALT[2 * place : 2 * place + 2]] for place in places]
+        batches = [
+            {key: torch.stack([row[key] for row in part]) for key in part[0]} for part in micro
+        ]
+        items = sum(int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches)
+
+        def losses(batches: Any = batches, items: int = items) -> Tensor:
+            found = [float(net(**batch, num_items_in_batch=items).loss) for batch in batches]
+            return torch.tensor(found, dtype=torch.float64) * len(batches)
+
+        size = len(batches)
+        opt.apply(opt.combine([opt.look(losses, rows=range(size), of=size)], of=size))
+    opt.close()
+    log = shared[0] / "weight" / "trajectory.jfl"
+    assert log.read_bytes() == (tmp_path / "plain.jfl").read_bytes()
+
+
+def test_all_of_them_go_on_from_a_checkpoint(shared: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = shared
+    whole, rest = found["resumed"]
+    assert len(set(whole)) == 6
+    assert rest == whole[2:]
+    assert (folder / "resumed" / "trajectory.jfl").read_bytes() == (folder / "resumed" / "whole").read_bytes()  # fmt: skip
+
+
+def test_they_score_each_row_once_and_have_the_best_model(
+    shared: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, found = shared
+    fingerprint, counted, losses = found["best"]
+    assert counted == [5.0, 5.0]
+    assert losses[0] < losses[1]
+    again = make_model("gpt2")
+    assert jf.replay(again, folder / "best" / "trajectory.jfl") == 2
+    assert jf.fingerprint(again) == fingerprint
+    assert sorted(path.name for path in (folder / "best").glob("*.jfl")) == ["trajectory-1.jfl", "trajectory.jfl"]  # fmt: skip
+
+
+def test_a_loss_that_is_nan_in_one_is_skipped_by_all(shared: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = shared
+    said, fingerprint = found["skipped"]
+    losses, skipped, rates = json.loads(said)
+    assert [math.isnan(loss) for loss in losses] == [False, True, False, False]
+    assert skipped == [1]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 7.5e-4, 5e-4])
+    again = make_model("gpt2")
+    assert jf.replay(again, folder / "skipped" / "trajectory.jfl") == 3
+    assert jf.fingerprint(again) == fingerprint
+
+
+def test_what_differs_or_cannot_be_shared_is_refused(shared: tuple[Path, dict[str, Any]]) -> None:
+    said = shared[1]["refused"]
+    assert "workers differ at the start: the fingerprint of the model is" in said["model"]
+    assert "data is '10 rows, 2 x 1 a step' in worker 0, '11 rows, 2 x 1 a step'" in said["rows"]
+    assert "rule is 'rms(beta=0.9)' in worker 0, 'sgd' in worker 1" in said["rule"]
+    for name in ("looks", "modified"):
+        assert "one-point and private estimates cannot be shared by workers" in said[name]
+    assert "even_batches=False" in said["even"]
+
+
+def test_one_that_fails_is_named_by_the_others(shared: tuple[Path, dict[str, Any]]) -> None:
+    first, second = shared[1]["failed"]
+    assert first == "worker 1 failed in step 1: OSError: no more rows"
+    assert second == "no more rows"

@@ -3,6 +3,8 @@
     python examples/trainer/before.py --model FOLDER --data README.md --out out
 
 `trainer.diff` makes it one that tunes with forward passes: patch -o after.py before.py trainer.diff
+
+    torchrun --nproc-per-node 2 after.py --cpu --model FOLDER --data README.md --out out
 """
 
 import argparse
@@ -19,6 +21,9 @@ parser.add_argument("--out", required=True)
 parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--save-steps", type=int, default=50)
 parser.add_argument("--resume", action="store_true")
+parser.add_argument(
+    "--cpu", action="store_true", help="needed where torchrun starts processes on CPUs"
+)
 given = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(given.model)
@@ -36,6 +41,7 @@ args = TrainingArguments(
     logging_steps=10,
     save_steps=given.save_steps,
     report_to="none",
+    use_cpu=given.cpu,
 )
 trainer = Trainer(
     model,
