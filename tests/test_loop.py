@@ -139,3 +139,22 @@ def test_a_whole_model(tmp_path: Path) -> None:
     opt.close_log()
     assert jf.replay(base, tmp_path / LOG) == 1
     assert jf.fingerprint(base) == jf.fingerprint(model)
+
+
+def test_one_that_does_not_write_leaves_the_folder_alone(tmp_path: Path) -> None:
+    """Of several processes one writes; the others must end where its log does."""
+    writer = make(tmp_path / "out")
+    writer.open_log(tmp_path / "out" / LOG)
+    other = make(tmp_path / "other", writes=False)
+    other.open_log(tmp_path / "other" / LOG)
+    for opt in (writer, other):
+        opt.step(lambda opt=opt: square(opt))
+        opt.close_log()
+    assert jf.fingerprint(other.model) == jf.fingerprint(writer.model)  # type: ignore[arg-type]
+    assert not (tmp_path / "other").exists()
+    saved = tmp_path / "out" / LOG
+    other.take_log(tmp_path / "other" / LOG, saved)
+    late = make(tmp_path / "other", writes=False)
+    with pytest.raises(UserError, match="has 1 steps, the state beside it 0"):
+        late.take_log(tmp_path / "other" / LOG, saved)
+    assert not (tmp_path / "other").exists()
