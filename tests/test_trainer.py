@@ -967,20 +967,22 @@ def trained(folder: Path) -> dict[str, Any]:
         dist.barrier()
     found["resumed"] = prints
 
-    trainer = make_trainer(
-        make_model("gpt2"),
-        folder / "best",
-        more={"eval_dataset": texts(5, seed=1), "compute_metrics": rows_counted},
-        learning_rate=0.5,
-        load_best_model_at_end=True,
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=2,
-        save_steps=2,
-    )
-    trainer.train()
-    keys = ("eval_rows", "eval_loss")
-    found["best"] = (jf.fingerprint(trainer.model), *(shown(trainer, key) for key in keys))
+    for name, only_model in (("best", False), ("best, only", True)):
+        trainer = make_trainer(
+            make_model("gpt2"),
+            folder / name,
+            more={"eval_dataset": texts(5, seed=1), "compute_metrics": rows_counted},
+            learning_rate=0.5,
+            load_best_model_at_end=True,
+            eval_strategy="steps",
+            save_strategy="steps",
+            eval_steps=2,
+            save_steps=2,
+            save_only_model=only_model,
+        )
+        trainer.train()
+        keys = ("eval_rows", "eval_loss")
+        found[name] = (jf.fingerprint(trainer.model), *(shown(trainer, key) for key in keys))
 
     trainer = make_trainer(make_model("gpt2"), folder / "skipped", kind=Fails)
     trainer.train()
@@ -1071,17 +1073,18 @@ def test_all_of_them_go_on_from_a_checkpoint(shared: tuple[Path, dict[str, Any]]
     assert (folder / "resumed" / "trajectory.jfl").read_bytes() == (folder / "resumed" / "whole").read_bytes()  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["best", "best, only"])
 def test_they_score_each_row_once_and_have_the_best_model(
-    shared: tuple[Path, dict[str, Any]],
+    shared: tuple[Path, dict[str, Any]], name: str
 ) -> None:
     folder, found = shared
-    fingerprint, counted, losses = found["best"]
+    fingerprint, counted, losses = found[name]
     assert counted == [5.0, 5.0]
     assert losses[0] < losses[1]
     again = make_model("gpt2")
-    assert jf.replay(again, folder / "best" / "trajectory.jfl") == 2
+    assert jf.replay(again, folder / name / "trajectory.jfl") == 2
     assert jf.fingerprint(again) == fingerprint
-    assert sorted(path.name for path in (folder / "best").glob("*.jfl")) == ["trajectory-1.jfl", "trajectory.jfl"]  # fmt: skip
+    assert sorted(path.name for path in (folder / name).glob("*.jfl")) == ["trajectory-1.jfl", "trajectory.jfl"]  # fmt: skip
 
 
 def test_a_loss_that_is_nan_in_one_is_skipped_by_all(shared: tuple[Path, dict[str, Any]]) -> None:

@@ -37,7 +37,7 @@ class LoopMeZO(MeZO):
 
     Attributes:
         writes: as given.
-        path: of the log; None until it has a name.
+        path: of the log, whoever writes it; None until it has a name.
         last: the last step that was taken.
         step_was_skipped: whether the last one was not: accelerate's name, by which the learning rate stays.
     """
@@ -101,14 +101,13 @@ class LoopMeZO(MeZO):
             raise UserError(
                 f"{saved}: has {len(log.steps)} steps, the state beside it {self.steps}: take another checkpoint"
             )
+        if self.writes:
+            self.close_log()
+            self._new.unlink(missing_ok=True)
+            put_log(log, path)
+            self.log = path
+            self._writer = Writer.resume(read_log(path))
         self.path = path
-        if not self.writes:
-            return
-        self.close_log()
-        self._new.unlink(missing_ok=True)
-        put_log(log, path)
-        self.log = path
-        self._writer = Writer.resume(read_log(path))
 
     def close_log(self) -> None:
         """Seal the log and let go of it, until it is opened again."""

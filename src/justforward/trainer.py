@@ -59,9 +59,8 @@ def check_workers(args: MeZOConfig) -> None:
     said = os.environ.get("WORLD_SIZE", "")
     if said.isdecimal():
         counts.append(int(said))
-    if min(counts) != max(
-        counts
-    ):  # without a GPU transformers asks for the others with use_cpu only
+    if min(counts) != max(counts):
+        # Without a GPU transformers asks for the others with use_cpu only.
         raise UserError(
             f"MeZOTrainer: {max(counts)} processes were started, and transformers ({counts[0]}) or torch.distributed ({counts[1]}) "
             "sees fewer, so that each would train by itself: start the script with torchrun, on CPUs say use_cpu=True; or "
@@ -94,7 +93,8 @@ class MeZOTrainer(Trainer):
     Trainer's own loss scaling: the weights and the learning rate stay, the loss is shown as it is, `skipped_steps` counts.
 
     Processes of torchrun take each step together: every one looks with the micro-batches that Trainer gives it, they send each other
-    scalars, and each moves its own copy of the weights, which is not wrapped. The process that saves writes the log.
+    scalars, and each moves its own copy of the weights, which is not wrapped. The process that saves writes the log. They wait
+    `ddp_timeout` seconds for each other.
 
     The weights move in `training_step`, so `on_pre_optimizer_step` comes after that. `optimizer.step()` changes nothing.
 
