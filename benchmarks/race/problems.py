@@ -8,8 +8,10 @@ Everything above `below` is tuned, the head included; what is below is run once 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contenders import Piece, Walk
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -38,15 +41,30 @@ class Layer(nn.Module):
         self.norm, self.up = outer.LayerNorm, source.intermediate.dense
         self.down, self.last = source.output.dense, source.output.LayerNorm
 
-    def forward(self, x: Tensor, mask: Tensor, place: Tensor | None = None) -> Tensor:
-        """For all tokens [B, T, width], or that at the place alone [B, 1, width]."""
-        rows, tokens, width = x.shape
+    def attended(self, x: Tensor, mask: Tensor, place: Tensor | None = None) -> Tensor:
+        """Before the MLP."""
+        rows, tokens, _ = x.shape
         k, v = self.both(x).view(rows, tokens, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         if place is not None:
             x = x[torch.arange(rows), place][:, None]
         q = self.query(x).view(rows, x.shape[1], self.heads, -1).transpose(1, 2)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-        x = self.norm(x + self.out(seen.transpose(1, 2).reshape(x.shape)))
+        return self.norm(x + self.out(seen.transpose(1, 2).reshape(x.shape)))
+
+    def forward(self, x: Tensor, mask: Tensor, place: Tensor | None = None) -> Tensor:
+        """For all tokens [B, T, width], or that at the place alone [B, 1, width]."""
+        x = self.attended(x, mask, place)
+        return self.last(x + self.down(F.gelu(self.up(x))))
+
+
+class Mlp(nn.Module):
+    """The second half of a layer, over what its attention gives."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.up, self.down, self.last = layer.up, layer.down, layer.last
+
+    def forward(self, x: Tensor, mask: Tensor, place: Tensor | None = None) -> Tensor:
         return self.last(x + self.down(F.gelu(self.up(x))))
 
 
@@ -80,7 +98,7 @@ class Prompted(nn.Module):
 class Upper(nn.Module):
     """Layers and head, which reads the mean of all tokens or the one at the place."""
 
-    def __init__(self, layers: list[Layer], head: nn.Module, mean: bool) -> None:
+    def __init__(self, layers: Sequence[nn.Module], head: nn.Module, mean: bool) -> None:
         super().__init__()
         self.layers, self.head, self.mean = nn.ModuleList(layers), head, mean
 
@@ -218,13 +236,10 @@ def load(model: dict[str, Any], task: dict[str, Any]) -> Problem:
     ranges = [range(first), range(first, second), range(second, third)]
     prompted = model["reads"] == "mask"
     if prompted:
-        names = [(f"a{i}", "{%s}" % f) for i, f in enumerate(task["fields"])]
         texts = []
         for fields, _ in rows:
-            text = task["template"].replace("{mask}", tokenizer.mask_token)
-            for (_, mark), value in zip(names, fields, strict=True):
-                text = text.replace(mark, value.strip())
-            texts.append([text])
+            named = dict(zip(task["fields"], map(str.strip, fields), strict=True))
+            texts.append([task["template"].format(mask=tokenizer.mask_token, **named)])
     else:
         texts = [fields for fields, _ in rows]
     coded = tokenizer(
@@ -237,25 +252,43 @@ def load(model: dict[str, Any], task: dict[str, Any]) -> Problem:
     ids, mask = coded["input_ids"], coded["attention_mask"]
     place = (ids == tokenizer.mask_token_id).int().argmax(1)  # the first token where there is none
     labels = torch.tensor([label for _, label in rows])
-    below, hidden = model["below"], []
-    with torch.no_grad():
-        for start in range(0, len(ids), 128):
-            part = slice(start, start + 128)
-            states = whole.base_model(
-                input_ids=ids[part], attention_mask=mask[part], output_hidden_states=True
-            ).hidden_states
-            hidden.append(states[below].clone())
-    layers = [Layer(source) for source in whole.base_model.encoder.layer[below:]]
+    layers: Sequence[nn.Module] = [
+        Layer(source) for source in whole.base_model.encoder.layer[model["below"] :]
+    ]
+    key = hashlib.sha256(json.dumps([model, task], sort_keys=True).encode()).hexdigest()[:16]
+    kept = Path(model["folder"], f"race-{key}.safetensors")
+    if not kept.exists():
+        save_file({"hidden": lower(whole, layers, model, ids, mask, place)}, kept)
+    hidden = load_file(kept)["hidden"]
+    if model["half"]:  # one token is left, and the MLP of one layer
+        layers, mask, place = [Mlp(*layers)], mask[:, :1], place * 0
     if prompted:
         words = [tokenizer(w, add_special_tokens=False)["input_ids"] for w in task["words"]]
         assert all(len(w) == 1 for w in words), f"not one token each: {task['words']}"
         head: nn.Module = Prompted(whole, [w[0] for w in words])
     else:
-        head = Free(hidden[0].shape[-1], len(task["labels"]))
+        head = Free(hidden.shape[-1], len(task["labels"]))
     upper = Upper(layers, head, model["reads"] == "mean").requires_grad_(True)
     parts = [torch.tensor(r) for r in ranges]
     parts[1:] = [part[mask[part].sum(1).argsort()] for part in parts[1:]]  # less padding
-    return Problem(upper, torch.cat(hidden), mask.bool(), place, labels, *parts)
+    return Problem(upper, hidden, mask.bool(), place, labels, *parts)
+
+
+@torch.no_grad()
+def lower(
+    whole: Any, layers: Sequence[Any], model: dict[str, Any], ids: Tensor, mask: Tensor, place: Tensor
+) -> Tensor:
+    """What enters the part that is tuned, of every row."""
+    out = []
+    for start in range(0, len(ids), 64):
+        part = slice(start, start + 64)
+        states = whole.base_model(
+            input_ids=ids[part], attention_mask=mask[part], output_hidden_states=True
+        ).hidden_states[model["below"]]
+        if model["half"]:
+            states = layers[0].attended(states, mask[part].bool(), place[part])
+        out.append(states.clone())
+    return torch.cat(out)
 
 
 def fit_head(problem: Problem, model: Upper, count: int, seed: int) -> int:
