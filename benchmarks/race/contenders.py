@@ -318,7 +318,7 @@ class Twin:
     """A row of the table: the method, its settings, a rate to start the search from, and whether the rate falls."""
 
     move: Callable[..., Tensor]
-    rate: float = 1e-3
+    rate: float = 3e-3
     settings: dict[str, Any] = field(default_factory=dict)
     falls: bool = True
 
@@ -329,19 +329,19 @@ class Twin:
 TWINS: dict[str, Twin] = {
     "twin-mezo": Twin(mezo),
     "fzoo": Twin(fzoo, 1e-2),
-    "leave-one-out": Twin(leave_one_out, 3e-3),
-    "orthogonal": Twin(orthogonal, 3e-3),
+    "leave-one-out": Twin(leave_one_out, 1e-2),
+    "orthogonal": Twin(orthogonal, 1e-2),
     "lozo": Twin(lozo),
     "subzero": Twin(subzero),
     "muon": Twin(muon, 3e-3),
     "hizoo": Twin(hizoo),
-    "svrg": Twin(svrg, 1e-4),
+    "svrg": Twin(svrg, 3e-4),
     "sparse": Twin(sparse),
     "layer-bandit": Twin(layer_bandit),
     "agzo": Twin(activations),
     "scaled": Twin(scaled),
-    "per-example": Twin(per_example, 1e-3),
-    "per-example-rank-4": Twin(per_example, 1e-3, settings={"rank": 4}),
+    "per-example": Twin(per_example, 1e-2),
+    "per-example-rank-4": Twin(per_example, 1e-2, settings={"rank": 4}),
     "averaged": Twin(averaged, falls=False),
     "growing": Twin(growing),
     "head-first": Twin(head_first),

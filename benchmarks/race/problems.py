@@ -68,6 +68,17 @@ class Mlp(nn.Module):
         return self.last(x + self.down(F.gelu(self.up(x))))
 
 
+class Hidden(nn.Module):
+    """A layer from nothing, over features that stay."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(inputs, width)
+
+    def forward(self, x: Tensor, mask: Tensor, place: Tensor | None = None) -> Tensor:
+        return F.gelu(self.map(x))
+
+
 class Free(nn.Module):
     """A linear head of zeros."""
 
@@ -255,28 +266,53 @@ def load(model: dict[str, Any], task: dict[str, Any]) -> Problem:
     layers: Sequence[nn.Module] = [
         Layer(source) for source in whole.base_model.encoder.layer[model["below"] :]
     ]
-    key = hashlib.sha256(json.dumps([model, task], sort_keys=True).encode()).hexdigest()[:16]
+    what = {k: v for k, v in model.items() if k not in ("calibrated", "width")}
+    key = hashlib.sha256(json.dumps([what, task], sort_keys=True).encode()).hexdigest()[:16]
     kept = Path(model["folder"], f"race-{key}.safetensors")
     if not kept.exists():
         save_file({"hidden": lower(whole, layers, model, ids, mask, place)}, kept)
     hidden = load_file(kept)["hidden"]
-    if model["half"]:  # one token is left, and the MLP of one layer
-        layers, mask, place = [Mlp(*layers)], mask[:, :1], place * 0
+    if model["part"] != "layers":  # one token is left
+        mask, place = mask[:, :1], place * 0
+    if model["part"] == "mlp":
+        layers = [Mlp(*layers)]
+    if model["part"] == "features":
+        first_rows = hidden[: task["rows"][0]]
+        hidden = (hidden - first_rows.mean(0)) / first_rows.std(0)
+        layers = [Hidden(hidden.shape[-1], model["width"])]
     if prompted:
         words = [tokenizer(w, add_special_tokens=False)["input_ids"] for w in task["words"]]
         assert all(len(w) == 1 for w in words), f"not one token each: {task['words']}"
         head: nn.Module = Prompted(whole, [w[0] for w in words])
     else:
-        head = Free(hidden.shape[-1], len(task["labels"]))
-    upper = Upper(layers, head, model["reads"] == "mean").requires_grad_(True)
+        head = Free(model.get("width") or hidden.shape[-1], len(task["labels"]))
+    upper = Upper(
+        layers, head, model["reads"] == "mean" and model["part"] == "layers"
+    ).requires_grad_(True)
     parts = [torch.tensor(r) for r in ranges]
     parts[1:] = [part[mask[part].sum(1).argsort()] for part in parts[1:]]  # less padding
-    return Problem(upper, hidden, mask.bool(), place, labels, *parts)
+    problem = Problem(upper, hidden, mask.bool(), place, labels, *parts)
+    if model.get("calibrated"):
+        calibrate(problem)
+    return problem
+
+
+@torch.no_grad()
+def calibrate(problem: Problem) -> None:
+    """Let no word be likelier than another on the average of the training rows, of which no label is read."""
+    logits = torch.cat([problem.model(*problem.batch(r)) for r in problem.train.split(64)])
+    head: Any = problem.model.head
+    head.bias -= logits.mean(0)
 
 
 @torch.no_grad()
 def lower(
-    whole: Any, layers: Sequence[Any], model: dict[str, Any], ids: Tensor, mask: Tensor, place: Tensor
+    whole: Any,
+    layers: Sequence[Any],
+    model: dict[str, Any],
+    ids: Tensor,
+    mask: Tensor,
+    place: Tensor,
 ) -> Tensor:
     """What enters the part that is tuned, of every row."""
     out = []
@@ -285,8 +321,11 @@ def lower(
         states = whole.base_model(
             input_ids=ids[part], attention_mask=mask[part], output_hidden_states=True
         ).hidden_states[model["below"]]
-        if model["half"]:
+        if model["part"] == "mlp":
             states = layers[0].attended(states, mask[part].bool(), place[part])
+        if model["part"] == "features":
+            seen = mask[part][:, :, None]
+            states = (states * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)
         out.append(states.clone())
     return torch.cat(out)
 
