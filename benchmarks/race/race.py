@@ -4,7 +4,7 @@
     python benchmarks/race/race.py --round choose      # goes on where it stopped
     python benchmarks/race/report.py                   # docs/race.md
 
-Each method's rate is searched on a grid of half powers of ten, from a start outwards until the best one has a worse
+Each method's rate is searched on a grid of quarter powers of ten, from a start outwards until the best one has a worse
 neighbour on both sides, by the validation loss at the end of a run of a seed that is not raced. So every method has
 the same fineness, and as many points as it needs. Then it runs with each seed of the round. All methods see the same
 batches in the same order; one whose search ends worse than MeZO's by more than the round's margin is left at that. The rate falls linearly to 0 over the budget where nothing else is said.
@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ class Results:
             for line in self.lines.values()
             if (line["model"], line["method"]) == (model, method) and "curve" in line
         ]
-        return raced[-1] if raced else round(2 * math.log10(rate))
+        return raced[-1] if raced else round(4 * math.log10(rate))
 
     def append(self, line: dict[str, Any]) -> None:
         self.lines[self.key(line)] = line
@@ -174,8 +175,8 @@ class Results:
 
 
 def rate_of(notch: int) -> float:
-    """Half powers of ten."""
-    return float(10.0 ** (notch / 2.0))
+    """Quarter powers of ten."""
+    return float(10.0 ** (notch / 4.0))
 
 
 class Round:
@@ -212,7 +213,7 @@ class Round:
                 notch += 1
             else:
                 return notch
-            if not -20 <= notch <= 10:
+            if not -40 <= notch <= 20:
                 raise ValueError(f"{method}: no rate is better than its neighbours")
 
 
@@ -271,16 +272,16 @@ def race(
         settings = plan["methods"].get(method, {})
         rate = settings["rate"] if method in plan["methods"] else TWINS[method].rate
         notch = this.search(method, settings, results.start(model, method, rate))
-        found = this.cell(method, settings, notch, tuning[0])
+        found = statistics.mean(this.cell(method, settings, notch, seed) for seed in tuning)
         if method == BASELINE:
             limit = found + part.get("margin", math.inf)
         if found > limit:
-            print(f"{model} {task} {budget} {method}: rate 1e{notch / 2:g}, {found}: left at that", flush=True)  # fmt: skip
+            print(f"{model} {task} {budget} {method}: rate 1e{notch / 4:g}, {found:.4f}: left at that", flush=True)  # fmt: skip
             continue
         ends = [this.cell(method, settings, notch, seed) for seed in part["seeds"]]
         mean = sum(ends) / len(ends)
         print(
-            f"{model} {task} {budget} {method}: rate 1e{notch / 2:g}, loss {mean:.4f}", flush=True
+            f"{model} {task} {budget} {method}: rate 1e{notch / 4:g}, loss {mean:.4f}", flush=True
         )
 
 

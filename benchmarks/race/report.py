@@ -97,7 +97,7 @@ def table(found: dict[str, Entry]) -> str:
     for method, e in found.items():
         reached = sum(map(math.isfinite, e.ratios))
         rows.append(
-            f"| {method} | 1e{e.notch / 2:g} | {number(e.mean, 3)} ({number(e.sd, 3)}) | {e.area:.3f} | {number(e.ratio, 2)} "
+            f"| {method} | 1e{e.notch / 4:g} | {number(e.mean, 3)} ({number(e.sd, 3)}) | {e.area:.3f} | {number(e.ratio, 2)} "
             f"| {reached} of {len(e.ratios)} | {number(100 * e.test, 1)} | {e.seconds:.1f} |"
         )
     return "\n".join(rows)
