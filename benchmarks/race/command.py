@@ -1,7 +1,7 @@
 """Forwards and seconds that each method of a race takes to the best validation loss of tuned MeZO.
 
-    justforward compare --config benchmarks/race/race.yaml --out race
-    python benchmarks/race/report.py race
+    justforward compare --config benchmarks/race/command.yaml --out race
+    python benchmarks/race/command.py race
 
 A forward is one over a batch, through however many layers: those of MeZO go through the last third but for the first
 time that a text is met, so in work it has the better of this count. Seconds are those after the base model was scored.

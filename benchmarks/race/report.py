@@ -84,6 +84,23 @@ def entries(lines: list[Line]) -> dict[Problem, dict[str, Entry]]:
     return out
 
 
+def left(lines: list[Line], problem: Problem, raced: dict[str, Entry]) -> str:
+    """Methods whose search ended too far behind MeZO's, with the mean loss of its best rate."""
+    ends: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        if "curve" not in line and (line["model"], line["task"], line["budget"]) == problem:
+            final = math.inf if line["final"] is None else line["final"]
+            ends[line["method"]][line["notch"]].append(final)
+    best = {m: min(map(statistics.mean, e.values())) for m, e in ends.items()}
+    behind = sorted((loss, m) for m, loss in best.items() if m not in raced)
+    if not behind or BASELINE not in best:
+        return ""
+    said = ", ".join(f"{m} {loss:.3f}" for loss, m in behind)
+    return (
+        f"\n\nLeft after the search (loss of its seeds, MeZO's there {best[BASELINE]:.3f}): {said}."
+    )
+
+
 def number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
@@ -224,7 +241,7 @@ def main() -> None:
             plot(problem, methods, given.docs / "race" / f"{model}-{task}.png")
             head = f"### {model}, {task}: {budget} example-forwards"
             parts.append(
-                f"{head}\n\n{table(methods)}\n\n![{model}, {task}](race/{model}-{task}.png)"
+                f"{head}\n\n{table(methods)}{left(lines, problem, methods)}\n\n![{model}, {task}](race/{model}-{task}.png)"
             )
     text = page.read_text()
     text = fill(text, "summary", summary(found))
