@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from justforward.errors import NonFiniteLoss
 from justforward.variants import layer_of
 
 EPS = 1e-3
@@ -73,7 +74,10 @@ class Walk:
     def loss(self, at: Tensor, rows: Tensor) -> float:
         """Mean over the rows; counted."""
         self.used += len(rows)
-        return float(self.losses(at, rows).double().mean())
+        value = float(self.losses(at, rows).double().mean())
+        if not math.isfinite(value):
+            raise NonFiniteLoss(self.step, value, "in a look")
+        return value
 
     def slope(self, z: Tensor, rows: Tensor, at: Tensor | None = None) -> float:
         """SPSA's projected gradient: two forwards."""
@@ -225,7 +229,7 @@ def sparse(walk: Walk, share: float = 0.25) -> Tensor:
 def layer_bandit(walk: Walk, beta: float = 0.9) -> Tensor:
     """AdaLeZO: one layer a step, drawn by how steep it has been, weighted by the inverse of its chance."""
     layers = list(dict.fromkeys(layer_of(p.name) for p in walk.pieces))
-    steep = walk.kept.setdefault("steep", torch.ones(len(layers)))
+    steep = walk.kept.setdefault("steep", torch.ones(len(layers), dtype=torch.float64))
     chances = 0.5 * steep / steep.sum() + 0.5 / len(layers)
     at = int(torch.multinomial(chances, 1, generator=walk.generator))
     z = walk.normal()
