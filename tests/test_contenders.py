@@ -77,7 +77,17 @@ def walk(seed: int = 0, start: float = 0.5) -> Any:
 
 
 # What suits the quadratic where 0.02 does not: an anchor's one direction must not be followed for long.
-RATES = {"muon": 0.05, "fzoo": 0.03, "svrg": 0.01, "layer-bandit": 0.01}
+RATES = {
+    "muon": 0.05,
+    "fzoo": 0.03,
+    "centred": 0.03,
+    "fzoo-4": 0.03,
+    "fzoo-16": 0.03,
+    "fzoo-32": 0.03,
+    "centred-16": 0.03,
+    "svrg": 0.01,
+    "layer-bandit": 0.01,
+}
 ALSO: dict[str, dict[str, Any]] = {"svrg": {"every": 2}}
 
 
@@ -206,11 +216,12 @@ def test_orthogonal_directions_are_unlike_each_other() -> None:
     torch.testing.assert_close(found, gradient(here.theta), rtol=1e-6, atol=1e-8)
 
 
-def test_the_spread_sets_the_length_of_fzoo() -> None:
+def test_the_spread_sets_the_length() -> None:
     """Losses that are 10 times as large make the same move."""
-    here, there = walk(), walk()
-    there.losses = lambda at, rows: 10.0 * losses(at, rows)
-    torch.testing.assert_close(contenders.fzoo(here), contenders.fzoo(there), rtol=1e-5, atol=1e-7)
+    for move in (contenders.fzoo, contenders.centred):
+        here, there = walk(), walk()
+        there.losses = lambda at, rows: 10.0 * losses(at, rows)
+        torch.testing.assert_close(move(here), move(there), rtol=1e-5, atol=1e-7)
 
 
 def test_svrg_at_its_anchor_is_the_large_batch() -> None:
@@ -227,7 +238,7 @@ def test_looks_are_counted() -> None:
         counts[name] = here.used
     assert counts["twin-mezo"] == 32  # twice 16
     assert counts["fzoo"] == 9 * 16
-    assert counts["leave-one-out"] == 8 * 16
+    assert counts["centred"] == counts["leave-one-out"] == 8 * 16
     assert counts["orthogonal"] == counts["muon"] == 8 * 16
     assert counts["hizoo"] == counts["agzo"] == 48
     assert counts["per-example"] == 32

@@ -123,6 +123,17 @@ def leave_one_out(walk: Walk, samples: int = 8) -> Tensor:
     return torch.stack([r / (EPS * samples) * one for r, one in zip(rises, z, strict=True)]).sum(0)
 
 
+def centred(walk: Walk, samples: int = 8) -> Tensor:
+    """FZOO without its look at the weights themselves: losses less their mean, over their spread."""
+    rows = walk.draw(walk.size)
+    signs = [walk.normal().sign_() for _ in range(samples)]
+    found = torch.tensor(
+        [walk.loss(walk.theta + EPS * u, rows) for u in signs], dtype=torch.float64
+    )
+    rises = ((found - found.mean()) / (samples * found.std().clamp(min=1e-12))).tolist()
+    return torch.stack([r * u for r, u in zip(rises, signs, strict=True)]).sum(0)
+
+
 def orthogonal(walk: Walk, samples: int = 4) -> Tensor:
     """Directions at right angles to each other, of the length that normal ones have."""
     rows = walk.draw(walk.size)
@@ -230,7 +241,8 @@ def layer_bandit(walk: Walk, beta: float = 0.9) -> Tensor:
     """AdaLeZO: one layer a step, drawn by how steep it has been, weighted by the inverse of its chance."""
     layers = list(dict.fromkeys(layer_of(p.name) for p in walk.pieces))
     steep = walk.kept.setdefault("steep", torch.ones(len(layers), dtype=torch.float64))
-    chances = 0.5 * steep / steep.sum() + 0.5 / len(layers)
+    chances = 0.5 * steep / steep.sum().clamp(min=1e-30) + 0.5 / len(layers)
+    chances /= chances.sum()  # where nothing has been steep yet
     at = int(torch.multinomial(chances, 1, generator=walk.generator))
     z = walk.normal()
     for p in walk.pieces:
@@ -333,6 +345,11 @@ class Twin:
 TWINS: dict[str, Twin] = {
     "twin-mezo": Twin(mezo),
     "fzoo": Twin(fzoo, 1e-2),
+    "fzoo-4": Twin(fzoo, 3e-2, {"samples": 4}),
+    "fzoo-16": Twin(fzoo, 1e-1, {"samples": 16}),
+    "fzoo-32": Twin(fzoo, 2e-1, {"samples": 32}),
+    "centred": Twin(centred, 5.6e-2),
+    "centred-16": Twin(centred, 1e-1, {"samples": 16}),
     "leave-one-out": Twin(leave_one_out, 1e-2),
     "orthogonal": Twin(orthogonal, 1e-2),
     "lozo": Twin(lozo),
