@@ -2,16 +2,17 @@
 
     python benchmarks/race/variance.py --model tiny --task trec --rate 1e-2      # appends to variance.jsonl
 
-With G the gradient of the training loss, S the covariance of one example's, B examples a batch, H the Hessian, a step
+With G the gradient of the training loss, S the covariance of one example's, B examples a batch and F the Fisher matrix
+(the Hessian less a part without a sign, whose trace by Hutchinson's method was lost in its noise here), a step
 of MeZO has a projected gradient of variance
 
     |G|^2  +  tr(S) / B  +  rounding
     signal    data
 
-and moves by it along z, of which G is one part in tr(H) / (G'HG / |G|^2) = r, the effective rank: to second order the
-best rate lowers the loss by |G|^4 / (2 tr(H) (|G|^2 + tr(S) / B)), which is 1/r times signal / (signal + data) of what a
-step along G itself would. With a direction for each example tr(H) (|G|^2 + tr(S) / B) becomes
-tr(H) (|G|^2 + tr(S)) / B + G'HG: B times less where the signal is most of it, the same where it is the data.
+and moves by it along z, of which G is one part in tr(F) / (G'FG / |G|^2) = r, the effective rank: to second order the
+best rate lowers the loss by |G|^4 / (2 tr(F) (|G|^2 + tr(S) / B)), which is 1/r times signal / (signal + data) of what a
+step along G itself would. With a direction for each example tr(F) (|G|^2 + tr(S) / B) becomes
+tr(F) (|G|^2 + tr(S)) / B + G'FG: B times less where the signal is most of it, the same where it is the data.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import argparse
 import copy
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from contenders import EPS
 from problems import Draws, Problem, load
@@ -33,7 +36,7 @@ import justforward as jf
 
 HERE = Path(__file__).parent
 POINTS = (0.0, 0.1, 0.3, 1.0)  # of the training
-BATCHES, PROBES = 64, 24
+BATCHES, PROBES, ROWS = 64, 24, 256
 
 
 def gradient(problem: Problem, model: nn.Module, rows: Tensor) -> Tensor:
@@ -52,14 +55,20 @@ def shift(model: nn.Module, along: Tensor, length: float) -> None:
         at += p.numel()
 
 
-def bend(problem: Problem, model: nn.Module, rows: Tensor, along: Tensor, length: float) -> float:
-    """along' H along, from gradients on both sides."""
-    found = []
-    for sign in (1.0, -1.0):
-        moved = copy.deepcopy(model)
-        shift(moved, along, sign * length)
-        found.append(gradient(problem, moved, rows))
-    return float((found[0] - found[1]) @ along) / (2.0 * length)
+def curvature(
+    problem: Problem, model: nn.Module, rows: Tensor, along: Tensor, generator: torch.Generator
+) -> tuple[float, float, float]:
+    """tr(F), its standard error, and along' F along: means over rows, each with a label drawn from the model's own."""
+    sizes, parts = [], []
+    for row in rows:
+        logits = model(*problem.batch(row[None]))
+        label = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)[0]
+        found = torch.autograd.grad(F.cross_entropy(logits, label), list(model.parameters()))
+        flat = torch.cat([g.flatten() for g in found])
+        sizes.append(float(flat @ flat))
+        parts.append(float(flat @ along) ** 2)
+    error = statistics.stdev(sizes) / math.sqrt(len(rows))
+    return statistics.mean(sizes), error, statistics.mean(parts)
 
 
 def measure(problem: Problem, model: nn.Module, size: int, seed: int) -> dict[str, float]:
@@ -70,22 +79,18 @@ def measure(problem: Problem, model: nn.Module, size: int, seed: int) -> dict[st
     mean = grads.mean(0)
     data = float((grads - mean).square().sum() / (BATCHES - 1))  # tr(S) / B
     signal = float(mean.square().sum()) - data / BATCHES
-    rows = torch.cat(batches[:16])
-    bends, errors = [], []
+    errors = []
     for probe in range(PROBES):
         z = torch.randn(mean.shape, generator=generator)
-        bends.append(bend(problem, model, rows, z, EPS))
         losses = []
         for sign in (1.0, -1.0):
             moved = copy.deepcopy(model)
             shift(moved, z, sign * EPS)
             with torch.no_grad():
                 losses.append(float(problem.losses(moved, batches[probe]).double().mean()))
-        slope = (losses[0] - losses[1]) / (2.0 * EPS)
-        errors.append(slope - float(grads[probe] @ z))
-    trace = sum(bends) / PROBES
-    unit = mean / mean.norm()
-    along = bend(problem, model, rows, unit, 0.01)
+        errors.append((losses[0] - losses[1]) / (2.0 * EPS) - float(grads[probe] @ z))
+    rows = draw(ROWS)
+    trace, error, along = curvature(problem, model, rows, mean / mean.norm(), generator)
     signal = max(signal, 0.0)
     example = size * data
     return {
@@ -93,7 +98,7 @@ def measure(problem: Problem, model: nn.Module, size: int, seed: int) -> dict[st
         "data": data,
         "rounding": sum(e * e for e in errors) / PROBES,
         "trace": trace,
-        "trace_error": float(torch.tensor(bends).std()) / math.sqrt(PROBES),
+        "trace_error": error,
         "along": along,
         "rank": trace / along,
         "best_step": signal**2 / (2.0 * trace * (signal + data)),
