@@ -96,18 +96,20 @@ def tuned(known: list[Line]) -> Line:
 def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
     """Goal, forwards to it, and how often the end is worse than the beginning."""
     rows = [
-        "| model, task | grid's best lr, eps | its loss (seeds) | forwards to it | default's loss (seeds) | forwards to MeZO's loss | ratio, each seed | test loss before, default after | worse than before |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model, task | grid's best lr, eps | its loss (seeds) | forwards to it | default's loss (seeds) | forwards to MeZO's loss | ratio, each seed | test loss before, default after | accuracy | runs with a worse loss, accuracy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in plan["defaults"]["where"]:
         here = [line for line in known.values() if line["where"] == name]
         ours = [k for k in here if k["kind"] == "default"]
         worse = sum(1 for k in ours if k["after"] is None or k["after"][0] > k["before"][0])
+        fewer = sum(1 for k in ours if k["after"] is None or k["after"][1] < k["before"][1])
         ends = [k["after"][0] for k in ours if k["after"]]
         if not ours:
             continue
-        before = ours[0]["before"][0]
-        tail = f"{before:.3f}, {statistics.mean(ends):.3f} | {worse} of {len(ours)} |"
+        before, right = ours[0]["before"]
+        found = statistics.mean(k["after"][1] for k in ours if k["after"])
+        tail = f"{before:.3f}, {statistics.mean(ends):.3f} | {right:.3f}, {found:.3f} | {worse}, {fewer} of {len(ours)} |"
         losses = ", ".join(number(best(k["curve"]), 3) for k in ours)
         if not any(k["kind"] == "grid" for k in here):
             rows.append(f"| {name} | not run | | | {losses} | | | {tail}")

@@ -69,8 +69,9 @@ def run(
     falls = settings.pop("falls", True)
     settings.pop("rate", None)
     try:
-        if name in TWINS:
-            follow(problem, model, scored, TWINS[name], lr, seed, size, used)
+        twin = TWINS.get(settings.pop("twin", name))
+        if twin is not None:
+            follow(problem, model, scored, twin, lr, seed, size, used)
         else:
             package(problem, model, scored, settings, lr, falls, seed, size, used)
     except NonFiniteLoss:
