@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
 BASELINE = "mezo"
 NAMED = 7  # lines of a plot that have a colour
-# Not in the summary: nobody comes below the loss of always giving the labels' frequencies (docs/race.md)
+# Not in the summary: hardly anything comes below the loss of always giving the labels' frequencies (docs/race.md)
 APART = ("mlp", "mlp-calibrated")
 Line = dict[str, Any]
 Problem = tuple[str, str, int]  # model, task, budget
