@@ -105,6 +105,7 @@ VARIANTS += [
     for options, lr in [
         ({"looks": "one-sided"}, 0.1),
         ({"looks": "one-sided", "rule": "rms+clip(2)+momentum(0.8, window=8)"}, 0.005),
+        *[({"looks": "one-sided", "rule": "spread", "family": "rademacher"}, 0.01)] * (samples > 1),
         ({"looks": "one-point", "eps": 0.1}, 0.05),
         ({"looks": "one-point", "eps": 0.1, "rule": "rms", "blocks": Blocks(HALVES)}, 0.02),
         *(({"modified": Modified(form, by, "tensor", every, 2)}, lr) for form, lr in (("variance", 0.02), ("expectation", 0.3))

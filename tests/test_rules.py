@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 from hypothesis import given
@@ -60,6 +61,25 @@ def test_rms_knows_no_unit_of_loss(grads: list[float], scale: float) -> None:
     assert other == [pytest.approx(values, rel=1e-9) for values in one]
     # whatever the number K of directions: c = -lr s / K moves a coordinate by lr in the root mean square
     assert rms(one[0]) == pytest.approx(math.sqrt(len(grads)))
+
+
+@given(
+    grads=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=6),
+    scale=st.floats(1e-2, 1e2),
+)
+def test_spread_divides_by_how_the_directions_differ(grads: list[float], scale: float) -> None:
+    if len(grads) < 2:
+        with pytest.raises(UserError, match="rule spread: it compares the directions of a step"):
+            run("spread", [grads])
+        return
+    [values] = run("spread", [grads])
+    spread = statistics.stdev(grads)
+    if spread == 0.0:
+        assert values == [0.0] * len(grads)
+        return
+    expected = [g / spread * math.sqrt(len(grads)) for g in grads]
+    assert values == pytest.approx(expected, rel=1e-6)
+    assert run("spread", [[scale * g for g in grads]])[0] == pytest.approx(values, rel=1e-6)
 
 
 @given(grads=GRADS)
@@ -168,7 +188,7 @@ def test_moments_are_read_and_spelled_out(
 @pytest.mark.parametrize(
     ("spec", "named"),
     [
-        ("", "'' is unknown; known are sgd, rms, sign, clip, momentum, adam, rmsprop"),
+        ("", "'' is unknown; known are sgd, rms, sign, spread, clip, momentum, adam, rmsprop"),
         ("adamw", "'adamw' is unknown"),
         ("rms+", "'' is unknown"),
         ("rms(0.9", r"'rms\(0.9' is unknown"),

@@ -64,13 +64,13 @@ class TrainConfig:
         truncation: which end of a text is dropped where a row is longer than max_length.
         max_length: longest row in tokens; none: a row beyond the model's context is an error.
         estimator: "activation" (a direction for each example) or "weight" (the paper's).
-        rule: projected gradients to coefficients: sgd, rms, sign, clip(3), momentum, adam, rmsprop, joined by "+".
+        rule: projected gradients to coefficients: sgd, rms, sign, spread, clip(3), momentum, adam, rmsprop, joined by "+".
         family: gaussian, rademacher, rank1 or rank1-rademacher (default gaussian).
         looks: two-sided, one-sided (samples + 1 forwards a step) or, in weight space, one-point (samples forwards, against the loss of the step before).
         modified: look along unlike layers at unlike lengths: variance or expectation, with parameters as in "variance(by=looks, per=layer, every=100, samples=1)".
         blocks: look along and move one block a step: "layers", or regular expressions with spaces between them, one a block.
         block_order: cyclic, or random.
-        lr: learning rate; with rules that normalise (rms, sign), the distance a coordinate moves in a step.
+        lr: learning rate; with rules that normalise (rms, sign, spread), the distance a coordinate moves in a step.
         eps: how far to look (default 1e-3 for the loss, 2e-2 for other objectives: a shorter look changes hardly any answer).
         num_samples: directions a step (for each example in activation space).
         sample_schedule: constant, or linear from 1 to num_samples over the run.

@@ -61,13 +61,13 @@ class MeZO(Optimizer):
             parameters, or named parameters, or parameter groups with their own `lr`, `eps`, `weight_decay`.
             Only those with requires_grad are tuned. Weights are rounded to their grid here (by less than
             2^-23 of the largest of each 1,024 neighbours), never again after.
-        lr: learning rate. For the plain rule the paper's 1e-6; rules that normalise ("rms", "sign") move a
+        lr: learning rate. For the plain rule the paper's 1e-6; rules that normalise ("rms", "sign", "spread") move a
             coordinate by about lr a step.
         eps: how far to look, in units of z.
         estimator: "weight", the paper's: one dense z shared by the batch, any closure with a scalar loss; or
             "activation": a rank-one z for each example, weights untouched while looking; the closure
             returns one loss a row.
-        rule: "sgd", "rms", "sign", "clip", "momentum", "adam", "rmsprop", or several joined by "+" (see `rules`).
+        rule: "sgd", "rms", "sign", "spread", "clip", "momentum", "adam", "rmsprop", or several joined by "+" (see `rules`).
         family: "gaussian" (default), "rademacher", "rank1", "rank1-rademacher". In activation space
             directions are always rank-one, and this names the distribution of their factors.
         looks: "two-sided" (SPSA), "one-sided" (one forward fewer for two directions, and so on), or "one-point" (one

@@ -78,6 +78,35 @@ class Sign(Rule):
 
 
 @dataclass(frozen=True)
+class Spread(Rule):
+    """Divide by the standard deviation of the projected gradients of this step alone, over its directions.
+
+    FZOO (arXiv 2506.09034, section 3) with one-sided looks along Rademacher directions: where the loss is steep in some directions
+    and not in others the step is shorter, and no state is kept. It takes several directions: one-sided looks have
+    them for one forward each and one for all.
+    """
+
+    def __call__(
+        self, grads: Sequence[float], state: State, step: int
+    ) -> tuple[list[float], State]:
+        """See `Rule`.
+
+        Raises:
+            UserError: the step has one direction.
+        """
+        count = len(grads)
+        if count < 2:
+            raise UserError(
+                "rule spread: it compares the directions of a step, and this one has 1: take several (num_samples=8, "
+                "looks='one-sided')"
+            )
+        mean = math.fsum(grads) / count
+        spread = math.sqrt(math.fsum((g - mean) ** 2 for g in grads) / (count - 1))
+        scale = math.sqrt(count) / spread if spread > 0.0 else 0.0
+        return [g * scale for g in grads], state
+
+
+@dataclass(frozen=True)
 class Clip(Rule):
     """Limit the root mean square over directions to `limit` (as gradient clipping limits the norm).
 
@@ -145,6 +174,7 @@ KINDS: dict[str, type[Rule]] = {
     "sgd": Sgd,
     "rms": Rms,
     "sign": Sign,
+    "spread": Spread,
     "clip": Clip,
     "momentum": Momentum,
     "adam": Adam,

@@ -1,0 +1,173 @@
+"""`justforward train` without a numeric option against plain MeZO at the best of twelve settings, on tasks and prompts.
+
+    python benchmarks/race/defaults.py --part grid --part default      # goes on where it stopped
+    python benchmarks/race/defaults.py --table                         # into docs/race.md
+
+Every run is the command itself, in this process. MeZO: weight space, the paper's rule, all weights, from the base model,
+the rate falling to 0 over the default's own 400 forwards of 8 rows. Of the grid's seed 0 runs the one with the least validation
+loss is the tuned one; its own best loss is the goal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from report import DOCS, HERE, fill, number
+
+from justforward.cli import main as justforward
+
+PLAIN = ["--estimator=weight", "--rule=sgd", "--start=base", "--patience=0", "--keep=best"]
+RESULTS = HERE / "defaults.jsonl"
+Line = dict[str, Any]
+
+
+def points(grid: dict[str, list[float]]) -> list[tuple[float, float]]:
+    """Rates and lengths of looks."""
+    return [(lr, eps) for lr in grid["lr"] for eps in grid["eps"]]
+
+
+def run(where: dict[str, Any], options: list[str], seed: int) -> Line:
+    """One command, and what its folder says."""
+    folder = Path(tempfile.mkdtemp())
+    begun = time.process_time()
+    given = ["train", *where["options"], *options, f"--seed={seed}", "--split-seed=0", "--threads=1", "--json", f"--out={folder}/run"]  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = justforward(given)
+    try:
+        return {
+            "code": code,
+            "seconds": round(time.process_time() - begun, 1),
+            **read(folder / "run"),
+        }
+    finally:
+        shutil.rmtree(folder)
+
+
+def read(folder: Path) -> Line:
+    """The curve of validations, and test figures before and after."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    by: dict[str, list[Line]] = {}
+    for line in lines:
+        by.setdefault(line["kind"], []).append(line)
+
+    def pair(line: Line) -> list[float]:
+        return [round(line["loss"], 4), round(line["accuracy"], 4)]
+
+    result = folder / "result.json"
+    after = json.loads(result.read_text()) if result.exists() else {}
+    return {
+        "curve": [[m["forwards"], *pair(m)] for m in by.get("validation", [])],
+        "before": pair(by["before"][0]),
+        "after": [round(after["loss"], 4), round(after["value"], 4)] if after else None,
+    }
+
+
+def load(path: Path) -> dict[tuple[Any, ...], Line]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {key(line): line for line in map(json.loads, lines)}
+
+
+def key(line: Line) -> tuple[Any, ...]:
+    return tuple(line.get(k) for k in ("where", "kind", "lr", "eps", "seed"))
+
+
+def best(curve: list[list[float]]) -> float:
+    return min((loss for _, loss, _ in curve), default=math.inf)
+
+
+def tuned(known: list[Line]) -> Line:
+    """The setting of the grid with the least validation loss, of seed 0."""
+    return min((k for k in known if k["kind"] == "grid" and k["seed"] == 0), key=lambda k: best(k["curve"]))  # fmt: skip
+
+
+def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
+    """Goal, forwards to it, and how often the end is worse than the beginning."""
+    rows = [
+        "| model, task | grid's best lr, eps | its loss (seeds) | forwards to it | default's loss (seeds) | forwards to MeZO's loss | ratio, each seed | test loss before, default after | accuracy | runs with a worse loss, accuracy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in plan["defaults"]["where"]:
+        here = [line for line in known.values() if line["where"] == name]
+        ours = [k for k in here if k["kind"] == "default"]
+        worse = sum(1 for k in ours if k["after"] is None or k["after"][0] > k["before"][0])
+        fewer = sum(1 for k in ours if k["after"] is None or k["after"][1] < k["before"][1])
+        ends = [k["after"][0] for k in ours if k["after"]]
+        if not ours:
+            continue
+        before, right = ours[0]["before"]
+        found = statistics.mean(k["after"][1] for k in ours if k["after"])
+        tail = f"{before:.3f}, {statistics.mean(ends):.3f} | {right:.3f}, {found:.3f} | {worse}, {fewer} of {len(ours)} |"
+        losses = ", ".join(number(best(k["curve"]), 3) for k in ours)
+        if not any(k["kind"] == "grid" for k in here):
+            rows.append(f"| {name} | not run | | | {losses} | | | {tail}")
+            continue
+        top = tuned(here)
+        same = [k for k in here if k["kind"] == "grid" and (k["lr"], k["eps"]) == (top["lr"], top["eps"])]  # fmt: skip
+        goal = statistics.mean(best(k["curve"]) for k in same)
+        full = statistics.median(next(f for f, loss, _ in k["curve"] if loss == best(k["curve"])) for k in same)  # fmt: skip
+        taken = [next((f for f, loss, _ in k["curve"] if loss <= goal), math.inf) for k in ours]
+        rows.append(
+            f"| {name} | {top['lr']:g}, {top['eps']:g} | {', '.join(number(best(k['curve']), 3) for k in same)} | {full:g} | {losses} "
+            f"| {', '.join(number(t, 0) for t in taken)} | {', '.join(number(t / full, 2) for t in taken)} | {tail}"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """The parts that are named."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--part", action="append", choices=["grid", "default", "again"], default=[])
+    parser.add_argument("--where", action="append")
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    plan = yaml.safe_load((HERE / "race.yaml").read_text())
+    known = load(RESULTS)
+    for name in given.where or plan["defaults"]["where"]:
+        where = plan["defaults"]["where"][name]
+        for part in given.part:
+            todo: list[tuple[Line, list[str]]] = []
+            if part == "default":
+                todo = [({"kind": "default", "seed": seed}, []) for seed in where["seeds"]]
+            else:
+                chosen, seeds = points(where["grid"]), [0]
+                if part == "again":  # the best one with the other seeds
+                    top = tuned([k for k in known.values() if k["where"] == name])
+                    chosen, seeds = [(top["lr"], top["eps"])], where["again"]
+                for lr, eps in chosen:
+                    for seed in seeds:
+                        line = {"kind": "grid", "lr": lr, "eps": eps, "seed": seed}
+                        todo.append((line, [*PLAIN, f"--lr={lr}", f"--eps={eps}"]))
+            for line, options in todo:
+                line = {"where": name, **line}
+                if key(line) in known:
+                    continue
+                line |= run(where, options, line["seed"])
+                known[key(line)] = line
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(line, separators=(",", ":")) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                print(name, line["kind"], line.get("lr"), line.get("eps"), line["seed"], line["code"], best(line["curve"]), line["seconds"], flush=True)  # fmt: skip
+    if given.table:
+        page = DOCS / "race.md"
+        page.write_text(fill(page.read_text(), "defaults", table(plan, known)))
+
+
+if __name__ == "__main__":
+    main()
