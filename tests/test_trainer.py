@@ -940,11 +940,16 @@ def refused(*args: Any, **changes: Any) -> str:
     return str(error.value)
 
 
-def trained(folder: Path) -> dict[str, Any]:
-    """Trainings of the group at hand, which is told what torchrun says; of each what all processes must agree in."""
+def as_torchrun() -> None:
+    """Tell this process of the group at hand what torchrun says."""
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Trainings of the group at hand; of each what all processes must agree in."""
+    as_torchrun()
     found: dict[str, Any] = {}
     for case in TOGETHER:
         trainer = make_trainer(dealt_model(case), folder / case, dealt_rows(case), **dealt(case, 2))
@@ -1063,6 +1068,25 @@ def test_their_log_has_the_bytes_of_one_that_looks_micro_batch_by_micro_batch(
     opt.close()
     log = shared[0] / "weight" / "trajectory.jfl"
     assert log.read_bytes() == (tmp_path / "plain.jfl").read_bytes()
+
+
+def bits(folder: Path, parts: int) -> str:
+    as_torchrun()
+    trainer = make_trainer(make_model("llama"), folder, texts(16), **dealt("weight", parts))
+    trainer.train()
+    return jf.fingerprint(trainer.model)
+
+
+@pytest.mark.slow
+def test_four_processes_have_the_bits_of_two(tmp_path: Path) -> None:
+    found, logs = [], []
+    for size in (2, 4):
+        (tmp_path / f"group{size}").mkdir()
+        out = tmp_path / f"run{size}"
+        found += together(size, tmp_path / f"group{size}", bits, out, 4 // size)
+        logs.append((out / "trajectory.jfl").read_bytes())
+    assert found == found[:1] * 6
+    assert logs[0] == logs[1]
 
 
 def test_all_of_them_go_on_from_a_checkpoint(shared: tuple[Path, dict[str, Any]]) -> None:
