@@ -267,7 +267,7 @@ def test_bad_data(
         ({"template": "It was"}, "shows no field of the data: put one in"),
         ({"template": "{text} {title}"}, "rows.csv:2: template field 'title' is not a column"),
         ({"template": "{text"}, "double a brace that is meant as text"),
-        ({"rule": "lion"}, "'lion' is unknown; known are sgd, rms, sign, clip, momentum"),
+        ({"rule": "lion"}, "'lion' is unknown; known are sgd, rms, sign, spread, clip, momentum"),
         ({"rule": "rms(beta=2)"}, "rms's beta is '2': it must be in [0, 1)"),
         ({"estimator": "both"}, "--estimator is 'both': it must be one of weight, activation"),
         ({"family": "cauchy"}, "--family is 'cauchy': it must be one of gaussian, rademacher"),
