@@ -146,7 +146,7 @@ def test_steps_go_on_with_rows_that_the_probe_has_not_seen(
         dealt.append(step)
         return batches(count, size, seed, step)
 
-    monkeypatch.setattr("justforward.session.batches", watched)
+    monkeypatch.setattr("justforward.feed.batches", watched)
     for start, first in (("deep", 3), ("probe", 3), ("base", 0)):
         rows = None if start == "base" else 20  # 3 batches of 8, the last not full
         dealt.clear()
