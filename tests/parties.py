@@ -56,9 +56,12 @@ def close_all() -> None:
 
 
 def net() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    made = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    generator = torch.Generator().manual_seed(0)  # torch's own is shared by the threads that make nets
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.uniform_(-0.4, 0.4, generator=generator)
+    return made
 
 
 class Party:
