@@ -57,7 +57,9 @@ def close_all() -> None:
 
 def net() -> nn.Module:
     made = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    generator = torch.Generator().manual_seed(0)  # torch's own is shared by the threads that make nets
+    generator = torch.Generator().manual_seed(
+        0
+    )  # torch's own is shared by the threads that make nets
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.uniform_(-0.4, 0.4, generator=generator)

@@ -196,7 +196,9 @@ def test_eval_of_an_unfinished_run(run: TrainConfig) -> None:
     steps = len(jf.read_log(folder.log).steps)
     assert steps == 8
     found = quiet(evaluate, EvalConfig(run=run.out))
-    assert found["step"] == kept_step(folder, folder.read_config()) in (0, 3, 6)  # the ninth is no more
+    assert (
+        found["step"] == kept_step(folder, folder.read_config()) in (0, 3, 6)
+    )  # the ninth is no more
     assert found["fingerprint"] == replayed(run, found["step"])
     assert kept_step(folder, replace(run, keep="last")) == 8
     (folder.path / "metrics.jsonl").unlink()
