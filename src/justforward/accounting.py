@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import Any
 
 from justforward.errors import UserError
+from justforward.variants import LEAST_NOISE, MOST_NOISE
 
 # Losses are rounded up to multiples of this; of epsilons in the hundreds a larger one, for time and memory.
 _INTERVAL, _WIDE = 1e-3, 200.0
-_LEAST, _MOST = 0.1, 1e6  # as `private` has them
 _TOLERANCE = 1e-3
 
 
@@ -79,16 +79,16 @@ def noise_for(*, epsilon: float, delta: float, rate: float, answers: int) -> flo
     high = 1.0
     while spent(high) > epsilon:
         high *= 2.0
-        if high > _MOST:
+        if high > MOST_NOISE:
             raise UserError(
                 f"privacy: epsilon {epsilon:g} at delta {delta:g} in {answers} answers cannot be kept by any noise: "
                 "raise epsilon or delta"
             )
     low = high / 2.0
     while spent(low) <= epsilon:  # never far below what is looked for: that would be slow
-        if low == _LEAST:
+        if low == LEAST_NOISE:
             return low
-        high, low = low, max(_LEAST, low / 2.0)
+        high, low = low, max(LEAST_NOISE, low / 2.0)
     while high - low > _TOLERANCE * high:
         middle = (low + high) / 2.0
         low, high = (middle, high) if spent(middle) > epsilon else (low, middle)
@@ -109,7 +109,12 @@ def _accountant(kind: Any, noise: float, rate: float, answers: int) -> Any:
 
 def _check(noise: float, rate: float, answers: int, delta: float) -> None:
     for name, value, good, allowed in (
-        ("noise_multiplier", noise, _LEAST <= noise <= _MOST, f"{_LEAST} to {_MOST:g}"),
+        (
+            "noise_multiplier",
+            noise,
+            LEAST_NOISE <= noise <= MOST_NOISE,
+            f"{LEAST_NOISE} to {MOST_NOISE:g}",
+        ),
         ("rate", rate, 0.0 < rate <= 1.0, "above 0 and at most 1"),
         ("answers", answers, answers >= 0, "a whole number from 0"),
         ("delta", delta, 0.0 < delta < 1.0, "between 0 and 1"),

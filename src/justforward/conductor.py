@@ -18,6 +18,7 @@ from justforward.config import TrainConfig
 from justforward.errors import UserError
 from justforward.folder import RunFolder, write_whole
 from justforward.groups import family_of
+from justforward.playback import short
 from justforward.prepare import environment_now
 from justforward.recipe import Recipe
 from justforward.robust import drawn_in
@@ -26,6 +27,7 @@ from justforward.rules import parse
 from justforward.schedules import forwards_at, forwards_until, learning_rate, samples_at
 from justforward.settings import kept_values
 from justforward.trajectory import Step, Writer, read_log
+from justforward.variants import settings_of
 from justforward.wire import DONE, PROTOCOL, REPLAY, History, Order, Turn
 
 MOST_BEHIND = 256  # steps; a worker that is further behind starts again from the log
@@ -183,7 +185,7 @@ class Conductor:
             self._found(header, rows)
         if not self.terms.plan.private and rows != self.kept["rows_sha256"]:
             raise UserError(
-                f"{name}: its rows have sha256 {_short(rows)}, and the run's {_short(self.kept['rows_sha256'])}: with shared "
+                f"{name}: its rows have sha256 {short(rows)}, and the run's {short(self.kept['rows_sha256'])}: with shared "
                 "rows all workers must have the same file"
             )
         if number in self.rounds.members and self.rounds.dropped(number):
@@ -193,9 +195,6 @@ class Conductor:
     def _expected(self) -> dict[str, Any]:
         """What the header of a log of this config says, as far as that is known without a model."""
         config = self.config
-        settings = {"estimator": config.estimator}
-        if config.looks != "two-sided":
-            settings["looks"] = config.looks
         return {
             "noise": noise.NOISE_VERSION,
             "seed": config.seed,
@@ -203,7 +202,7 @@ class Conductor:
             "groups": [config.eps],
             "rule": self.rule.spec,
             "rule_state": self.rule.state_size,
-            "settings": settings,
+            "settings": settings_of(config.estimator, config.looks),
         }
 
     def _found(self, header: dict[str, Any], rows: str | None) -> None:
@@ -381,11 +380,6 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
         if key == "tensors" and isinstance(other, list):
             pairs = [(a, b) for a, b in zip(value, other, strict=False) if a != b]
             a, b = pairs[0] if pairs else (f"{len(value)} tensors", f"{len(other)}")
-            return f"it tunes {_short(b)}, and the run {_short(a)}"
-        return f"{names.get(key, key)} is {_short(other)}, and the run's {_short(value)}"
+            return f"it tunes {short(b)}, and the run {short(a)}"
+        return f"{names.get(key, key)} is {short(other)}, and the run's {short(value)}"
     return None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -16,6 +16,12 @@ from justforward.moves import Move
 from justforward.trajectory import Step
 
 
+def directions_of(step: Step, seed: int) -> list[int]:
+    """Seeds of a step's directions, in a run of this seed."""
+    lanes = range(len(step.coefficients))
+    return [noise.direction_seed(seed, step.index, lane) for lane in lanes]
+
+
 @dataclass
 class Course:
     """Turns steps into moves: knows the run's seed and momentum, remembers the window of past coefficients."""
@@ -48,9 +54,7 @@ class Course:
             self._remember(step)
 
     def _remember(self, step: Step) -> None:
-        lanes = range(len(step.coefficients))
-        own = [noise.direction_seed(self.seed, step.index, lane) for lane in lanes]
-        self.past.appendleft((own, step.coefficients))
+        self.past.appendleft((directions_of(step, self.seed), step.coefficients))
         while len(self.past) > self.window:
             self.past.pop()
 

@@ -72,6 +72,16 @@ class Splits:
     conflicts: int = 0
     notes: list[str] = field(default_factory=list)
 
+    def counts(self) -> dict[str, int]:
+        """How many rows there are, and how many were dropped."""
+        return {
+            "train": len(self.train),
+            "validation": len(self.validation),
+            "test": len(self.test),
+            "duplicates": self.duplicates,
+            "conflicts": self.conflicts,
+        }
+
     def spelled(self) -> str:
         """How many rows there are."""
         counts = (

@@ -22,7 +22,7 @@ from justforward.prepare import check_names, read_data, split_rows, stop_signals
 from justforward.progress import Progress
 from justforward.published import Published
 from justforward.ranges import check_ranges
-from justforward.schedules import samples_at
+from justforward.schedules import optimizer_options
 from justforward.settings import task_of
 from justforward.starting import choose_layers
 from justforward.tuners import attach
@@ -60,27 +60,13 @@ class Own:
     def build(self, log: Path, resume: bool) -> MeZO:
         """See `Worker`."""
         config = self.config
-        assert config.eps is not None
         self.scorer = None  # before a second model is there
         model, tokenizer = load_model(config.model, self.note, config.quantize, config.dtype)
         model = attach(model, tokenizer, config)
         choose_layers(model, config)
         self.scorer = Scorer(model, tokenizer, self.task, config.max_length)
         self.scorer.prepare(self.train)
-        return MeZO(
-            model,
-            lr=config.lr,
-            eps=config.eps,
-            estimator=config.estimator,
-            rule=config.rule,
-            family=config.family,
-            looks=config.looks,
-            num_samples=lambda step: samples_at(config, step),
-            weight_decay=config.weight_decay,
-            seed=config.seed,
-            log=log,
-            resume=resume,
-        )
+        return MeZO(model, log=log, resume=resume, **optimizer_options(config))
 
     def batch(self, step: int, first: int, stop: int, of: int) -> Any:
         """See `Rows`."""

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from justforward.errors import UserError
 from justforward.optim import MeZO
+from justforward.playback import check_header
 from justforward.trajectory import Log, Step, Writer, read_log
 
 logger = logging.get_logger(__name__)
@@ -92,11 +93,7 @@ class LoopMeZO(MeZO):
             UserError: it is of other settings, or does not end where the state does.
         """
         log = read_log(saved)
-        for key, value in self._header.items():
-            if key != "base" and log.header[key] != value:
-                raise UserError(
-                    f"{saved}: cannot be resumed: {key} is {log.header[key]!r} in the log and {value!r} now"
-                )
+        check_header(log, {k: value for k, value in self._header.items() if k != "base"})
         if len(log.steps) != self.steps:
             raise UserError(
                 f"{saved}: has {len(log.steps)} steps, the state beside it {self.steps}: take another checkpoint"

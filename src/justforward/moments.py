@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from justforward import directions, noise
-from justforward.course import Course
+from justforward.course import Course, directions_of
 from justforward.directions import Family, Weights
 from justforward.errors import UserError
 from justforward.moves import Move
@@ -107,9 +107,7 @@ class Moments:
             self._remember(step)
 
     def _remember(self, step: Step) -> None:
-        lanes = range(len(step.coefficients))
-        own = [noise.direction_seed(self.seed, step.index, lane) for lane in lanes]
-        self.past.append((own, step.coefficients, step.scales))
+        self.past.append((directions_of(step, self.seed), step.coefficients, step.scales))
 
     def apply(
         self,

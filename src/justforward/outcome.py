@@ -39,13 +39,7 @@ def figures(
         "forwards": forwards_until(config, steps, parts) + lost_forwards(metrics),
         "rewinds": len(rewinds(metrics)),
         "train_seconds": round(sum(m.get("step_seconds", 0.0) for m in metrics), 3),
-        "rows": {
-            "train": len(splits.train),
-            "validation": len(splits.validation),
-            "test": len(splits.test),
-            "duplicates": splits.duplicates,
-            "conflicts": splits.conflicts,
-        },
+        "rows": splits.counts(),
     }
 
 

@@ -97,11 +97,12 @@ def check_header(log: Log, header: dict[str, Any]) -> None:
     for key, value in header.items():
         if log.header[key] != value:
             raise UserError(
-                f"{log.path}: cannot be resumed: {key} is {_short(log.header[key])} in the log and {_short(value)} now"
+                f"{log.path}: cannot be resumed: {key} is {short(log.header[key])} in the log and {short(value)} now"
             )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as Python writes it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

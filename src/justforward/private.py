@@ -33,13 +33,13 @@ from torch import Tensor
 from justforward.errors import UserError
 from justforward.estimators import AHEAD, Seen, Site, describe, look_weights
 from justforward.sights import rises_by_row
+from justforward.variants import LEAST_NOISE, MOST_NOISE
 
 GRID = 1 << 20  # steps of the answer's grid that C is long
 # A little less than all of it: what floating point makes too long in the last bit stays within.
 _FULL = GRID * (1.0 - 2.0**-40)
 # 50 decimal digits from 192 random bits: what comes out differs from a rounded Gaussian less than 2^-100 shows.
 _EXACT, _BITS = Context(prec=50), 192
-LEAST_NOISE, MOST_NOISE = 0.1, 1e6
 
 
 class Private:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from justforward.errors import UserError
+from justforward.variants import LEAST_NOISE, MOST_NOISE
 
 
 def _positive(value: float) -> bool:
@@ -41,7 +42,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_minutes": (_positive, "positive and finite"),
     "target_epsilon": (_positive, "positive and finite"),
     "target_delta": (lambda value: 0 < value < 1, "between 0 and 1"),
-    "noise_multiplier": (lambda value: 0.1 <= value <= 1e6, "0.1 to 1e6: less protects nobody"),
+    "noise_multiplier": (
+        lambda value: LEAST_NOISE <= value <= MOST_NOISE,
+        f"{LEAST_NOISE} to 1e6: less protects nobody",
+    ),
     "clip": (lambda value: 1e-30 <= value <= 1e30, "positive, 1e-30 to 1e30"),
     "layers": (_share, "above 0 and at most 1"),
     "patience": (lambda value: value >= 0, "at least 0"),

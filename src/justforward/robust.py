@@ -53,13 +53,13 @@ def drawn_in(
     """
     if not sights or sum(len(sight.rows) for _, sight in sights) < LEAST:
         return [sight for _, sight in sights], Counter()
-    samples = range(len(sights[0][1].rises))
-    limits = [
-        bounds([x for _, s in sights for x in s.rises[i]], k, symmetric=False) for i in samples
-    ]
+    count = len(sights[0][1].rises)
     if apart:
         together = [x for _, sight in sights for own in sight.rises for x in own]
-        limits = [bounds(together, k, symmetric=True)] * len(limits)
+        limits = [bounds(together, k, symmetric=True)] * count
+    else:
+        by_sample = [[x for _, s in sights for x in s.rises[i]] for i in range(count)]
+        limits = [bounds(rises, k, symmetric=False) for rises in by_sample]
     out: list[Sight] = []
     counts: Counter[int] = Counter()
     for owner, sight in sights:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from justforward.config import FITTED, TrainConfig
+from justforward.settings import variants_of
 from justforward.variants import Modified, forwards_of
 
 
@@ -16,6 +18,24 @@ def learning_rate(config: TrainConfig, forwards: int) -> float:
     if config.lr_schedule == "cosine":
         return config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
     return config.lr
+
+
+def optimizer_options(config: TrainConfig) -> dict[str, Any]:
+    """What a resolved configuration says a `MeZO` is made with."""
+    modified, blocks = variants_of(config)
+    return {
+        "lr": config.lr,
+        "eps": config.eps,
+        "estimator": config.estimator,
+        "rule": config.rule,
+        "family": config.family,
+        "looks": config.looks,
+        "num_samples": lambda step: samples_at(config, step),
+        "modified": modified,
+        "blocks": blocks,
+        "weight_decay": config.weight_decay,
+        "seed": config.seed,
+    }
 
 
 def samples_at(config: TrainConfig, step: int) -> int:

@@ -33,10 +33,9 @@ from justforward.schedules import (
     forwards_at,
     forwards_until,
     learning_rate,
-    samples_at,
+    optimizer_options,
     validation_due,
 )
-from justforward.settings import variants_of
 from justforward.snapshots import RunOptimizer, Snapshots, replay
 from justforward.spared import Spared
 from justforward.starting import begin, choose_layers, decided
@@ -209,27 +208,15 @@ class Session:
     def _make_optimizer(self) -> None:
         config, folder = self.config, self.folder
         assert self.model is not None
-        assert config.eps is not None
         if self.log is None:
             folder.write_config(config)
             keep_start(self.model, config, folder.start, self.begun)
-        modified, blocks = variants_of(config)
         self.opt = RunOptimizer(
             self.model,
             snapshots=self.snapshots,
             sync=seconds_of(config.sync),
-            lr=config.lr,
-            eps=config.eps,
-            estimator=config.estimator,
-            rule=config.rule,
-            family=config.family,
-            looks=config.looks,
-            num_samples=lambda step: samples_at(config, step),
-            modified=modified,
-            blocks=blocks,
             private=self.budget.private if self.budget else None,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
+            **optimizer_options(config),
             log=folder.log,
             resume=self.log is not None,
         )

@@ -83,7 +83,9 @@ class MeZOConfig(TrainingArguments):
     )
     logging_nan_inf_filter: bool = _said(False, "Show the mean of other losses in place of NaN.")
     estimator: str = _said("weight", "weight, or activation.")
-    rule: str = _said("rms", "sgd, rms, sign, clip(3), momentum, adam, rmsprop, joined by +.")
+    rule: str = _said(
+        "rms", "sgd, rms, sign, spread, clip(3), momentum, adam, rmsprop, joined by +."
+    )
     family: str | None = _said(None, "gaussian, rademacher, rank1 or rank1-rademacher.")
     looks: str = _said("two-sided", "two-sided, one-sided or one-point.")
     eps: float = _said(1e-3, "How far to look.")

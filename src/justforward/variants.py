@@ -13,6 +13,8 @@ from typing import Any
 from justforward.errors import UserError
 from justforward.rules import Chain
 
+# Of a private step's noise multiplier: less than the first protects nobody.
+LEAST_NOISE, MOST_NOISE = 0.1, 1e6
 LOOKS = ("two-sided", "one-sided", "one-point")
 FORMS = ("variance", "expectation")
 SOURCES = ("weights", "looks", "gradient")

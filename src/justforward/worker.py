@@ -18,7 +18,7 @@ from justforward.errors import NonFiniteLoss, UserError
 from justforward.line import Line, SessionLost
 from justforward.optim import MeZO
 from justforward.playback import fingerprint
-from justforward.sights import Sight
+from justforward.sights import Sight, merged
 from justforward.trajectory import read_log
 from justforward.wire import DONE, PROTOCOL, REPLAY, History, Order, Turn, Work, zipped
 
@@ -222,17 +222,10 @@ class Worker:
 
 def joined(sights: Sequence[Sight]) -> list[Sight]:
     """Sights of rows that follow each other, as one: fewer bytes, the same rises."""
-    out: list[Sight] = []
+    runs: list[list[Sight]] = []
     for sight in sights:
-        last = out[-1] if out else None
-        if last is None or last.rows[-1] + 1 != sight.rows[0]:
-            out.append(sight)
-            continue
-        rows = len(last.rows) + len(sight.rows)
-        out[-1] = replace(
-            last,
-            rows=last.rows + sight.rows,
-            rises=tuple(a + b for a, b in zip(last.rises, sight.rises, strict=True)),
-            loss=(last.loss * len(last.rows) + sight.loss * len(sight.rows)) / rows,
-        )
-    return out
+        if runs and runs[-1][-1].rows[-1] + 1 == sight.rows[0]:
+            runs[-1].append(sight)
+        else:
+            runs.append([sight])
+    return [merged(run) for run in runs]
