@@ -18,6 +18,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from justforward.config import TrainConfig
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Where the tests are a job in the background of a script SIGINT is ignored, also by all they start.
@@ -487,6 +489,21 @@ def sentiment_csv(tmp_path: Path) -> Path:
     ]
     path.write_text("text,label\n" + "".join(rows))
     return path
+
+
+def small_run(model: Path, data: Path, out: Path, **given: Any) -> TrainConfig:
+    """Ten steps from the base, on few rows. The words are swapped, so that the model has everything to learn."""
+    usual: dict[str, Any] = {
+        "template": "{text} It was",
+        "labels": {"neg": "great", "pos": "terrible"},
+        "max_forwards": 20,
+        "eval_every": 6,
+        "lr": 3e-2,
+        "threads": 1,
+        "start": "base",
+        "patience": 0,
+    }
+    return TrainConfig(model=str(model), data=str(data), out=str(out), **{**usual, **given})
 
 
 @pytest.fixture(autouse=True, scope="session")

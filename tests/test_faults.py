@@ -25,7 +25,7 @@ from torch import nn
 
 import justforward as jf
 import reliability
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, small_run
 from justforward.config import TrainConfig
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.folder import RunFolder
@@ -114,23 +114,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         for i in range(60)
     ]
     (place / "rows.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-    config = TrainConfig(
-        model=str(place / "model"),
-        data=str(place / "rows.csv"),
-        template="{text} It was",
-        labels={"neg": "great", "pos": "terrible"},
-        out=str(place / "reference"),
+    config = small_run(
+        place / "model",
+        place / "rows.csv",
+        place / "reference",
         estimator="weight",
         rule="rms+momentum(window=3)",
         max_forwards=12,
-        eval_every=6,
         test_size=4,
         validation_size=4,
         batch_size=2,
-        lr=3e-2,
-        threads=1,
-        start="base",
-        patience=0,
         keep="last",
         snapshot_every=3,
         sync="step",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import justforward as jf
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, small_run
 from justforward.config import EvalConfig, InspectConfig, ReplayConfig, TrainConfig
 from justforward.errors import UserError
 from justforward.folder import RunFolder
@@ -38,19 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Res
     make_model("gpt2").save_pretrained(place / "model")
     make_tokenizer().save_pretrained(place / "model")
     (place / "rows.csv").write_text("text,label\n" + "\n".join(ROWS))
-    config = TrainConfig(
-        model=str(place / "model"),
-        data=str(place / "rows.csv"),
-        template="{text} It was",
-        labels={"neg": "great", "pos": "terrible"},
-        out=str(place / "run"),
-        max_forwards=20,
-        eval_every=6,
-        lr=3e-2,
-        threads=1,
-        start="base",
-        patience=0,
-    )
+    config = small_run(place / "model", place / "rows.csv", place / "run")
     result = quiet(train, config)
     folder = RunFolder(config.out)
     metrics = folder.read_metrics()[0]

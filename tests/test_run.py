@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import justforward as jf
+from conftest import small_run
 from justforward import folder as folder_module
 from justforward import prepare, session
 from justforward.config import TrainConfig
@@ -44,19 +45,7 @@ Result = dict[str, Any]
 @pytest.fixture
 def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConfig:
     """Ten steps. The words are swapped, so that the model has everything to learn."""
-    return TrainConfig(
-        model=str(model_folder),
-        data=str(sentiment_csv),
-        template="{text} It was",
-        labels={"neg": "great", "pos": "terrible"},
-        out=str(tmp_path / "run"),
-        max_forwards=20,
-        eval_every=6,
-        lr=3e-2,
-        threads=1,
-        start="base",
-        patience=0,
-    )
+    return small_run(model_folder, sentiment_csv, tmp_path / "run")
 
 
 def go(config: TrainConfig) -> Result:

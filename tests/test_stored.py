@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import justforward as jf
-from conftest import make_model
+from conftest import make_model, small_run
 from justforward import UserError, stored
 from justforward.baselines import run_baseline
 from justforward.config import BaselineConfig, EvalConfig, ReplayConfig, TrainConfig
@@ -461,18 +461,12 @@ def test_what_rounding_makes_of_a_look_is_told_from_its_slope(estimator: str) ->
 @pytest.fixture
 def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConfig:
     """The words are swapped, so that the model has everything to learn."""
-    return TrainConfig(
-        model=str(model_folder),
-        data=str(sentiment_csv),
-        template="{text} It was",
-        labels={"neg": "great", "pos": "terrible"},
-        out=str(tmp_path / "run"),
+    return small_run(
+        model_folder,
+        sentiment_csv,
+        tmp_path / "run",
         max_forwards=40,
         eval_every=20,
-        lr=3e-2,
-        threads=1,
-        start="base",
-        patience=0,
         dtype="bfloat16",
     )
 

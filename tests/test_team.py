@@ -15,6 +15,7 @@ import pytest
 import torch.distributed as dist
 
 import justforward as jf
+from conftest import small_run
 from justforward import cli, launched
 from justforward.config import TrainConfig
 from justforward.evaluate import Scorer
@@ -30,20 +31,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 @pytest.fixture
 def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConfig:
     """Ten steps. The words are swapped, so that the model has everything to learn."""
-    return TrainConfig(
-        model=str(model_folder),
-        data=str(sentiment_csv),
-        template="{text} It was",
-        labels={"neg": "great", "pos": "terrible"},
-        out=str(tmp_path / "run"),
-        max_forwards=20,
-        eval_every=6,
-        lr=3e-2,
-        threads=1,
-        start="base",
-        patience=0,
-        max_minutes=100.0,
-    )
+    return small_run(model_folder, sentiment_csv, tmp_path / "run", max_minutes=100.0)
 
 
 def go(*configs: TrainConfig) -> list[Any]:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import justforward as jf
-from conftest import make_model, materialise
+from conftest import make_model, materialise, small_run
 from justforward import Blocks, MeZO, Modified, NonFiniteLoss, UserError, noise
 from justforward.config import TrainConfig
 from justforward.directions import FAMILIES, Weights
@@ -811,18 +811,8 @@ def test_settings_are_read_as_they_are_spelled() -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConfig:
-    return TrainConfig(
-        model=str(model_folder),
-        data=str(sentiment_csv),
-        template="{text} It was",
-        labels={"neg": "great", "pos": "terrible"},
-        out=str(tmp_path / "run"),
-        max_forwards=40,
-        eval_every=10,
-        lr=1e-3,
-        threads=1,
-        start="base",
-        patience=0,
+    return small_run(
+        model_folder, sentiment_csv, tmp_path / "run", max_forwards=40, eval_every=10, lr=1e-3
     )
 
 
