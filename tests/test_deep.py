@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 
 import justforward as jf
 from conftest import ARCHITECTURES, MASKED, make_model, make_tokenizer
@@ -93,8 +96,15 @@ def test_the_fit_is_a_logistic_regression_on_all_inner_states(
     x, scales = features(seen, None)
     twin = LogisticRegression(C=fitted.probe.c, fit_intercept=False, max_iter=5000, tol=1e-8)
     twin.fit(x.astype(np.float64), seen.answers.numpy())
+    # the validation rows say how sure it may be
+    logits, answers = twin.predict_log_proba(features(chosen, scales)[0]), chosen.answers.numpy()
+
+    def loss(scale: float) -> float:
+        return float(log_loss(answers, softmax(scale * logits, axis=1), labels=range(labels)))
+
+    scale = minimize_scalar(loss, bounds=(0.01, 1.0), method="bounded").x
     for states in (seen, chosen):
-        wanted = twin.predict_log_proba(features(states, scales)[0])
+        wanted = log_softmax(scale * twin.predict_log_proba(features(states, scales)[0]), axis=1)
         found = fitted.scores(states, norm.sizes(states.outputs[-1])).log_softmax(-1)
         # both end where their steps become small, and the loss is flat there
         assert np.abs(found.numpy() - wanted).mean() < 0.02

@@ -6,8 +6,10 @@ Reading order: losses, lines, runs.
 from __future__ import annotations
 
 import io
+import math
 import random
 import shutil
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,16 +29,20 @@ from justforward.guard import (
     Astray,
     Guard,
     Stillness,
+    is_worse,
     lost_forwards,
     rate_factor,
     rewinds,
 )
 from justforward.models import load_model
 from justforward.optim import MeZO
+from justforward.outcome import turning
+from justforward.prepare import judged, stop_reason
 from justforward.progress import Progress
 from justforward.rebuild import rebuild
 from justforward.run import train
-from justforward.session import Interrupted
+from justforward.session import Interrupted, Session
+from justforward.settings import resolved
 from justforward.snapshots import RunOptimizer
 from justforward.trajectory import Writer, read_log
 
@@ -122,6 +128,68 @@ def test_forwards_in_vain_belong_to_the_steps_after_them() -> None:
     assert [lost_forwards(lines[:2], step) for step in (50, 51)] == [0, 10]
 
 
+def test_a_validation_lowers_the_rate_more() -> None:
+    lines = [
+        {"kind": "rewind", "step": 0, "lost": 10, "validations": 1},
+        {"kind": "rewind", "step": 0, "lost": 10},
+    ]
+    assert rate_factor(lines[:1]) == 0.25
+    assert rate_factor(lines) == 0.125
+
+
+@given(st.floats(0, 1), st.floats(1e-3, 10), st.floats(0, 1), st.floats(1e-3, 10))
+def test_worse_is_a_higher_loss_and_no_higher_value(value: float, loss: float, best: float, had: float) -> None:  # fmt: skip
+    assert is_worse((value, loss), (best, had)) == (value <= best and loss > had + 0.02 * had)
+    assert not is_worse((value, loss), (value, loss))
+
+
+def test_where_to_turn_back_to(config: TrainConfig) -> None:
+    """By validations that are due (every 10 forwards, at two a step); the others come of a limit that may be raised."""
+    asked = resolved(replace(config, eval_every=10))
+
+    def line(step: int, accuracy: float, loss: float, forwards: int) -> dict[str, Any]:
+        values = {"accuracy": accuracy, "loss": loss, "forwards": forwards}
+        return {"kind": "validation", "step": step, **values}
+
+    start, fifth = line(0, 0.5, 1.0, 0), line(5, 0.6, 0.9, 10)
+    assert turning(asked, [], 0) is None
+    assert turning(asked, [start], 0) is None
+    assert turning(asked, [start, fifth], 5) is None
+    worse = line(10, 0.6, 0.93, 20)
+    found = turning(asked, [start, fifth, worse], 10)
+    assert found is not None
+    assert (found.step, found.validations) == (5, 1)
+    assert found.why == "the validation loss is 0.9300, and was 0.9000 after step 5"
+    # a step later it is too late; the loss says nothing of another objective
+    assert turning(asked, [start, fifth, worse], 11) is None
+    assert turning(replace(asked, objective="accuracy"), [start, fifth, worse], 10) is None
+    # neither what is compared nor what it is compared with may come of a limit
+    assert turning(asked, [start, fifth, line(7, 0.1, 3.0, 14)], 7) is None
+    aside = line(3, 0.9, 0.1, 6)
+    assert turning(asked, [start, aside, fifth], 5) is None
+    # within the margin, and then not: both are taken back, and a limit's, too
+    flat, limit = line(10, 0.6, 0.91, 20), line(12, 0.6, 0.91, 24)
+    assert turning(asked, [start, fifth, flat], 10) is None
+    found = turning(asked, [start, fifth, flat, limit, line(15, 0.6, 0.99, 30)], 15)
+    assert found is not None
+    assert (found.step, found.validations) == (5, 3)
+
+
+def test_what_was_taken_back_is_no_better(config: TrainConfig) -> None:
+    asked = resolved(replace(config, patience=3, max_forwards=1000))
+    best = {"kind": "validation", "step": 0, "accuracy": 0.5, "loss": 1.0, "forwards": 0}
+    back = {"kind": "rewind", "step": 0, "taken": 5, "lost": 10, "validations": 2}
+    other = {**best, "step": 5, "loss": 1.01}
+    assert judged([best, back, other], 5) == [(0.5, 1.0), *[(-math.inf, math.inf)] * 2, (0.5, 1.01)]
+    assert stop_reason(asked, 5, 10, 0.0, [best, back]) is None
+    assert stop_reason(asked, 5, 10, 0.0, [best, back, other]) == "flat"
+    assert stop_reason(asked, 5, 10, 0.0, [best, back, {**other, "accuracy": 0.6}]) is None
+    plain = {
+        k: v for k, v in back.items() if k != "validations"
+    }  # by the step losses: it says nothing of validations
+    assert stop_reason(asked, 5, 10, 0.0, [best, plain, other]) is None
+
+
 def test_a_log_is_cut(tmp_path: Path, tiny_gpt2: Any) -> None:
     path = tmp_path / "run.jfl"
     opt = MeZO(tiny_gpt2, lr=1e-3, log=path)
@@ -142,11 +210,11 @@ def test_a_log_is_cut(tmp_path: Path, tiny_gpt2: Any) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConfig:
-    """A rate that carries the weights off."""
+    """A rate that carries the weights off; validated at the end only, so that it is the step losses that tell."""
     return TrainConfig(
         model=str(model_folder), data=str(sentiment_csv), template="{text} It was",
         labels={"neg": "great", "pos": "terrible"}, out=str(tmp_path / "run"), max_forwards=400,
-        eval_every=50, lr=0.3, lr_schedule="constant", threads=1, train_size=32, keep="last",
+        eval_every=400, lr=0.3, lr_schedule="constant", threads=1, train_size=32, keep="last",
         start="base", patience=0,
     )  # fmt: skip
 
@@ -175,7 +243,12 @@ def test_a_run_goes_back_and_on_at_half_the_rate(config: TrainConfig, tmp_path: 
     assert steps[-1]["lr"] == 0.3 * 0.5 ** result["rewinds"]
     plain, _ = go(replace(config, out=str(tmp_path / "plain"), backoff=False))
     assert plain["rewinds"] == 0
-    assert result["validation_loss"] < plain["validation_loss"]
+    kept = next(m["step"] for m in metrics if m["kind"] == "rewind")
+    after, astray = (
+        statistics.mean(m["loss"] for m in of if m["kind"] == "step" and m["step"] > kept)
+        for of in (metrics, lines(replace(config, out=str(tmp_path / "plain"))))
+    )
+    assert after < astray
     # base + log is the tuned model, as ever
     model = load_model(config.model)[0]
     assert jf.replay(model, RunFolder(config.out).log) == result["steps"]
@@ -190,7 +263,7 @@ def test_stopped_anywhere_and_continued_to_the_same_bits(
     whole, _ = go(config)
     first = next(m for m in lines(config) if m["kind"] == "rewind")
     assert first["taken"] > first["step"]
-    for forwards in (2 * first["taken"] - 6, first["forwards"] + 2, 300):
+    for forwards in (2 * first["taken"] - 6, first["forwards"] + 2, 350):
         part = replace(config, out=str(tmp_path / f"part{forwards}"), max_forwards=forwards)
         go(part)
         again, _ = go(replace(part, max_forwards=400, resume=True))
@@ -219,6 +292,66 @@ def test_cut_off_between_log_and_lines(config: TrainConfig, tmp_path: Path, monk
     assert "metrics.jsonl was cut back" in said
     for key in ("fingerprint", "steps", "forwards", "rewinds"):
         assert again[key] == whole[key]
+
+
+def test_a_worse_validation_turns_a_run_back(config: TrainConfig, tmp_path: Path) -> None:
+    """Sooner than the step losses could; what follows has a quarter of the rate, and is not worse any more."""
+    config = replace(config, eval_every=10, max_forwards=200, lr=1.0)
+    result, said = go(config)
+    metrics = lines(config)
+    back = rewinds(metrics)
+    assert result["rewinds"] == len(back) >= 1
+    assert all(line["validations"] >= 1 for line in back)
+    assert "the validation loss is" in said
+    assert "at 0.25 of the learning rate" in said
+    assert result["forwards"] == 200
+    assert [m["step"] for m in metrics if m["kind"] == "step"] == list(
+        range(1, result["steps"] + 1)
+    )
+    plain, _ = go(replace(config, out=str(tmp_path / "plain"), backoff=False))
+    assert result["validation_loss"] < plain["validation_loss"]
+    made = rebuild(ReplayConfig(config.out, str(tmp_path / "made")), Progress(io.StringIO()))
+    assert made["fingerprint"] == result["fingerprint"]
+
+
+def test_patience_counts_validations_that_were_taken_back(config: TrainConfig) -> None:
+    """A turn counts for as many as it took back: after the next one that is no better the run ends."""
+    config = replace(config, eval_every=10, patience=2, lr=1.0)
+    result, _ = go(config)
+    assert result["stopped_by"] == "flat"
+    kinds = [(m["kind"], m["step"]) for m in lines(config) if m["kind"] not in ("step", "before")]
+    # the one after step 5 is better in accuracy; the first one after step 10 was taken back
+    assert kinds == [("validation", 0), ("validation", 5), ("rewind", 5), ("validation", 10)]
+    assert (result["best_step"], result["steps"], result["forwards"]) == (5, 10, 30)
+    again, said = go(replace(config, resume=True))
+    assert "nothing to do" in said
+    assert again == result
+
+
+@pytest.mark.parametrize("at", ["before the turn", "between log and lines"])
+def test_killed_at_a_turn_and_continued_to_the_same_bits(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:  # fmt: skip
+    config = replace(config, eval_every=10, max_forwards=100)
+    whole, _ = go(config)
+    assert whole["rewinds"] >= 1
+    part = replace(config, out=str(tmp_path / "part"))
+    name = "_rewind" if at == "before the turn" else "_load_base"
+    real = getattr(Session, name)
+
+    def killed(self: Session, *args: Any, **more: Any) -> None:
+        if at == "before the turn" or rewinds(self.metrics):
+            monkeypatch.setattr(Session, name, real)
+            shutil.copytree(part.out, tmp_path / "left")  # as a SIGKILL would leave it
+            raise KeyboardInterrupt
+        real(self, *args, **more)
+
+    monkeypatch.setattr(Session, name, killed)
+    with pytest.raises(Interrupted):
+        go(part)
+    again, _ = go(replace(part, out=str(tmp_path / "left"), resume=True))
+    for key in ("fingerprint", "steps", "forwards", "rewinds", "validation_loss"):
+        assert again[key] == whole[key]
+    left = replace(part, out=str(tmp_path / "left"))
+    assert lines(left) == lines(config)
 
 
 @pytest.mark.parametrize("backoff", [True, False])

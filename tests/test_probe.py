@@ -5,6 +5,7 @@ Reading order: the fit, the choice of the penalty, features, what is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,6 +101,27 @@ def test_a_constant_feature_has_no_say() -> None:
     found = probe_weights(x, y, 2)
     assert found.weight[:, 2].abs().max() == 0
     assert found.weight.isfinite().all()
+
+
+@given(st.integers(0, 20), st.sampled_from([2, 3, 6]), st.floats(0.0, 1.5), st.floats(-2, 3))
+def test_calibrated_it_says_the_same_and_is_less_sure(seed: int, labels: int, apart: float, size: float) -> None:  # fmt: skip
+    """The same predictions, never a higher loss, and the least one that a temperature of at least 1 has."""
+    x, y = clouds(40, labels, 8, apart, seed)
+    sure = probe_weights(*clouds(24, labels, 8, apart, seed + 1), labels, c=1.0)
+    sure = replace(sure, weight=10**size * sure.weight, bias=10**size * sure.bias)
+    found = sure.calibrated(x, y)
+    assert found.predictions(x) == sure.predictions(x)
+    (accuracy, loss), before = found.judged(x, y), sure.judged(x, y)
+    assert accuracy == before[0]
+    assert loss <= before[1]
+    for scale in (0.02, 0.1, 0.5, 0.9, 1.0):
+        other = replace(sure, weight=scale * sure.weight, bias=scale * sure.bias)
+        assert loss <= other.judged(x, y)[1] + 1e-9
+
+
+def test_a_probe_that_is_right_is_as_sure_as_it_was() -> None:
+    found = probe_weights(*clouds(60, 3, 16, 3.0, 1), 3)
+    assert found.calibrated(*clouds(60, 3, 16, 3.0, 2)) is found
 
 
 def test_judged_by_hand() -> None:

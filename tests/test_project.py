@@ -100,6 +100,7 @@ ROOMS = [
     "snapshots",
     "tuners",
     "probe",
+    "head",
     "deep",
     "last",
     "progress",

@@ -100,7 +100,7 @@ def replayed(config: TrainConfig, steps: int | None = None) -> str:
 
 @pytest.mark.parametrize("estimator", ["activation", "weight"])
 def test_it_learns_and_the_log_is_the_model(config: TrainConfig, estimator: str) -> None:
-    config = replace(config, estimator=estimator, max_forwards=60)
+    config = replace(config, estimator=estimator, max_forwards=60, backoff=False)
     result = go(config)
     assert result["before_accuracy"] == 0.0
     assert result["accuracy"] >= 0.5
@@ -258,6 +258,7 @@ def test_the_best_step_is_kept(
         monkeypatch,
         lambda rows, n, found: validations[n] if rows == 6 else (found.accuracy, found.loss),
     )
+    config = replace(config, backoff=False)
     result = go(config)
     assert calls.count((6, 4)) == 1
     assert result["kept_step"] == result["best_step"] == best
@@ -503,7 +504,7 @@ def test_a_finished_run_goes_on_under_another_limit(config: TrainConfig) -> None
     result = go(longer)
     whole = elsewhere(config, max_forwards=30)
     assert result["fingerprint"] == go(whole)["fingerprint"]
-    assert (result["steps"], result["stopped_by"]) == (15, "max_forwards")
+    assert (result["forwards"], result["stopped_by"]) == (30, "max_forwards")
     assert RunFolder(config.out).read_config().max_forwards == 30
 
 
@@ -701,7 +702,7 @@ def test_a_loss_that_is_not_finite(
 
 
 def test_weights_that_break_between_steps(config: TrainConfig) -> None:
-    config = replace(config, estimator="weight", rule="sgd", lr=1e4, eval_every=2)
+    config = replace(config, estimator="weight", rule="sgd", lr=1e25, eval_every=2, backoff=False)
     with pytest.raises(
         UserError, match=r"^step \d+: .*rows\.csv:\d+: the scores are not finite.* --lr"
     ) as caught:

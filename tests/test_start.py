@@ -23,8 +23,9 @@ from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder
+from justforward.head import start_head, stays
 from justforward.models import load_model
-from justforward.probe import fit_probe, hidden_states, probe_weights, start_head, stays
+from justforward.probe import fit_probe, hidden_states, probe_weights
 from justforward.progress import Progress
 from justforward.rebuild import evaluate, rebuild
 from justforward.run import train

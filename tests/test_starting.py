@@ -19,9 +19,9 @@ from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder
 from justforward.guard import is_flat
+from justforward.head import hindrance, rows_to_fit
 from justforward.models import load_model
 from justforward.prepare import stop_reason
-from justforward.probe import hindrance, rows_to_fit
 from justforward.progress import Progress
 from justforward.rebuild import rebuild
 from justforward.run import train
@@ -78,7 +78,7 @@ def test_how_often_it_is_validated_follows_from_what_auto_comes_to(
 def test_only_auto_asks_whether_the_head_was_better(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, start: Any
 ) -> None:
-    for module in ("deep", "probe"):
+    for module in ("deep", "head"):
         monkeypatch.setattr(f"justforward.{module}.stays", lambda *given: True)
     result, kept, said = go(replace(config, start=start))
     assert ("the head stays as it is, which is better: validation accuracy" in said) == (
@@ -150,7 +150,8 @@ def test_steps_go_on_with_rows_that_the_probe_has_not_seen(
     for start, first in (("deep", 3), ("probe", 3), ("base", 0)):
         rows = None if start == "base" else 20  # 3 batches of 8, the last not full
         dealt.clear()
-        result, *_ = go(replace(config, start=start, probe_rows=rows, out=f"{config.out}-{start}"))  # type: ignore[arg-type]
+        given = replace(config, start=start, probe_rows=rows, backoff=False)  # type: ignore[arg-type]
+        result, *_ = go(replace(given, out=f"{config.out}-{start}"))
         assert dealt == list(range(first, first + result["steps"])), start
 
 

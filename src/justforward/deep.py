@@ -21,22 +21,9 @@ from torch import Tensor
 
 from justforward.data import Example
 from justforward.evaluate import Scorer
+from justforward.head import Spared, Started, fit_head, kept_head, own_head, put_probe, stays
 from justforward.models import inner_model
-from justforward.probe import (
-    Features,
-    Probe,
-    Spared,
-    Started,
-    fit_head,
-    fit_probe,
-    head_of,
-    hidden_states,
-    kept_head,
-    own_head,
-    put_probe,
-    seen_at,
-    stays,
-)
+from justforward.probe import Features, Probe, fit_probe, head_of, hidden_states, seen_at
 from justforward.prompts import eval_mode
 from justforward.stream import Norm, Stream, find_norm, find_stream, matrix_of, write, writing_too
 from justforward.trunk import stack_of

@@ -5,7 +5,8 @@ environment.json  versions, machine, what base model and data were (by hash)
 trajectory.jfl    the log: base + log = the tuned model (`trajectory`)
 start.safetensors where tuning starts, with --tuner prefix or --start probe (`tuners`)
 metrics.jsonl     one object a step (kind "step", or without a loss "private"), validation ("validation"), the test before ("before"), and steps
-                  taken back ("rewind": `step` of `taken` were kept, `lost` forwards were in vain)
+                  taken back ("rewind": `step` of `taken` were kept, `lost` forwards were in vain; `validations` of them
+                  were taken back, where the last of these is the reason)
 seen.txt          a hash of each row trained or validated on, for `eval --run` on another file
 result.json       the outcome, rewritten whenever a session ends
 snapshots/        weights after some steps, with --snapshot-every (`snapshots`)

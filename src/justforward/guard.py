@@ -4,7 +4,8 @@ A step's loss is that of a few rows, so it is judged by means over windows of st
 best one by more than both can err, the weights have been carried off, by a rate that is too large or by a run of bad
 luck. The log rewinds for nothing to the end of the best window; from there the rate is halved. The error allowed is wide,
 since the best of many windows is a lucky one: of twenty runs of 10,000 steps that have come to rest none is rewound
-(`tests/test_guard.py`).
+(`tests/test_guard.py`). A validation is over the same rows each time, so one of them can tell sooner: where its loss is above that
+of the best step by more than chance makes of it, and the metric is not higher, the run goes back to that step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ WINDOW = 32  # steps
 ERRORS = 6.0  # standard errors of the difference of two windows
 MOST_REWINDS = 8
 BACKOFF = 0.5
+TURN = 0.25  # of the rate, after a validation: it has seen less of the way than a window has
+WORSE = 0.02  # of the best step's validation loss
 WORTH = 0.01  # of a loss: less is not worth waiting for
 STILL = 4  # steps
 STILL_PART = 2.0**-20  # of a loss: float32 rounds it by about so much
@@ -120,7 +123,12 @@ def rewinds(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def rate_factor(metrics: Sequence[dict[str, Any]]) -> float:
     """What the learning rate is times, after a run's rewinds."""
-    return BACKOFF ** len(rewinds(metrics))
+    return math.prod(TURN if turned(line) else BACKOFF for line in rewinds(metrics))
+
+
+def turned(rewind: dict[str, Any]) -> int:
+    """How many validations a rewind took back since the last of them was worse; 0 where step losses were its reason."""
+    return int(rewind.get("validations", 0))
 
 
 def lost_forwards(metrics: Sequence[dict[str, Any]], step: int | None = None) -> int:
@@ -130,6 +138,11 @@ def lost_forwards(metrics: Sequence[dict[str, Any]], step: int | None = None) ->
         after = [i for i, line in enumerate(lines) if line["step"] < step]
         lines = lines[: after[-1] + 1] if after else []
     return sum(int(line["lost"]) for line in lines)
+
+
+def is_worse(last: tuple[float, float], best: tuple[float, float]) -> bool:
+    """Whether a validation (value, loss) says that the steps since the best one did harm."""
+    return last[0] <= best[0] and last[1] - best[1] > WORSE * abs(best[1])
 
 
 def is_flat(validations: Sequence[tuple[float, float]], patience: int) -> bool:

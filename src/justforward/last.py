@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from justforward.data import Example
 from justforward.deep import everywhere, stream_of
 from justforward.evaluate import Scorer
+from justforward.head import Spared, gives_logits
 from justforward.models import inner_model
-from justforward.probe import Spared, gives_logits, head_of, seen_at
+from justforward.probe import head_of, seen_at
 from justforward.prompts import Batch, eval_mode
 from justforward.stream import Norm, find_norm, write
 from justforward.trunk import stack_of

@@ -1,15 +1,17 @@
-"""What a run has come to, in figures: for result.json and for a line of metrics.jsonl."""
+"""What a run has come to, in figures: for result.json and for a line of metrics.jsonl; and whether to go back from there."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from justforward.config import TrainConfig
 from justforward.data import Splits
 from justforward.evaluate import Evaluation
 from justforward.folder import Metric, best_step, value_of
-from justforward.guard import lost_forwards, rewinds
-from justforward.schedules import forwards_until
+from justforward.guard import is_worse, lost_forwards, rewinds
+from justforward.schedules import forwards_at, forwards_until, validation_due
 from justforward.tasks import Task
 
 
@@ -47,3 +49,41 @@ def worth_of(found: Evaluation) -> dict[str, float]:
     """What a line of metrics.jsonl says of an evaluation."""
     worth = {"accuracy": found.accuracy, "loss": found.loss}
     return worth if found.metric == "accuracy" else {**worth, "value": found.value}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where a run goes back to: so many steps are kept, so many validations taken back, and why."""
+
+    step: int
+    validations: int
+    why: str
+
+
+def turning(
+    config: TrainConfig, metrics: Sequence[Metric], steps: int, parts: int = 1
+) -> Turn | None:
+    """Where to go back to from a step whose validation was worse than the best one before it; None where it was not.
+
+    Args:
+        config: resolved; with a metric as its objective the loss is not what steps lower, and there is no turning back.
+        metrics: the run's lines. Validations that only a limit brought about do not count: it may be raised.
+        steps: taken.
+        parts: parameter groups.
+    """
+
+    def due(m: Metric) -> bool:
+        step, after = m["step"], m["forwards"]
+        before = after - (forwards_at(config, step - 1, parts) if step else 0)
+        return m["kind"] == "validation" and (step == 0 or validation_due(config, before, after))
+
+    found = [m for m in metrics if due(m)]
+    best = best_step(found, steps)
+    if config.objective != "loss" or best is None or found[-1]["step"] != steps:
+        return None
+    last, had = ((value_of(m), float(m["loss"])) for m in (found[-1], best))
+    if not is_worse(last, had):
+        return None
+    taken_back = sum(1 for m in metrics if m["kind"] == "validation" and m["step"] > best["step"])
+    why = f"the validation loss is {last[1]:.4f}, and was {had[1]:.4f} after step {best['step']}"
+    return Turn(best["step"], taken_back, why)

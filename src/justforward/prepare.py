@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from justforward.directions import FAMILIES
 from justforward.errors import UserError
 from justforward.folder import Metric, best_step, data_hash, validated, value_of
 from justforward.groups import ESTIMATORS
-from justforward.guard import is_flat
+from justforward.guard import is_flat, turned
 from justforward.hub import HUB, downloaded
 from justforward.published import TEST_SIZE, Published, deal, read_published
 from justforward.quantised import library_version
@@ -148,16 +149,26 @@ def choose_tuned(model: torch.nn.Module, pattern: str | None) -> None:
         parameter.requires_grad_(name in tuned)
 
 
+def judged(metrics: Iterable[Metric], steps: int) -> list[tuple[float, float]]:
+    """Value and loss of each validation up to a step, in order; those that were taken back as worse than any number."""
+    found: list[tuple[float, float]] = []
+    for metric in metrics:
+        if metric["kind"] == "rewind":
+            found += [(-math.inf, math.inf)] * turned(metric)
+        found += [(value_of(m), float(m["loss"])) for m in validated([metric], steps)]
+    return found
+
+
 def stop_reason(
     config: TrainConfig,
     steps: int,
     forwards: int,
     seconds: float,
-    validations: list[Metric],
+    metrics: list[Metric],
     parts: int = 1,
 ) -> str | None:
-    """The limit that ends the run here: after so many steps, forwards and seconds, with so many parameter groups."""
-    best = best_step(validations, steps)
+    """The limit that ends the run here: after so many steps, forwards and seconds, by the run's lines, with so many parameter groups."""
+    best = best_step(metrics, steps)
     goal = config.target_accuracy
     if goal is not None and best is not None and value_of(best) >= goal:
         return "target_accuracy"
@@ -165,10 +176,8 @@ def stop_reason(
         return "max_forwards"
     if config.max_minutes is not None and seconds >= 60.0 * config.max_minutes:
         return "max_minutes"
-    if config.patience:
-        found = [(value_of(m), float(m["loss"])) for m in validated(validations, steps)]
-        if is_flat(found, config.patience):
-            return "flat"
+    if config.patience and is_flat(judged(metrics, steps), config.patience):
+        return "flat"
     return None
 
 

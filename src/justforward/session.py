@@ -25,7 +25,7 @@ from justforward.interrupts import Shield
 from justforward.models import load_model
 from justforward.objectives import Objective
 from justforward.ondisk import keep_on_disk
-from justforward.outcome import figures
+from justforward.outcome import figures, turning
 from justforward.playback import fingerprint
 from justforward.prepare import Stop, environment_now, stop_reason
 from justforward.progress import Progress
@@ -285,6 +285,8 @@ class Session:
         self._watch()
         while self._reason() is None:
             stop.check()
+            if self._turn():
+                continue
             before = self.forwards
             try:
                 loss = self._step()
@@ -348,13 +350,21 @@ class Session:
     def _may_rewind(self) -> bool:
         return bool(self.config.backoff) and len(rewinds(self.metrics)) < MOST_REWINDS
 
-    def _rewind(self, step: int, why: str) -> None:
+    def _turn(self) -> bool:
+        """Go back if the last validation was worse. Asked before each step, so that a resumed run does likewise."""
+        found = turning(self.config, self.metrics, self.steps, self.parts)
+        if found is None or not self._may_rewind():
+            return False
+        self._rewind(found.step, found.why, validations=found.validations)
+        return True
+
+    def _rewind(self, step: int, why: str, **more: int) -> None:
         """Take the steps after the first `step` back, and go on from there at a lower rate."""
         taken = self.steps
         self._close()
         self.opt, self.steps_taken = None, step
         lost = self.forwards - self._forwards_so_far()
-        line = {**self._metric("rewind", step, self.forwards), "taken": taken, "lost": lost}
+        line = {**self._metric("rewind", step, self.forwards), "taken": taken, "lost": lost, **more}
         self.metrics = [m for m in self.metrics if m["kind"] == "rewind" or m["step"] <= step]
         self.metrics.append(line)
         self.validations = [m for m in self.metrics if m["kind"] == "validation"]
@@ -480,7 +490,7 @@ class Session:
         timed = self.config.max_minutes is not None
         seconds: float = self.team.agree(self.seconds) if timed else 0.0
         return stop_reason(
-            self.config, self.steps, self.forwards, seconds, self.validations, self.parts
+            self.config, self.steps, self.forwards, seconds, self.metrics, self.parts
         )
 
 

@@ -15,10 +15,10 @@ from justforward.data import Example, Splits
 from justforward.deep import MOST_ROWS, deep_hindrance, start_deep
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
+from justforward.head import Spared, hindrance, rows_to_fit, start_head
 from justforward.last import last_hindrance, start_last
 from justforward.models import inner_model
 from justforward.prepare import choose_tuned
-from justforward.probe import Spared, hindrance, rows_to_fit, start_head
 from justforward.settings import eval_every_of, task_of
 from justforward.trunk import rest_below, stack_of
 
