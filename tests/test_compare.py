@@ -395,6 +395,14 @@ def test_another_machine_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream.getvalue().startswith("note: cpu differ from out/environment.json")
 
 
+def test_threads_are_those_that_cells_have() -> None:
+    run(threads=3)
+    assert json.loads(Path("out/environment.json").read_text())["threads"] == 3
+    stream = io.StringIO()
+    run(stream, threads=3)
+    assert "threads differ" not in stream.getvalue()
+
+
 # ------------------------------------------------------------------------------ signals, kills, memory
 
 DRIVER = """

@@ -65,6 +65,7 @@ def compare(
     with board or Board() as shown, GridFolder(config.out) as folder:
         folder.open(config, grid, shown.note)
         now = machine()
+        now = {**now, "threads": config.threads or now["threads"]}  # what a cell has
         folder.note_machine(now, shown.note)
         with counted_signals() as stop:
             shop = Shop(
