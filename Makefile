@@ -19,9 +19,13 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
+FAULTS := tests/test_faults.py tests/test_fuzz.py tests/test_worker_faults.py \
+	tests/test_workers.py::test_no_worker_takes_a_step_that_one_cannot \
+	tests/test_team.py::test_a_worker_is_killed_and_torchrun_goes_on_from_the_log
+
 # All of the fault suite, of which `make test` has a few trials of each fault; rewrites docs/reliability.md.
 faults: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "" tests/test_faults.py tests/test_fuzz.py --reliability docs/reliability.md $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "" $(FAULTS) --reliability docs/reliability.md $(PYTEST_ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import os
+import socket
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +24,7 @@ from justforward.conductor import Conductor
 from justforward.desk import Desk, Waiting
 from justforward.line import HttpLink, Line, Unreachable, greet
 from justforward.offers import ServeConfig
-from justforward.serve import open_run
+from justforward.serve import Hall, attend, listen, open_folder, open_run, server_of
 from justforward.worker import Rows, Worker
 
 KEY = b"a key that all of them share"
@@ -144,6 +151,64 @@ def run_alone(out: Path, **options: Any) -> Conductor:
     taking_part.run(log)
     desk.conductor.close()
     return desk.conductor
+
+
+class Running:
+    """A hub in a thread of its own, at an address or a folder."""
+
+    def __init__(self, desk: Desk, at: socket.socket | Path) -> None:
+        self.desk, self.notes = desk, list[str]()
+        self.url = f"http://127.0.0.1:{at.getsockname()[1]}" if not isinstance(at, Path) else ""
+        self.hall = Hall(desk, self.notes.append)
+        self._at = at
+        server = None if isinstance(at, Path) else server_of(self.hall, desk.most)
+        self.thread = threading.Thread(
+            target=lambda: asyncio.run(attend(self.hall, server, self._at)), daemon=True
+        )
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.hall.closing = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        if not isinstance(self._at, Path):
+            self._at.close()
+
+
+@contextlib.contextmanager
+def running(out: Path, at: Path | None = None, **options: Any) -> Iterator[Running]:
+    if at is not None:
+        open_folder(at)
+    hub = Running(open_desk(out, **options), at or listen("127.0.0.1", 0))
+    try:
+        yield hub
+    finally:
+        hub.stop()
+
+
+def start(url: str, seconds: float = 0.0) -> subprocess.Popen[str]:
+    """A worker in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, __file__, url, str(seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def end_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def until(said: Any, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not said():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)
 
 
 if __name__ == "__main__":

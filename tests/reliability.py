@@ -36,7 +36,22 @@ RUNS = {
     "a second writer": "a `train --resume`, an optimizer on the same log, a rewind: refused, the first goes on",
 }  # fmt: skip
 # Faults of workers: one row each, as above; tests count by `trial` as all others do.
-WORKERS: dict[str, str] = {}
+WORKERS = {
+    "a worker is killed": "kill -9 at a random instant, one of two over HTTP; the other goes on, to the steps of one worker alone",
+    "a worker hangs": "SIGSTOP likewise; goes on later, to the weights of all",
+    "a worker is slow": "twenty times slower than the other",
+    "the hub is killed": "kill -9 at a random instant; started again on the same port, its worker has waited",
+    "a request is lost": "three messages in ten, as if the connection broke before",
+    "a reply is lost": "likewise behind",
+    "a message comes twice": "likewise",
+    "an old message comes again": "one from long ago, before the next",
+    "a bit flipped in a message": "refused, nothing moves; the right one after it is taken",
+    "a worker answers NaN or infinity": "refused and, the third time, struck off; the step waits for another worker",
+    "another version, model, rows or settings": "refused by name, the others go on",
+    "another key, or a hub that is not the hub": "refused on both sides",
+    "one of two processes of torchrun": "killed, stopped, NaN, an exception, Ctrl-C: no process takes a step that one cannot; all say which one",
+    "one of two processes of `torchrun -m -- justforward train`": "killed; torchrun starts again, the run goes on to the same bits",
+}  # fmt: skip
 PARSERS = {
     "log": "bytes, and a good log with some changed",
     "rule": "texts",

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -25,75 +22,28 @@ from hypothesis import strategies as st
 from justforward import UserError, fingerprint, read_log, replay
 from justforward.desk import Desk
 from justforward.line import FolderLink, HttpLink, Line
-from justforward.serve import Hall, attend, listen, open_folder, open_run, serve, server_of
+from justforward.serve import Hall, attend, listen, open_folder, open_run, serve
 from justforward.wire import seal
-from parties import KEY, Party, close_all, open_desk, run_alone, serve_config, worker
-
-PARTIES = Path(__file__).with_name("parties.py")
+from parties import (
+    KEY,
+    Party,
+    Running,
+    close_all,
+    end_of,
+    open_desk,
+    run_alone,
+    running,
+    serve_config,
+    start,
+    until,
+    worker,
+)
 
 
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
     yield
     close_all()
-
-
-class Running:
-    """A hub in a thread of its own, at an address or a folder."""
-
-    def __init__(self, desk: Desk, at: socket.socket | Path) -> None:
-        self.desk, self.notes = desk, list[str]()
-        self.url = f"http://127.0.0.1:{at.getsockname()[1]}" if not isinstance(at, Path) else ""
-        self.hall = Hall(desk, self.notes.append)
-        self._at = at
-        server = None if isinstance(at, Path) else server_of(self.hall, desk.most)
-        self.thread = threading.Thread(
-            target=lambda: asyncio.run(attend(self.hall, server, self._at)), daemon=True
-        )
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.hall.closing = True
-        self.thread.join(30)
-        assert not self.thread.is_alive()
-        if not isinstance(self._at, Path):
-            self._at.close()
-
-
-@contextlib.contextmanager
-def running(out: Path, at: Path | None = None, **options: Any) -> Iterator[Running]:
-    if at is not None:
-        open_folder(at)
-    hub = Running(open_desk(out, **options), at or listen("127.0.0.1", 0))
-    try:
-        yield hub
-    finally:
-        hub.stop()
-
-
-def start(url: str, seconds: float = 0.0) -> subprocess.Popen[str]:
-    """A worker in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(PARTIES), url, str(seconds)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def end_of(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    found: dict[str, Any] = json.loads(out)
-    return found
-
-
-def until(said: Any, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not said():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.02)
 
 
 def test_a_worker_that_is_killed_is_not_waited_for_and_one_that_joins_later_has_the_same_weights(

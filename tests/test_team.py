@@ -24,6 +24,7 @@ from justforward.models import load_model
 from justforward.progress import Progress
 from justforward.run import train
 from processes import together
+from reliability import trial
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -175,6 +176,11 @@ def right(predictions, references):
 def test_a_worker_is_killed_and_torchrun_goes_on_from_the_log(
     config: TrainConfig, tmp_path: Path
 ) -> None:
+    with trial("one of two processes of `torchrun -m -- justforward train`"):
+        killed_or_not(config, tmp_path)
+
+
+def killed_or_not(config: TrainConfig, tmp_path: Path) -> None:
     results = []
     for dies in (False, True):
         rewards, out = tmp_path / f"rewards{dies}.py", tmp_path / f"run{dies}"
