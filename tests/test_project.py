@@ -37,6 +37,7 @@ ROOMS = [
     "moves",
     "away",
     "directions",
+    "shards",
     "activations",
     "rules",
     "variants",

@@ -445,21 +445,3 @@ def test_parts_that_are_offloaded_are_refused_by_name(tmp_path: Path) -> None:
     ):
         with pytest.raises(jf.UserError, match=r"parameter 0\.weight is on the meta device"):
             jf.MeZO(net)
-
-
-def sharded() -> str:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (2,))
-    net = model()
-    net[0].weight = nn.Parameter(distribute_tensor(net[0].weight.detach(), mesh, [Shard(0)]))
-    with pytest.raises(jf.UserError) as refused:
-        jf.MeZO(net)
-    return str(refused.value)
-
-
-def test_parts_of_weights_are_refused_by_name(tmp_path: Path) -> None:
-    for said in together(2, tmp_path, sharded):
-        assert said.startswith("parameter 0.weight is a DTensor, one process's part of a weight")
-        assert "leave the model whole on every process" in said

@@ -100,7 +100,7 @@ class TrainConfig:
         target_delta: private: at which delta epsilon is counted (default 1e-5, or a tenth of 1 / training rows if that is less).
         noise_multiplier: private: standard deviation of the noise, in units of what one row can change.
         clip: private: the length that a row's projected gradients are clipped to (default: they are scaled to length 1, which is a vote; docs/privacy.md says how to choose).
-        backoff: where the loss runs away, take steps back to where it was best and go on at half the rate (default yes; with private no).
+        backoff: where the loss runs away, take steps back to where it was best and go on at half the rate, after a worse validation at a quarter (default yes; with private no).
         max_forwards: stop after so many forward passes over a batch (a two-sided step is 2 for each sample).
         max_minutes: stop after so many minutes.
         patience: stop when so many validations in a row were no better than one before, by value or by a hundredth of the loss (0: go on; default 2, with private 0).

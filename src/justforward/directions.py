@@ -7,6 +7,7 @@ depends on another, so which thread does which never changes a bit.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,21 @@ FAMILIES = {
 }
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's numbers are in the noise, where they are only a part of a weight.
+
+    Attributes:
+        stream: that of the whole weight.
+        first: the number of their first tile in it.
+        decays: whether weight decay takes of it.
+    """
+
+    stream: int
+    first: int
+    decays: bool
+
+
 class Weights:
     """The trainable tensors, each with a stream number and a power-of-two grid.
 
@@ -76,13 +92,18 @@ class Weights:
         groups: parameter group of each tensor.
         family: shape of the directions.
         eps: per group, the longest look there will be; sets the finest grid.
+        places: of tensors that are parts of weights (`shards`); CPU, dense directions and rules without moments only.
 
     Attributes:
+        sharded: whether each process has parts of these alone (`shards`).
+        writes: whether this process writes the log.
         compiled: whether the Numba kernels take the tensors (all are on the CPU), or those of `noise.devices`.
 
     Raises:
         UserError: a tensor cannot be tuned, is not finite, or shares memory with another.
     """
+
+    sharded, writes = False, True
 
     def __init__(
         self,
@@ -90,11 +111,13 @@ class Weights:
         groups: Sequence[int],
         family: Family,
         eps: Sequence[float],
+        places: Sequence[Place] | None = None,
     ) -> None:
         self.names = [name for name, _ in tensors]
         self.tensors = [tensor for _, tensor in tensors]
         self.groups = list(groups)
         self.family = family
+        self.places = [Place(i, 0, t.dim() >= 2) for i, (_, t) in enumerate(tensors)] if places is None else places  # fmt: skip
         self.floors = [grid_floor(e, family) for e in eps]
         for name, tensor in tensors:
             check_trainable(name, tensor)
@@ -150,7 +173,10 @@ class Weights:
 
     def bind(self, i: int, kernel: Any, *rest: Any) -> Callable[[int, int], None]:
         """A kernel with tensor i, its grid and all the rest but the range of tiles: for `sweep`."""
-        return _bind(kernel, self._flat(i), self._grid(i), *rest)
+        theta, grid, first = self._flat(i), self._grid(i), self.places[i].first
+        if first:  # kernels go by the whole tensor's tiles
+            theta, grid = _behind(theta, first * spec.TILE), _behind(grid, first)
+        return lambda low, high: kernel(theta, grid, first + low, first + high, *rest)
 
     def is_outer(self, i: int) -> bool:
         """Whether tensor i takes rank-one directions."""
@@ -232,15 +258,15 @@ class Weights:
                 if self.halves[i]:
                     self._away[i].move(seed, float(c) * times)
                 continue
-            theta, grid, stream, t = self._flat(i), self._grid(i), np.uint64(i), np.float32(times)
+            stream, t = np.uint64(self.places[i].stream), np.float32(times)
             kernels = self.kernels(i)
             if self.is_outer(i):
                 a, b = self.factors(i, seeds)
                 columns = self.tensors[i].shape[1]
-                calls.append(_bind(kernels.look_outer, theta, grid, columns, a * c, b, t))
+                calls.append(self.bind(i, kernels.look_outer, columns, a * c, b, t))
             else:
                 look = kernels.look_signs if self.family.signs else kernels.look
-                calls.append(_bind(look, theta, grid, seeds[0], stream, c, t))
+                calls.append(self.bind(i, look, seeds[0], stream, c, t))
         self.sweep(calls)
 
     def update(
@@ -279,7 +305,7 @@ class Weights:
                 calls.append(None)
                 continue
             dithers, ends, seeds, c = part.dithers, part.ends, part.seeds, part.coefficients
-            theta, grid, stream = self._flat(i), self._grid(i), np.uint64(i)
+            stream = np.uint64(self.places[i].stream)
             decay = self.decays_of(i, part.decays)
             kernels = self.kernels(i)
             if self.is_outer(i):
@@ -287,25 +313,12 @@ class Weights:
                 a *= c[:, None] if self.compiled else torch.as_tensor(c[:, None], device=a.device)
                 columns = self.tensors[i].shape[1]
                 calls.append(
-                    _bind(
-                        kernels.update_outer,
-                        theta,
-                        grid,
-                        columns,
-                        stream,
-                        dithers,
-                        ends,
-                        a,
-                        b,
-                        decay,
-                    )
+                    self.bind(i, kernels.update_outer, columns, stream, dithers, ends, a, b, decay)
                 )
             else:
                 update = kernels.update_signs if self.family.signs else kernels.update
                 home = np.float32(0.0 if back is None or self.halves[i] else back[group])
-                calls.append(
-                    _bind(update, theta, grid, stream, dithers, ends, seeds, c, decay, home)
-                )
+                calls.append(self.bind(i, update, stream, dithers, ends, seeds, c, decay, home))
         self.sweep(calls, later=len(moves) == 1)
         self.check_held()
 
@@ -326,7 +339,7 @@ class Weights:
 
     def decays_of(self, i: int, decays: NDArray[np.float32]) -> NDArray[np.float32]:
         """Weight decay leaves biases and norm scales (tensors of fewer than two dimensions) alone."""
-        return decays if self.tensors[i].dim() >= 2 else np.zeros_like(decays)
+        return decays if self.places[i].decays else np.zeros_like(decays)
 
     def _wait(self, i: int, call: Callable[[int, int], None]) -> None:
         """Call a kernel once its tensor is read, or asked for."""
@@ -344,6 +357,13 @@ class Weights:
                 p._jf_disk()
 
         p._jf_due = due
+
+    def average(self, loss: Any) -> Any:
+        """A closure's loss; over processes their mean, where each has parts of the weights alone."""
+        return loss
+
+    def same(self, what: dict[str, Any]) -> None:
+        """Refuse to go on where processes that have parts of the weights were given different things."""
 
     def settle(self) -> None:
         """Do all that waits."""
@@ -396,11 +416,11 @@ def grid_floor(eps: float, family: Family) -> int:
     return max(math.ceil(math.log2(eps * family.largest / spec.GRID_LOOK)), -100)
 
 
-def _bind(kernel: Any, theta: Any, grid: Any, *rest: Any) -> Callable[[int, int], None]:
-    def call(first: int, last: int) -> None:
-        kernel(theta, grid, first, last, *rest)
-
-    return call
+def _behind(array: Any, count: int) -> Any:
+    """The array of which this one is what comes after `count` numbers that are not there: nobody may ask for those."""
+    start = array.ctypes.data - count * array.itemsize
+    room = (ctypes.c_char * (array.nbytes + count * array.itemsize)).from_address(start)
+    return np.frombuffer(room, array.dtype)
 
 
 def _deal(tiles: Sequence[int], count: int) -> list[list[tuple[int, int, int]]]:

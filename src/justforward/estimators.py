@@ -102,7 +102,7 @@ def look_weights(site: Site, closure: Any, batch: Any, samples: int, stay: bool)
     weights, eps = site.weights, site.eps
 
     def loss(where: str) -> float:
-        return _scalar(site.shield.call(closure, *arguments), site.step, where)
+        return _scalar(weights.average(site.shield.call(closure, *arguments)), site.step, where)
 
     losses: Losses = {HOME: [loss(HOME)]} if site.kind == "one-sided" else {}
     losses[AHEAD] = ahead = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from justforward import noise, rules
-from justforward.directions import FAMILIES, Weights
+from justforward.directions import FAMILIES
 from justforward.errors import UserError
 from justforward.estimators import Draws, RowLooks, Site, look_weights, looking_mode
 from justforward.groups import (
@@ -34,8 +34,10 @@ from justforward.moments import compile_kernels, course_of
 from justforward.playback import apply_steps, base_of, check_base, check_header, header_for
 from justforward.private import Private, count_answers
 from justforward.recipe import Recipe
+from justforward.shards import check_sharded, weights_of
 from justforward.sights import Sight, check_places, see_rows, see_weights, warn_alone
 from justforward.stored import compute_model_wide
+from justforward.trainable import in_shards
 from justforward.trajectory import Log, Step, Writer, read_log
 from justforward.variants import (
     Blocks,
@@ -146,9 +148,12 @@ class MeZO(Optimizer):
         owners = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
         self._longest = [group["eps"] for group in self.param_groups]
         flat = [name for called in names for name in called]
-        self.weights = Weights(
-            list(zip(flat, tensors, strict=True)), owners, FAMILIES[self.family], self._longest
-        )
+        named = list(zip(flat, tensors, strict=True))
+        if any(in_shards(tensor) for tensor in tensors):
+            check_sharded(estimator, self.rule.moments is not None, (modified, private))
+        family_here = FAMILIES[self.family]
+        self.weights = weights_of(named, owners, family_here, self._longest, self.model)
+        self.weights.same({**self._kind(), "groups": owners, "log": log is None})
         if self.weights.compiled:
             compile_kernels(FAMILIES[self.family], self.rule.spec, *self.weights.dtypes)
         self._course = course_of(seed, self.rule.spec)
@@ -175,7 +180,7 @@ class MeZO(Optimizer):
             )
             if old is not None:
                 self._continue(old, header)
-            else:
+            elif self.weights.writes:
                 self._writer = Writer.create(log, header)
 
     def _settings(self) -> dict[str, Any]:
@@ -264,7 +269,7 @@ class MeZO(Optimizer):
         Raises:
             As `estimate`; UserError: rows or samples that the step has not; as `variants.check_shared`.
         """
-        check_shared(self.looks, self.modified, self.private)
+        check_shared(self.looks, self.modified, self.private, self.weights.sharded)
         with Shield() as shield, looking_mode(self.model):
             count = sample_count(self.samples, self.steps)
             samples = range(count) if samples is None else samples
@@ -331,7 +336,13 @@ class MeZO(Optimizer):
     def _estimate(
         self, closure: Any, batch: Any, shield: Shield, keep_back: bool
     ) -> tuple[Step, list[float] | None, Draws | None]:
-        warn_alone()
+        if self.weights.sharded:
+            rates = [
+                [group[key] for key in ("lr", "eps", "weight_decay")] for group in self.param_groups
+            ]
+            self.weights.same({"steps": self.steps, "lr, eps or weight_decay": rates})
+        else:
+            warn_alone()
         samples = sample_count(self.samples, self.steps)
         site = self._site(shield)
         norms, extra = self._norms, 0
@@ -425,7 +436,8 @@ class MeZO(Optimizer):
         check_header(log, header)
         self.follow(log.steps)
         count_answers(self.private, self.steps)
-        self._writer = Writer.resume(log)
+        if self.weights.writes:
+            self._writer = Writer.resume(log)
 
     def follow(self, steps: Sequence[Step]) -> None:
         """Take the next steps as another optimizer of this kind took them, in few passes; raises as `apply`."""

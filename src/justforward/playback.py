@@ -18,7 +18,10 @@ from justforward.course import Course
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
 from justforward.moments import Moments, compile_kernels, course_of
+from justforward.rules import parse
+from justforward.shards import check_sharded, weights_of
 from justforward.stored import compute_model_wide, packed_in, plain, stored_dtype
+from justforward.trainable import in_shards
 from justforward.trajectory import Log, Step, read_log
 
 
@@ -26,7 +29,8 @@ def fingerprint(model: nn.Module) -> str:
     """sha256 over name, dtype, shape and bytes of every parameter and buffer (tied ones under each name).
 
     Of quantised weights, over the integers and what gives them their values: that is inside the tensor (torchao), or
-    in the state_dict beside the parameters (bitsandbytes), or what holds them in its place (`stored.Packed`). Works in slices, so that it never holds a copy of a tensor.
+    in the state_dict beside the parameters (bitsandbytes), or what holds them in its place (`stored.Packed`). Works in slices, so that it never holds a copy of a tensor,
+    but for weights in shards, which are made whole one at a time: every process must call this then.
     """
     state = model.state_dict()
     named = [
@@ -50,7 +54,7 @@ def fingerprint_of(named: Iterable[tuple[str, Tensor]]) -> str:
         seen[id(tensor)] = name
         if tensor.is_meta:
             raise UserError(f"{name} is on the meta device and has no values: load it first")
-        for part in _slices(tensor):
+        for part in _slices(tensor.full_tensor() if in_shards(tensor) else tensor):  # type: ignore[attr-defined]
             digest.update(part)
     return digest.hexdigest()
 
@@ -199,7 +203,7 @@ def same_records(model: nn.Module, path: str | os.PathLike[str]) -> int:
     log = read_log(path)
     tensors = _tensors_of(model, log, dtypes=False)
     compute_model_wide(model)
-    return apply_steps(*_of_log(tensors, log), log.steps)
+    return apply_steps(*_of_log(tensors, log, model), log.steps)
 
 
 def replay(model: nn.Module, path: str | os.PathLike[str], steps: int | None = None) -> int:
@@ -235,14 +239,18 @@ def at_base(model: nn.Module, log: Log) -> tuple[Weights, Course | Moments]:
     """
     tensors = check_base(model, log)
     compute_model_wide(model)  # as it was for the run
-    return _of_log(tensors, log)
+    return _of_log(tensors, log, model)
 
 
-def _of_log(tensors: Sequence[tuple[str, Tensor]], log: Log) -> tuple[Weights, Course | Moments]:
+def _of_log(
+    tensors: Sequence[tuple[str, Tensor]], log: Log, model: nn.Module
+) -> tuple[Weights, Course | Moments]:
     header = log.header
     groups = [group for *_, group in header["tensors"]]
     family = FAMILIES[header["family"]]
-    weights = Weights(tensors, groups, family, header["groups"])
+    weights = weights_of(tensors, groups, family, header["groups"], model)
+    if weights.sharded:
+        check_sharded("weight", parse(header["rule"]).moments is not None, ())
     if weights.compiled:
         compile_kernels(family, header["rule"], *weights.dtypes)
     return weights, course_of(header["seed"], header["rule"])

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from justforward.errors import UserError
-from justforward.noise.spec import TILE
 from justforward.stored import HALVES, Stored, is_half, packed_in, plain, stored_dtype
+
+
+def in_shards(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor: of what it says it is this process may have a part."""
+    return hasattr(tensor, "device_mesh")
 
 
 def check_trainable(name: str, tensor: Tensor) -> None:
@@ -19,12 +23,6 @@ def check_trainable(name: str, tensor: Tensor) -> None:
     advice = "freeze it (requires_grad_(False))"
     if tensor.is_meta:
         raise UserError(f"parameter {name} is on the meta device and has no values: load it first")
-    if hasattr(tensor, "device_mesh"):
-        raise UserError(
-            f"parameter {name} is a DTensor, one process's part of a weight (FSDP or tensor parallel), whose tiles of {TILE} "
-            "numbers it may cut: leave the model whole on every process (justforward.Workers shares the rows out) or spread it "
-            f"over devices with device_map, or {advice}"
-        )
     packed = packed_in(tensor)
     if packed is not None:
         raise UserError(

@@ -309,12 +309,18 @@ def check_variants(
         )
 
 
-def check_shared(looks: str, modified: Modified | None, private: object) -> None:
+def check_shared(
+    looks: str, modified: Modified | None, private: object, sharded: bool = False
+) -> None:
     """Refuse estimates of which workers cannot do a part each.
 
     Raises:
-        UserError: looks are one-point, or the estimate is modified or private.
+        UserError: looks are one-point, or the estimate is modified or private, or the weights are in shards.
     """
+    if sharded:
+        raise UserError(
+            "look, Workers: of a model in shards each process has parts alone: call opt.step in all, its loss is their mean"
+        )
     if modified is not None or looks == "one-point" or private is not None:
         raise UserError(
             "look, combine: modified, one-point and private estimates cannot be shared by workers"

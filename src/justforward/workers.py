@@ -32,7 +32,7 @@ from justforward.peers import START_SECONDS, Peers, spell
 from justforward.playback import fingerprint, fingerprint_of
 from justforward.sights import Sight, merged, row_losses
 from justforward.trajectory import Step, read_log
-from justforward.variants import sample_count
+from justforward.variants import check_shared, sample_count
 
 # What a message is, behind the checksum of what its worker is about to do.
 _SIGHT, _IDLE, _NONFINITE, _ERROR, _INTERRUPT = b"SINEC"
@@ -82,6 +82,7 @@ class Workers:
         data: Any = "",
         group: dist.ProcessGroup | Peers | None = None,
     ) -> None:
+        check_shared(opt.looks, opt.modified, opt.private, opt.weights.sharded)
         self.opt = opt
         self._peers = group if isinstance(group, Peers) else Peers(group)
         self.rank, self.size = self._peers.rank, self._peers.size
