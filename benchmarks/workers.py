@@ -4,7 +4,7 @@
 
 Both have the same bits, and take turns, step by step. Bytes are those that the sockets of a worker's process have sent, as
 Linux counts them for each connection (TCP_INFO: what programs write, without the headers of TCP and IP), beside
-those of the messages themselves; the rest is gloo's own framing. Where a machine is busy with other work, the seconds that a
+those of the messages themselves, which are 48 and 4 a row. Where a machine is busy with other work, the seconds that a
 process had of a core say more than those of the clock: the ratio of the slower worker's to the one worker's is given, too.
 """
 

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +21,7 @@ import torch.distributed as dist
 
 from justforward.errors import UserError
 from justforward.peers import Peers, spell
+from justforward.sockets import Share, Sockets, _address
 from processes import together
 
 LENGTHS = [0, 1, 100, (1 << 16) - 5, (1 << 16) - 4, (1 << 16) - 3, 300_000]
@@ -69,6 +79,107 @@ def test_who_is_missing_is_named_by_all_others(tmp_path: Path, how: int, said: s
     stopped = 1 if how == signal.SIGSTOP else None
     found = together(3, tmp_path, dies, how, stopped=stopped)
     assert found == [("UserError", said), None, ("UserError", said)]
+
+
+# ------------------------------------------------------------------------------------------- on the wire
+
+
+def sent(peers: Peers) -> int:
+    """Bytes that its connections have sent, as Linux counts them (TCP_INFO's tcpi_bytes_sent)."""
+    assert peers._sockets is not None
+    told = (s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) for s in peers._sockets._to.values())  # fmt: skip
+    return sum(int(struct.unpack_from("<Q", info, 200)[0]) for info in told)
+
+
+def counted() -> list[int]:
+    peers, found = Peers(), []
+    for length in (0, 60, 1000):
+        before = sent(peers)
+        peers.swap(bytes(length), 30.0, "here")
+        peers.swap(b"", 30.0, "here")  # what the others had to say has been read by then
+        found.append(sent(peers) - before)
+    peers.close()
+    return found
+
+
+def test_a_message_is_its_length_and_itself_on_the_wire(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("counted by Linux")
+    for found in together(3, tmp_path, counted):
+        assert found == [2 * (4 + length + 4) for length in (0, 60, 1000)]
+
+
+def in_threads(size: int, act: Callable[[int, Share], Any]) -> list[Any]:
+    """`act(rank, share)` in threads that share what they say."""
+    said: list[bytes] = [b""] * size
+    together, out = threading.Barrier(size), [None] * size
+
+    def share(rank: int, raw: bytes) -> list[bytes]:
+        said[rank] = raw
+        together.wait(30)
+        found = list(said)
+        together.wait(30)
+        return found
+
+    def run(rank: int) -> None:
+        try:
+            out[rank] = act(rank, partial(share, rank))
+        except UserError as error:
+            out[rank] = str(error)  # type: ignore[call-overload]
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return out
+
+
+def test_a_stranger_at_the_port_is_not_listened_to() -> None:
+    """Nor waited for; one who says nothing, either."""
+    strangers: list[socket.socket] = []
+
+    def act(rank: int, share: Share) -> Any:
+        def watched(raw: bytes) -> list[bytes]:
+            found = share(raw)
+            told = [json.loads(one) for one in found]
+            if rank == 0 and "port" in told[1]:
+                for greeting in (bytes(20), b"short", bytes.fromhex(told[0]["token"]) + bytes(4)):
+                    made = socket.create_connection((told[1]["address"], told[1]["port"]))
+                    made.sendall(greeting)
+                    if greeting == b"short":
+                        made.shutdown(socket.SHUT_WR)
+                    strangers.append(made)
+            return found
+
+        made = Sockets(rank, 2, watched)
+        other = 1 - rank
+        found = made.exchange(b"from %d" % rank, [other], [other], time.monotonic() + 30)
+        made.close()
+        return found
+
+    assert in_threads(2, act) == [({1: b"from 1"}, {}), ({0: b"from 0"}, {})]
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_one_who_cannot_be_reached_is_named_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(at: Any, timeout: float) -> Any:
+        raise ConnectionRefusedError("Connection refused")
+
+    monkeypatch.setattr("justforward.sockets.socket.create_connection", refused)
+    monkeypatch.setattr("justforward.sockets._SECONDS", 0.2)
+    first, second = in_threads(2, lambda rank, share: Sockets(rank, 2, share))
+    assert first == second
+    assert re.match(r"worker 0 cannot reach worker 1 at 127\.0\.0\.1, port \d+: Connection refused: workers need a TCP", first)  # fmt: skip
+
+
+def test_an_address_that_others_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert socket.inet_aton(_address())
+    monkeypatch.setenv("MASTER_ADDR", "no such host")
+    assert socket.inet_aton(_address())
 
 
 def beside() -> list[Any]:

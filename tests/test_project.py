@@ -56,6 +56,7 @@ ROOMS = [
     "modified",
     "ondisk",
     "optim",
+    "sockets",
     "peers",
     "workers",
     "reference",

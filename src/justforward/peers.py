@@ -1,32 +1,28 @@
 """Bytes between the processes of a torch.distributed group, and which of them has gone.
 
-They go over gloo, also where the group at hand is one of GPUs: a few scalars are not worth a device's time, and a wait can
-end. Every process hears from every other one itself, so whoever is missing is known by number.
+They go over sockets (`sockets`), also where the group at hand is one of GPUs: a few scalars are not worth a device's time, and
+a wait can end. Every process hears from every other one itself, so whoever is missing is known by number. The group,
+by gloo, tells them at the start where everybody is.
 """
 
 from __future__ import annotations
 
 import json
-import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from justforward import launched
 from justforward.errors import UserError
+from justforward.sockets import Sockets
 
 # Longest wait for each other before the first step, while models are loaded and logs replayed.
 START_SECONDS = 1800.0
-# gloo takes what is shorter than the room for it and aborts at what is longer: so there is room, and the length is sent along.
-_ROOM = 1 << 16
-# Of our messages, so that they meet no one else's.
-_TAG = 1305
-_LENGTH = struct.Struct("<I")
+_ROOM = 1024  # bytes that each says of itself at the start
 
 
 class Peers:
@@ -43,7 +39,7 @@ class Peers:
         size: how many there are.
 
     Raises:
-        UserError: the group has no gloo.
+        UserError: the group has no gloo, or one process cannot reach another.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -51,6 +47,7 @@ class Peers:
         self._ranks = [0]
         self._group: dist.ProcessGroup | None = None
         self._opened = False
+        self._sockets: Sockets | None = None
         start = timedelta(seconds=START_SECONDS)
         if not dist.is_available():
             return
@@ -74,6 +71,8 @@ class Peers:
             made = dist.new_group(timeout=start, backend="gloo")
             assert isinstance(made, dist.ProcessGroup)
             self._group = made
+        if self.size > 1:
+            self._sockets = Sockets(self.rank, self.size, self._share)
 
     def swap(self, raw: bytes, seconds: float, when: str) -> list[bytes]:
         """What every process has to say, by number.
@@ -110,51 +109,31 @@ class Peers:
         self, raw: bytes, to: Sequence[int], sources: Sequence[int], seconds: float, when: str
     ) -> dict[int, bytes]:
         """Send `raw` to some, and receive what some send."""
+        if self._sockets is None:
+            return {}
         ends = time.monotonic() + seconds
-        whole = _LENGTH.pack(len(raw)) + raw
-        first = {rank: torch.empty(_ROOM, dtype=torch.uint8) for rank in sources}
-        lost = self._move(whole[:_ROOM], to, first, ends)
-        lengths, rest = {}, {}
-        for rank in set(sources) - set(lost):
-            lengths[rank] = (
-                _LENGTH.size + _LENGTH.unpack(first[rank][: _LENGTH.size].numpy().tobytes())[0]
-            )
-            if lengths[rank] > _ROOM:
-                rest[rank] = torch.empty(lengths[rank] - _ROOM, dtype=torch.uint8)
-        more = to if len(whole) > _ROOM else []
-        lost |= self._move(whole[_ROOM:], [rank for rank in more if rank not in lost], rest, ends)
+        got, lost = self._sockets.exchange(raw, to, sources, ends)
         if lost:
             raise UserError(_missing(lost, self.size, seconds, when))
-        out = {}
-        for rank, length in lengths.items():
-            parts = [first[rank][_LENGTH.size : length], *([rest[rank]] if rank in rest else [])]
-            out[rank] = b"".join(part.numpy().tobytes() for part in parts)
-        return out
+        return got
 
-    def _move(
-        self, raw: bytes, to: Iterable[int], into: dict[int, Tensor], ends: float
-    ) -> dict[int, str]:
-        """Send and receive until all is there; with whom it failed, and why."""
-        lost: dict[int, str] = {}
-        works: list[tuple[int, Any]] = []
-        mine = torch.frombuffer(bytearray(raw or b"\0"), dtype=torch.uint8)
-        calls = [(dist.irecv, rank, buffer) for rank, buffer in into.items()]
-        for call, rank, tensor in [*calls, *((dist.isend, rank, mine) for rank in to)]:
-            try:
-                work = call(tensor, self._ranks[rank], group=self._group, tag=_TAG)
-                works.append((rank, work))
-            except RuntimeError as error:
-                lost.setdefault(rank, str(error))
-        for rank, work in works:
-            left = max(ends - time.monotonic(), 0.001)
-            try:
-                work.wait(timedelta(seconds=left))
-            except RuntimeError as error:
-                lost.setdefault(rank, str(error))
-        return lost
+    def _share(self, raw: bytes) -> list[bytes]:
+        """What all say at the start, over the group itself."""
+        mine = torch.zeros(_ROOM, dtype=torch.uint8)
+        mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        said = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            dist.all_gather(said, mine, group=self._group)
+        except RuntimeError as error:
+            raise UserError(
+                f"a worker ended, or said nothing for {START_SECONDS:g} s, at the start: {error}"
+            ) from error
+        return [one.numpy().tobytes().rstrip(b"\0") for one in said]
 
     def close(self) -> None:
-        """Leave the group, if it was joined here."""
+        """Let go of the connections, and leave the group if it was joined here."""
+        if self._sockets is not None:
+            self._sockets.close()
         if self._opened:
             self._opened = False
             dist.destroy_process_group()
