@@ -11,6 +11,7 @@ import json
 import resource
 import subprocess
 import sys
+from itertools import product
 from typing import Any
 
 import torch
@@ -82,12 +83,12 @@ def main() -> None:
         table.add(what, value, f"at most {limit:g}", value <= limit, detail)
     long = {"rows": 8, "length": 256}
     adamw = peak("adamw", **long)
-    for kind in ("weight", "activation"):
-        own = peak(kind, "bfloat16", **long)
+    for kind, dtype in product(("weight", "activation"), ("bfloat16", "float32")):
+        own = peak(kind, dtype, **long)
         for name, less, limit in (("", 0.0, 5.0), (", libraries taken off both", libraries, 8.0)):
             value = (adamw - less) / (own - less)
             detail = f"{adamw:.0f} MiB against {own:.0f} MiB"
-            what = f"8 x 256 tokens: AdamW, all weights / {kind}, bfloat16{name}"
+            what = f"8 x 256 tokens: AdamW, all weights / {kind}, {dtype}{name}"
             table.add(what, value, f"at least {limit:g}", value >= limit, detail)
     table.print()
 
