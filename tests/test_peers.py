@@ -144,7 +144,12 @@ def test_a_stranger_at_the_port_is_not_listened_to() -> None:
             found = share(raw)
             told = [json.loads(one) for one in found]
             if rank == 0 and "port" in told[1]:
-                for greeting in (bytes(20), b"short", bytes.fromhex(told[0]["token"]) + bytes(4)):
+                for greeting in (
+                    b"",
+                    bytes(20),
+                    b"short",
+                    bytes.fromhex(told[0]["token"]) + bytes(4),
+                ):
                     made = socket.create_connection((told[1]["address"], told[1]["port"]))
                     made.sendall(greeting)
                     if greeting == b"short":

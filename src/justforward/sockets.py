@@ -24,6 +24,7 @@ from justforward.errors import UserError
 _LENGTH, _RANK = struct.Struct("<I"), struct.Struct("<I")
 _TOKEN = 16
 _SECONDS = 20.0  # to connect, once all have said where they are
+_GREETING = 2.0  # seconds for who has connected to say who it is
 _AT_ONCE = 1 << 20
 
 Share = Callable[[bytes], list[bytes]]
@@ -47,7 +48,7 @@ class Sockets:
         own = "127.0.0.1" if alone else said[rank]["address"]
         family = socket.AF_INET6 if ":" in own else socket.AF_INET
         token = secrets.token_bytes(_TOKEN)
-        with socket.create_server((own, 0), family=family, backlog=size) as listener:
+        with _listener(own, family, size) as listener:
             place = {"address": own, "port": listener.getsockname()[1], "token": token.hex()}
             places = _tell(share, place)
             failed = ""
@@ -84,22 +85,30 @@ class Sockets:
         """Let those of lower number in, and nobody who does not know the token."""
         ends = time.monotonic() + _SECONDS
         while any(other not in self._to for other in range(rank)) and time.monotonic() < ends:
-            with contextlib.suppress(OSError):  # one that says nothing is not waited for
+            try:
                 listener.settimeout(max(ends - time.monotonic(), 0.01))
                 made = listener.accept()[0]
-                made.settimeout(max(ends - time.monotonic(), 0.01))
-                greeting = b""
-                while len(greeting) < _TOKEN + _RANK.size:
-                    part = made.recv(_TOKEN + _RANK.size - len(greeting))
-                    if not part:
-                        break
-                    greeting += part
-                known = hmac.compare_digest(greeting[:_TOKEN], token)
-                other = _RANK.unpack(greeting[_TOKEN:])[0] if known else rank
-                if known and other < rank and other not in self._to:
-                    self._to[other] = made
-                else:
-                    made.close()
+            except OSError:
+                continue
+            other = self._greeted(made, token, ends)
+            if other is not None and other < rank and other not in self._to:
+                self._to[other] = made
+            else:
+                made.close()
+
+    def _greeted(self, made: socket.socket, token: bytes, ends: float) -> int | None:
+        """Who has connected; None for one who says nothing, or what nobody of the group would."""
+        greeting = b""
+        with contextlib.suppress(OSError):
+            made.settimeout(max(min(_GREETING, ends - time.monotonic()), 0.01))
+            while len(greeting) < _TOKEN + _RANK.size:
+                part = made.recv(_TOKEN + _RANK.size - len(greeting))
+                if not part:
+                    return None
+                greeting += part
+        if len(greeting) < _TOKEN + _RANK.size or not hmac.compare_digest(greeting[:_TOKEN], token):
+            return None
+        return int(_RANK.unpack(greeting[_TOKEN:])[0])
 
     def exchange(
         self, raw: bytes, to: Iterable[int], sources: Sequence[int], ends: float
@@ -162,6 +171,14 @@ class Sockets:
         for made in self._to.values():
             made.close()
         self._to.clear()
+
+
+def _listener(own: str, family: socket.AddressFamily, backlog: int) -> socket.socket:
+    """At this address; at all where it is none of this machine's own, as behind a translation of addresses."""
+    try:
+        return socket.create_server((own, 0), family=family, backlog=backlog)
+    except OSError:
+        return socket.create_server(("", 0), family=family, backlog=backlog)
 
 
 def _tell(share: Share, what: dict[str, Any]) -> list[dict[str, Any]]:
