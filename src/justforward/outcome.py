@@ -61,29 +61,32 @@ class Turn:
 
 
 def turning(
-    config: TrainConfig, metrics: Sequence[Metric], steps: int, parts: int = 1
+    config: TrainConfig, validations: Sequence[Metric], steps: int, parts: int = 1
 ) -> Turn | None:
     """Where to go back to from a step whose validation was worse than the best one before it; None where it was not.
 
     Args:
         config: resolved; with a metric as its objective the loss is not what steps lower, and there is no turning back.
-        metrics: the run's lines. Validations that only a limit brought about do not count: it may be raised.
+        validations: the run's. Those that only a limit brought about do not count: it may be raised.
         steps: taken.
         parts: parameter groups.
     """
 
+    if config.objective != "loss" or not validations or validations[-1]["step"] != steps:
+        return None
+
     def due(m: Metric) -> bool:
         step, after = m["step"], m["forwards"]
         before = after - (forwards_at(config, step - 1, parts) if step else 0)
-        return m["kind"] == "validation" and (step == 0 or validation_due(config, before, after))
+        return step == 0 or validation_due(config, before, after)
 
-    found = [m for m in metrics if due(m)]
+    found = [m for m in validations if due(m)]
     best = best_step(found, steps)
-    if config.objective != "loss" or best is None or found[-1]["step"] != steps:
+    if best is None or found[-1]["step"] != steps:
         return None
     last, had = ((value_of(m), float(m["loss"])) for m in (found[-1], best))
     if not is_worse(last, had):
         return None
-    taken_back = sum(1 for m in metrics if m["kind"] == "validation" and m["step"] > best["step"])
+    taken_back = sum(1 for m in validations if m["step"] > best["step"])
     why = f"the validation loss is {last[1]:.4f}, and was {had[1]:.4f} after step {best['step']}"
     return Turn(best["step"], taken_back, why)

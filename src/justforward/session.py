@@ -80,7 +80,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.seconds_before = max((float(m["seconds"]) for m in self.metrics), default=0.0)
-        self.validations = [m for m in self.metrics if m["kind"] == "validation"]
+        self._sort()
         self.model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.scorer: Scorer | None = None
@@ -262,8 +262,7 @@ class Session:
             if first == self.steps == 0 and self.log is None:
                 self._unmake()  # the first look found out that this cannot be trained
             else:
-                # a full disk is one reason to be here: then this cannot be written either, and the
-                # log's whole records are enough to continue from
+                # a full disk, say: then this cannot be written either; the log's whole records are enough
                 with contextlib.suppress(UserError):
                     self._end_early("error")
             raise
@@ -352,7 +351,7 @@ class Session:
 
     def _turn(self) -> bool:
         """Go back if the last validation was worse. Asked before each step, so that a resumed run does likewise."""
-        found = turning(self.config, self.metrics, self.steps, self.parts)
+        found = turning(self.config, self.validations, self.steps, self.parts)
         if found is None or not self._may_rewind():
             return False
         self._rewind(found.step, found.why, validations=found.validations)
@@ -367,7 +366,7 @@ class Session:
         line = {**self._metric("rewind", step, self.forwards), "taken": taken, "lost": lost, **more}
         self.metrics = [m for m in self.metrics if m["kind"] == "rewind" or m["step"] <= step]
         self.metrics.append(line)
-        self.validations = [m for m in self.metrics if m["kind"] == "validation"]
+        self._sort()
         with Shield():  # if only the first is done, the very same rewind follows again
             Writer.rewind(read_log(self.folder.log), step)
             self.folder.keep_metrics(self.metrics)
@@ -477,9 +476,15 @@ class Session:
         seconds = round(self.seconds, 3)
         return {"kind": kind, "step": step, "forwards": forwards, "seconds": seconds, **values}
 
+    def _sort(self) -> None:
+        """Lines that are asked for before each step, apart from those of steps."""
+        self.marks = [m for m in self.metrics if m["kind"] in ("validation", "rewind")]
+        self.validations = [m for m in self.marks if m["kind"] == "validation"]
+
     def _remember(self, metric: Metric) -> None:
         self.metrics.append(metric)
         if metric["kind"] == "validation":
+            self.marks.append(metric)
             self.validations.append(metric)
 
     def _append(self, metric: Metric) -> None:
@@ -489,9 +494,7 @@ class Session:
     def _reason(self) -> str | None:
         timed = self.config.max_minutes is not None
         seconds: float = self.team.agree(self.seconds) if timed else 0.0
-        return stop_reason(
-            self.config, self.steps, self.forwards, seconds, self.metrics, self.parts
-        )
+        return stop_reason(self.config, self.steps, self.forwards, seconds, self.marks, self.parts)
 
 
 _WHAT = {"before": "test rows, for the figure before", "validation": "validation rows"}
