@@ -9,7 +9,9 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -810,6 +812,46 @@ def test_trackers(tmp_path: Path, tracker: str, monkeypatch: pytest.MonkeyPatch)
     trainer.train()
     assert len(shown(trainer, "grad_norm")) == 4
     assert [path for path in tmp_path.rglob("*") if tracker in str(path) or "events" in path.name]
+
+
+class Hub:
+    """What Trainer asks of a hub, kept in a folder: no network."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.said = folder, list[str]()
+
+    def create_repo(self, name: str, **given: Any) -> Any:
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, *, folder_path: Any, commit_message: str, **given: Any) -> Any:
+        place = self.folder / given.get("path_in_repo", ".")
+        shutil.copytree(folder_path, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*"))  # fmt: skip
+        self.said.append(commit_message)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def test_what_is_pushed_to_a_hub_is_the_model_and_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    model = make_model("gpt2")
+    base = copy.deepcopy(model)
+    given = {"push_to_hub": True, "hub_model_id": "me/tuned", "hub_strategy": "checkpoint"}
+    trainer = make_trainer(model, tmp_path / "run", save_strategy="steps", save_steps=2, **given)
+    trainer.train()
+    assert [said for said in hub.said if "step 2" in said or "step 4" in said]
+    trainer.push_to_hub(commit_message="the end")
+    assert hub.said[-1] == "the end"
+    pushed = type(model).from_pretrained(hub.folder)
+    assert jf.fingerprint(pushed) == jf.fingerprint(model)
+    assert_replayed(base, model, hub.folder, 4)
+    # the checkpoint beside it is one to go on from
+    again = make_trainer(copy.deepcopy(base), tmp_path / "again", max_steps=6)
+    again.train(resume_from_checkpoint=str(hub.folder / "last-checkpoint"))
+    assert_replayed(base, again.model, tmp_path / "again", 6)
 
 
 # -------------------------------------------------------------------------------------- refusals
