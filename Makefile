@@ -21,7 +21,8 @@ test: $(VENV)/.dev
 
 FAULTS := tests/test_faults.py tests/test_fuzz.py tests/test_worker_faults.py \
 	tests/test_workers.py::test_no_worker_takes_a_step_that_one_cannot \
-	tests/test_team.py::test_a_worker_is_killed_and_torchrun_goes_on_from_the_log
+	tests/test_team.py::test_a_worker_is_killed_and_torchrun_goes_on_from_the_log \
+	--deselect tests/test_faults.py::test_the_table_is_of_this_suite
 
 # All of the fault suite, of which `make test` has a few trials of each fault; rewrites docs/reliability.md.
 faults: $(VENV)/.dev

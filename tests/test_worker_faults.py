@@ -308,13 +308,15 @@ def test_another_key(tmp_path: Path, steps: Callable[[int], list[Any]], much: An
             trial("another key, or a hub that is not the hub"),
             pytest.raises(UserError, match="the hub does not take this key"),
         ):
-            greet(Line(DeskLink(desk), bytes(range(length)), 1.0))
+            greet(Line(DeskLink(desk, now=100.0 * length), bytes(range(length)), 1.0))
         with (
             trial("another key, or a hub that is not the hub"),
             pytest.raises(UserError, match="has not the proof of the key"),
         ):
-            greet(Line(Forged(desk), KEY, 1.0))
-    made, own, log = worker(DeskLink(desk))
+            greet(
+                Line(Forged(desk, now=100.0 * length), KEY, 1.0)
+            )  # the sessions of the ones before are forgotten by then
+    made, own, log = worker(DeskLink(desk, now=1e4))
     assert made.run(log) == 10
     desk.conductor.close()
     assert read_log(desk.conductor.folder.log).steps == steps(10)
