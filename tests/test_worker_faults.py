@@ -195,7 +195,7 @@ def test_messages_are_lost_repeated_or_late(
     made, own, log = worker(link, wait=60.0)
     taken = made.run(log)
     desk.conductor.close()
-    assert link.spoilt > 5
+    assert link.spoilt > 0
     for _ in range(link.spoilt):  # a trial each: what came of the run says of all
         with trial(name):
             assert taken == much[0]
