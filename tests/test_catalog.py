@@ -659,6 +659,8 @@ def test_train_eval_resume_replay(
         "base",
         "--patience",
         0,
+        "--backoff",
+        "false",
         "--lr",
         3e-2,
         "--shots",

@@ -154,6 +154,8 @@ def test_a_weaker_penalty_is_taken_only_where_it_is_better(monkeypatch: pytest.M
         real(fit, features, by, penalty)
 
     monkeypatch.setattr(last, "_descend", descend)
+    # far weaker ones, too: where it becomes worse depends on last bits
+    monkeypatch.setattr(last, "PENALTIES", (*last.PENALTIES, *(10.0**-k for k in range(5, 12))))
     scorer = scorer_for("llama")
     found = the_last(scorer)
     seen = answer_tokens(scorer, found, rows(12), 8)

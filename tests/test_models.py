@@ -325,7 +325,7 @@ def words(tmp_path: Path, sentiment_csv: Path) -> Callable[[str], list[str]]:
 def test_families_from_the_command_line(
     words: Any, kind: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([*words(kind), *options, "--json"]) == 0
+    assert cli.main([*words(kind), *options, "--backoff", "false", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["steps"], result["status"]) == (2, "finished")
     run, out = str(tmp_path / "run"), str(tmp_path / "out")

