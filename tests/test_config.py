@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from justforward.config import FREE, EvalConfig, InspectConfig, ReplayConfig, TrainConfig
+from justforward.config import FREE, EvalConfig, InspectConfig, ReplayConfig, TrainConfig, Tuner
 from justforward.errors import UserError
 from justforward.ranges import check_ranges
 from justforward.schedules import forwards_until, learning_rate, samples_at, validation_due
@@ -73,7 +73,9 @@ def test_ranges(name: str, bad: list[Any], good: list[Any]) -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["model", "data", "lr", "rule", "max_forwards", "tuner", "json"])
+@pytest.mark.parametrize(
+    "name", ["model", "data", "batch_size", "rule", "max_forwards", "tuner", "json"]
+)
 def test_empty_values(name: str) -> None:
     with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is empty: it must be given"):
         check_ranges(config(**{name: None}))
@@ -124,6 +126,9 @@ def test_resolved_fills_in_what_depends_on_other_values() -> None:
     assert resolved(config(max_forwards=2)).eval_every == 2
     assert (out.eps, resolved(config(objective="accuracy")).eps) == (1e-3, 2e-2)
     assert resolved(config(objective="accuracy", eps=5e-3)).eps == 5e-3
+    rates = {tuner: resolved(config(tuner=tuner)).lr for tuner in get_args(Tuner)}
+    assert rates == {"full": 1e-3, "lora": 3e-3, "prefix": 1e-1, "prompt": 1e-2, "head": 1e-3}
+    assert resolved(config(tuner="lora", lr=1e-4)).lr == 1e-4
     kept = resolved(config(seed=5, split_seed=0, eval_every=3))
     assert (kept.split_seed, kept.eval_every) == (0, 3)
     assert task_of(out).prompt({"text": "A"}) == "A It was"

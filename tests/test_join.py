@@ -104,7 +104,8 @@ def test_what_differs_is_named(
         # the first one that joins says what the run's rows and model are
         _found(hub, model_folder, sentiment_csv)
         assert "its rows have sha256" in refused(hub, model_folder, other_rows)
-        assert "made from a base model with fingerprint" in refused(hub, other_model, sentiment_csv)
+        said = refused(hub, other_model, sentiment_csv)
+        assert said.startswith("error: the hub's log: made from a base model with fingerprint")
         assert "does not take this key" in refused(hub, model_folder, sentiment_csv, str(other_key))
         monkeypatch.setattr(hub.desk.conductor, "info", lambda: {"protocol": 1, "version": "0.0.9"})
         said = refused(hub, model_folder, sentiment_csv)

@@ -100,7 +100,7 @@ class ServeConfig:
     rule: str = TrainConfig.rule
     family: str | None = None
     looks: Looks = TrainConfig.looks
-    lr: float = TrainConfig.lr
+    lr: float | None = None
     eps: float | None = None
     num_samples: int = TrainConfig.num_samples
     sample_schedule: Samples = TrainConfig.sample_schedule

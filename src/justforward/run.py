@@ -73,6 +73,7 @@ def _open(config: TrainConfig, progress: Progress, team: Team) -> Session | Resu
         filled = {
             name: getattr(old, name)
             for name in (
+                "lr",
                 "eval_every",
                 "test_size",
                 "validation_size",

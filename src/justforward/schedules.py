@@ -12,6 +12,7 @@ from justforward.variants import Modified, forwards_of
 
 def learning_rate(config: TrainConfig, forwards: int) -> float:
     """Learning rate of the step that starts after so many forwards: a function of nothing else."""
+    assert config.lr is not None
     done = min(forwards / config.max_forwards, 1.0)
     if config.lr_schedule == "linear":
         return config.lr * (1.0 - done)

@@ -108,7 +108,10 @@ class Worker:
         path.unlink(missing_ok=True)
         if log_bytes:
             path.write_bytes(self._download())
-        self.opt = self._build(path, bool(log_bytes))
+        try:
+            self.opt = self._build(path, bool(log_bytes))
+        except UserError as error:  # this copy is gone before anybody reads of it
+            raise UserError(str(error).replace(str(path), "the hub's log")) from None
         log = read_log(path)
         self._history = History(log.steps)
         self._weights = None
