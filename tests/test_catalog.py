@@ -601,10 +601,14 @@ def test_declarations_refused(tmp_path: Path, change: dict[str, Any], said: str)
         (b"name: [\n", ":2: not a declaration in YAML"),
         (b"- name\n", "not a declaration: write one"),
         (b"name: a\nname: b\n", ":2: not a declaration in YAML: 'name' is given twice"),
+        (b"name: a\n\ntitel: b\n", "own.yml:3: key 'titel' is unknown: did you mean title?"),
+        (b"name: a\nkind:\n  poem\n", "own.yml:2: kind is 'poem'"),
+        (b"name: a\nlabels: {a: b}\nsplits:\n  test: a.csv\n  train: 7\n", "own.yml:5: splits: train is 7"),
+        (b"name: a\nlabels: {a: b}\nfields:\n  x:\n    change: up\n", "own.yml:5: field x has the change 'up'"),
         (b"name: \xff\n", "not UTF-8"),
         (b"name: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
     ],
-)
+)  # fmt: skip
 def test_files_refused(tmp_path: Path, content: bytes | None, said: str) -> None:
     path = tmp_path / "own.yml"
     if content is not None:

@@ -103,20 +103,30 @@ def described(declared: Declaration) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- reading
 
 
+class _Mapping(dict[Hashable, Any]):
+    """A mapping of the file, and the line that each of its keys is in."""
+
+    lines: dict[str, int]
+
+
 class _Loader(yaml.SafeLoader):
     """Keys are texts as they are written, so that true and 1 are two; one given twice is refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
+        found = _Mapping()
+        found.lines = {}
+        for key, value in node.value:
+            name = str(key.value)
+            if name in found.lines:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value!r} is given twice: keep one", key.start_mark
                 )
-            seen.add(str(key.value))
-        return {
-            str(key.value): self.construct_object(value, deep=True) for key, value in node.value
-        }
+            found.lines[name] = key.start_mark.line + 1
+            found[name] = self.construct_object(value, deep=True)
+        return found
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -149,17 +159,30 @@ def spelled(value: Any) -> str:
 class _Check:
     """Takes keys out of a mapping, each checked; what is left at the end is unknown."""
 
-    def __init__(self, where: str, values: dict[Any, Any], known: tuple[str, ...]) -> None:
-        self.where = where
+    def __init__(
+        self, file: str, values: dict[Any, Any], known: tuple[str, ...], part: str = ""
+    ) -> None:
+        """`part`: of the file, which messages name after it."""
+        self.file = file
         self.values = values
+        self.part = part and f": {part}"
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-                raise UserError(f"{where}: key {key!r} is unknown: {hint}")
+                raise UserError(f"{self.at(key)}: key {key!r} is unknown: {hint}")
+
+    def line(self, key: str) -> str:
+        """The file, and its line of `key` if it has that."""
+        line = getattr(self.values, "lines", {}).get(key)
+        return self.file if line is None else f"{self.file}:{line}"
+
+    def at(self, key: str) -> str:
+        """Where `key` is, as messages begin."""
+        return self.line(key) + self.part
 
     def bad(self, key: str, must: str) -> UserError:
-        return UserError(f"{self.where}: {key} is {self.values.get(key)!r}: it must be {must}")
+        return UserError(f"{self.at(key)}: {key} is {self.values.get(key)!r}: it must be {must}")
 
     def text(self, key: str) -> str | None:
         value = self.values.get(key)
@@ -172,7 +195,7 @@ class _Check:
     def needed(self, key: str, example: str) -> str:
         value = self.text(key)
         if value is None:
-            raise UserError(f"{self.where}: {key} is missing: add it, such as {key}: {example}")
+            raise UserError(f"{self.at(key)}: {key} is missing: add it, such as {key}: {example}")
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
@@ -233,7 +256,7 @@ class _Check:
         for name, word in value.items():
             if not isinstance(name, str) or not isinstance(word, str):
                 raise UserError(
-                    f"{self.where}: {key} has {name!r}: {word!r}, not texts: put quotes around "
+                    f"{self.at(key)}: {key} has {name!r}: {word!r}, not texts: put quotes around "
                     "yes, no, true, false, null and numbers"
                 )
         return dict(value)
@@ -267,9 +290,9 @@ def _declaration(path: Path, values: dict[Any, Any]) -> Declaration:
         masked_template=check.text("masked_template"),
         masked_labels=check.words("masked_labels"),
         rows=check.text("rows") or "",
-        fields=_fields(where, values.get("fields")),
-        label=_label(where, values.get("label"), labels),
-        splits=_splits(where, values.get("splits")),
+        fields=_fields(check),
+        label=_label(check, labels),
+        splits=_splits(check),
         train_from_test=_share(check),
         whole_small_classes=check.flag("whole_small_classes"),
         kind=kind,
@@ -277,8 +300,8 @@ def _declaration(path: Path, values: dict[Any, Any]) -> Declaration:
         positive=check.text("positive"),
         group=check.texts("group"),
         apart=check.texts("apart"),
-        options=_options(where, values.get("options")),
-        answers=_answers(where, values.get("answers")),
+        options=_options(check),
+        answers=_answers(check),
         loss=check.choice("loss", Loss),
         score=check.choice("score", Score),
         null=check.words_or_none("null"),
@@ -301,27 +324,29 @@ def _share(check: _Check) -> float | None:
     return value
 
 
-def _splits(where: str, value: Any) -> dict[str, tuple[str, ...]]:
+def _splits(top: _Check) -> dict[str, tuple[str, ...]]:
+    value, where = top.values.get("splits"), top.at("splits")
     if not isinstance(value, dict):
         raise UserError(
             f"{where}: splits are missing: name the file of each, such as "
             "splits: {train: train.jsonl, test: test.jsonl}"
         )
-    check = _Check(f"{where}: splits", value, SPLITS)
+    check = _Check(top.file, value, SPLITS, "splits")
     splits = {name: check.texts(name) for name in SPLITS}
     if not splits["test"]:
         raise UserError(f"{where}: splits has no test: name the file whose rows are the test")
-    for files in splits.values():
+    for split, files in splits.items():
         for file in files:
             if not file.endswith((".jsonl", ".json", ".csv", ".tsv")) or Path(file).name != file:
                 raise UserError(
-                    f"{where}: splits has the file {file!r}: give the name of a .jsonl, .json, .csv or "
+                    f"{check.line(split)}: splits has the file {file!r}: give the name of a .jsonl, .json, .csv or "
                     ".tsv file in the folder of the data"
                 )
     return splits
 
 
-def _fields(where: str, value: Any) -> dict[str, Field]:
+def _fields(top: _Check) -> dict[str, Field]:
+    value, where = top.values.get("fields"), top.at("fields")
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -333,7 +358,8 @@ def _fields(where: str, value: Any) -> dict[str, Field]:
                 f"{where}: fields has {name!r}, which cannot be a field's name: choose another"
             )
         inner = given if isinstance(given, dict) else {"from": given}
-        check = _Check(f"{where}: field {name}", inner, ("from", "change", "values", "replace"))
+        known = ("from", "change", "values", "replace")
+        check = _Check(top.file, inner, known, f"field {name}")
         values = {spelled(k): v for k, v in (check.words("values") or {}).items()}
         replace = check.words("replace") or {}
         fields[name] = Field(check.texts("from") or (name,), _changes(check), values, replace)
@@ -345,17 +371,18 @@ def _changes(check: _Check) -> tuple[str, ...]:
     for change in changes:
         if change not in CHANGES:
             raise UserError(
-                f"{check.where} has the change {change!r}: known are {', '.join(CHANGES)}"
+                f"{check.at('change')} has the change {change!r}: known are {', '.join(CHANGES)}"
             )
     return changes
 
 
-def _options(where: str, value: Any) -> Options | None:
+def _options(top: _Check) -> Options | None:
+    value, where = top.values.get("options"), top.at("options")
     if value is None:
         return None
     inner = value if isinstance(value, dict) else {"from": value}
     known = ("from", "columns", "text", "into", "at", "change", "replace")
-    check = _Check(f"{where}: options", inner, known)
+    check = _Check(top.file, inner, known, "options")
     places, columns = check.texts("from"), check.texts("columns")
     if bool(places) == bool(columns):
         raise UserError(
@@ -375,11 +402,12 @@ def _options(where: str, value: Any) -> Options | None:
     )
 
 
-def _answers(where: str, value: Any) -> Answers | None:
+def _answers(top: _Check) -> Answers | None:
+    value, where = top.values.get("answers"), top.at("answers")
     if value is None:
         return None
     inner = value if isinstance(value, dict) else {"from": value}
-    check = _Check(f"{where}: answers", inner, ("from", "also", "one", "within"))
+    check = _Check(top.file, inner, ("from", "also", "one", "within"), "answers")
     places = check.texts("from")
     if not places:
         raise UserError(f"{where}: answers: from is missing: name the column that holds them")
@@ -387,7 +415,8 @@ def _answers(where: str, value: Any) -> Answers | None:
     return Answers(places, also, check.flag("one"), within)
 
 
-def _label(where: str, value: Any, labels: dict[str, str]) -> tuple[LabelColumn, ...]:
+def _label(top: _Check, labels: dict[str, str]) -> tuple[LabelColumn, ...]:
+    value, where = top.values.get("label"), top.at("label")
     if value is None:
         return (LabelColumn("label"),)
     columns: list[LabelColumn] = []
@@ -397,7 +426,7 @@ def _label(where: str, value: Any, labels: dict[str, str]) -> tuple[LabelColumn,
                 f"{where}: label is {given!r}: it must be a mapping such as "
                 "{from: label, values: {0: negative, 1: positive}}"
             )
-        check = _Check(f"{where}: label", given, ("from", "values", "drop"))
+        check = _Check(top.file, given, ("from", "values", "drop"), "label")
         place = check.text("from") or "label"
         values = given.get("values") or {}
         drop = given.get("drop") or []
