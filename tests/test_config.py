@@ -127,7 +127,7 @@ def test_resolved_fills_in_what_depends_on_other_values() -> None:
     assert (out.eps, resolved(config(objective="accuracy")).eps) == (1e-3, 2e-2)
     assert resolved(config(objective="accuracy", eps=5e-3)).eps == 5e-3
     rates = {tuner: resolved(config(tuner=tuner)).lr for tuner in get_args(Tuner)}
-    assert rates == {"full": 1e-3, "lora": 5e-3, "prefix": 1e-1, "prompt": 1e-2, "head": 1e-3}
+    assert rates == {"full": 1e-3, "lora": 5e-3, "prefix": 3e-2, "prompt": 1e-2, "head": 1e-3}
     assert resolved(config(tuner="lora", lr=1e-4)).lr == 1e-4
     kept = resolved(config(seed=5, split_seed=0, eval_every=3))
     assert (kept.split_seed, kept.eval_every) == (0, 3)

@@ -70,7 +70,7 @@ class TrainConfig:
         modified: look along unlike layers at unlike lengths: variance or expectation, with parameters as in "variance(by=looks, per=layer, every=100, samples=1)".
         blocks: look along and move one block a step: "layers", or regular expressions with spaces between them, one a block.
         block_order: cyclic, or random.
-        lr: learning rate; with rules that normalise (rms, sign, spread), the distance a coordinate moves in a step (default full and head 1e-3, lora 5e-3, prefix 1e-1, prompt 1e-2).
+        lr: learning rate; with rules that normalise (rms, sign, spread), the distance a coordinate moves in a step (default full and head 1e-3, lora 5e-3, prefix 3e-2, prompt 1e-2).
         eps: how far to look (default 1e-3 for the loss, 2e-2 for other objectives: a shorter look changes hardly any answer).
         num_samples: directions a step (for each example in activation space).
         sample_schedule: constant, or linear from 1 to num_samples over the run.

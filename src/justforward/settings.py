@@ -19,7 +19,7 @@ LOSS_EPS, METRIC_EPS = 1e-3, 2e-2
 
 # How far to move, by what is tuned: a prefix is keys and values, numbers about ten times those of weights, and LoRA's
 # second factor starts at nothing (docs/race.md, where the rates were tried).
-RATES = {"full": 1e-3, "lora": 5e-3, "prefix": 1e-1, "prompt": 1e-2, "head": 1e-3}
+RATES = {"full": 1e-3, "lora": 5e-3, "prefix": 3e-2, "prompt": 1e-2, "head": 1e-3}
 
 
 def labels_of(labels: str | dict[str, str]) -> dict[str, str]:
