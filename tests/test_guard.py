@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import justforward as jf
 from justforward.config import ReplayConfig, TrainConfig
 from justforward.errors import NonFiniteLoss
+from justforward.evaluate import Evaluation
 from justforward.folder import RunFolder
 from justforward.guard import (
     STILL,
@@ -314,13 +315,22 @@ def test_a_worse_validation_turns_a_run_back(config: TrainConfig, tmp_path: Path
     assert made["fingerprint"] == result["fingerprint"]
 
 
-def test_patience_counts_validations_that_were_taken_back(config: TrainConfig) -> None:
+def test_patience_counts_validations_that_were_taken_back(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A turn counts for as many as it took back: after the next one that is no better the run ends."""
-    config = replace(config, eval_every=10, patience=2, lr=1.0)
+    real, figures = Session._validate, iter([(0.5, 1.0), (0.6, 0.9), (0.6, 2.0), (0.6, 0.9)])
+
+    def scripted(self: Session) -> Evaluation:
+        accuracy, loss = next(figures)
+        return replace(real(self), accuracy=accuracy, value=accuracy, loss=loss)
+
+    monkeypatch.setattr(Session, "_validate", scripted)
+    config = replace(config, eval_every=10, patience=2, lr=1e-4)
     result, _ = go(config)
     assert result["stopped_by"] == "flat"
     kinds = [(m["kind"], m["step"]) for m in lines(config) if m["kind"] not in ("step", "before")]
-    # the one after step 5 is better in accuracy; the first one after step 10 was taken back
+    # the one after step 5 is better; the first one after step 10 was taken back
     assert kinds == [("validation", 0), ("validation", 5), ("rewind", 5), ("validation", 10)]
     assert (result["best_step"], result["steps"], result["forwards"]) == (5, 10, 30)
     again, said = go(replace(config, resume=True))
