@@ -692,11 +692,11 @@ def test_cells_of_our_own_command_line_one_of_them_killed(
         TrainConfig(model=str(model_folder), out="alone", threads=1, **films, **mezo),  # type: ignore[arg-type]
         Progress(io.StringIO()),
     )
-    # Of two processes, one of them this one: their losses may differ in the last bits on some machines, and with them
-    # all that follows, by parts in a million. A step that is lost, taken twice or with other rows is another number.
-    assert tuned["value"] == pytest.approx(alone["accuracy"], abs=1 / alone["rows"]["test"])
-    assert tuned["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+    assert (tuned["value"], tuned["loss"]) == (alone["accuracy"], alone["loss"])
+    assert tuned["validation_value"] == alone["validation_accuracy"]
     assert [point[0] for point in tuned["curve"]] == [0, 60, 120, 180, 240]
+    # Of two processes, one of them this one: on some machines their logs differ where the figures do not. A step that is
+    # lost, taken twice or with other rows is another number.
     ours, theirs = (
         read_log(Path(at) / "trajectory.jfl") for at in ("alone", "out/cells/films/mezo/0/run")
     )

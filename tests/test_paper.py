@@ -27,7 +27,7 @@ STILL = {"opt": ("bias", "layer_norm", "layernorm"), "roberta": ("bias", "LayerN
 
 
 # Model, its seed, learning rate; the loss falls by 0.06 to 0.08.
-CASES = [("opt", 0, 2e-3), ("opt", 2, 2e-3), ("roberta", 3, 3e-3), ("roberta", 3, 5e-3)]
+CASES = [("opt", 0, 2e-3), ("opt", 2, 2e-3), ("roberta", 3, 3e-3), ("roberta", 3, 4e-3)]
 
 
 def linear(step: int) -> float:
@@ -155,8 +155,7 @@ def test_losses_are_those_of_the_papers_trainer(kind: str, seed: int, rate: floa
     still = (*STILL[kind], "layer_norm")  # see below
     theirs, ours, one, other = theirs_and_ours(kind, seed, rate, still)
     assert len(theirs) == len(ours) == 2 * STEPS
-    # larger steps carry last bits, which differ by machine, further
-    assert apart(theirs, ours) < (1e-6 if rate < 5e-3 else 2e-6)
+    assert apart(theirs, ours) < 1e-6
     assert theirs[0] - theirs[-1] > 0.05
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=4e-6, rtol=0)

@@ -317,9 +317,8 @@ def test_another_key(tmp_path: Path, steps: Callable[[int], list[Any]], much: An
             trial("another key, or a hub that is not the hub"),
             pytest.raises(UserError, match="has not the proof of the key"),
         ):
-            greet(
-                Line(Forged(desk, now=100.0 * length), KEY, 1.0)
-            )  # the sessions of the ones before are forgotten by then
+            # the sessions of the ones before are forgotten by then
+            greet(Line(Forged(desk, now=100.0 * length), KEY, 1.0))
     made, own, log = worker(DeskLink(desk, now=1e4))
     assert made.run(log) == 10
     desk.conductor.close()
