@@ -17,8 +17,7 @@ from justforward.variants import Blocks, Modified, check_variants, forwards_of
 # change it: with 3e-3 hardly any of SmolLM2's do (README, objectives).
 LOSS_EPS, METRIC_EPS = 1e-3, 2e-2
 
-# How far to move, by what is tuned: a prefix is keys and values, numbers about ten times those of weights, and LoRA's
-# second factor starts at nothing (docs/race.md, where the rates were tried).
+# How far to move, by what is tuned: at the rate of weights adapters hardly move (docs/race.md has what was tried).
 RATES = {"full": 1e-3, "lora": 5e-3, "prefix": 3e-2, "prompt": 1e-2, "head": 1e-3}
 
 
@@ -192,7 +191,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
         loss=task.loss,
         start=start,
         rule=rules.parse(config.rule).spec,
-        lr=RATES[config.tuner] if config.lr is None else config.lr,
+        lr=config.lr or RATES[config.tuner],
         eps=config.eps or (LOSS_EPS if config.objective == "loss" else METRIC_EPS),
         eval_every=config.eval_every
         or (None if start == "auto" else eval_every_of(start, config.max_forwards)),
