@@ -52,6 +52,12 @@ OPERATIONS = few_or_all((23, 7), *((6, first) for first in range(6)))
 # ------------------------------------------------------------------------------------ runs of the command
 
 
+def begun(folder: RunFolder) -> bool:
+    """Whether a run has come so far that it can be resumed."""
+    files = ("config.yaml", "environment.json", "trajectory.jfl")
+    return all((folder.path / name).exists() for name in files)
+
+
 @dataclass
 class Bench:
     """A run that nothing is done to, and a process to run others like it in."""
@@ -76,10 +82,7 @@ class Bench:
         """A run that something was done to goes on to the reference's bits, with every step that was in its log."""
         assert "Traceback" not in ended.said, ended.said
         folder = RunFolder(cut.out)
-        if not all(
-            (folder.path / n).exists()
-            for n in ("config.yaml", "environment.json", "trajectory.jfl")
-        ):
+        if not begun(folder):
             # before the first step: there is nothing to lose
             again = self.resumed(cut)
             assert again.status == 2
@@ -356,9 +359,10 @@ def test_a_second_train(bench: Bench) -> None:
     cut = bench.new()
     with trial("a second writer") as count:
         ended = bench.zygote.run(cut, Fault("signal", signal.SIGKILL, after=0.7 * bench.seconds))
-        if not (Path(cut.out) / "environment.json").exists():
-            ended = bench.zygote.run(cut)
         first = RunFolder(cut.out)
+        if not begun(first):
+            shutil.rmtree(first.path, ignore_errors=True)
+            ended = bench.zygote.run(cut)
         first.lock()
         second = bench.resumed(cut)
         assert second.status == 2

@@ -542,6 +542,4 @@ def test_a_fresh_process_takes_what_is_predicted() -> None:
 @pytest.mark.parametrize("method", [m.name for m in METHODS])
 @pytest.mark.parametrize("name", ["smollm2", "llama", "opt", "gpt2", "bert"])
 def test_every_method_takes_what_is_predicted(name: str, method: str) -> None:
-    if name == "bert" and "prefix" in method:
-        pytest.skip("a masked model has no prefix")
     _check(name, method)

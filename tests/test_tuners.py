@@ -45,6 +45,11 @@ from justforward.tasks import Task
 Result = dict[str, Any]
 TOKENIZER = {"opt": "metaspace", "gpt2": "bytelevel", "llama": "metaspace", **MASKED}
 TASK = Task("{text} It was", {"neg": "terrible", "pos": "great"})
+AT_MASK = Task("{text} It was {mask}.", {"neg": "bad", "pos": "great"})
+# Tuners that are put before a text; DistilBERT takes no keys and values of others.
+BEFORE = [
+    (a, t) for a in MASKED for t in ("prefix", "prompt") if (a, t) != ("distilbert", "prefix")
+]
 TEXTS = ["a fine film", "bad", "the story is wonderful , the music is great", "dull and long"]
 ROWS = [Example({"text": text}, ("neg", "pos")[i % 2], "rows.csv", i + 2) for i, text in enumerate(TEXTS)]  # fmt: skip
 
@@ -81,8 +86,12 @@ def stir(model: Any) -> Any:
     return model
 
 
-def scores(model: Any, architecture: str, task: Task = TASK, rows: list[Example] = ROWS) -> Tensor:
-    scorer = Scorer(model, tokenizer_of(architecture), task)
+def task_of(architecture: str) -> Task:
+    return AT_MASK if architecture in MASKED else TASK
+
+
+def scores(model: Any, architecture: str, rows: list[Example] = ROWS) -> Tensor:
+    scorer = Scorer(model, tokenizer_of(architecture), task_of(architecture))
     return scorer.scores(scorer.encode(rows))
 
 
@@ -116,10 +125,9 @@ def test_lora_on_masked_models(architecture: str) -> None:
     else:
         model = tuned(architecture)
     assert len(trainable(model)) == 8
-    task = Task("{text} It was {mask}.", {"neg": "bad", "pos": "great"})
-    before = scores(base, architecture, task)
-    assert torch.equal(scores(model, architecture, task), before)
-    assert not torch.equal(scores(stir(model), architecture, task), before)
+    before = scores(base, architecture)
+    assert torch.equal(scores(model, architecture), before)
+    assert not torch.equal(scores(stir(model), architecture), before)
 
 
 @pytest.mark.parametrize("tuner", ["lora", "prefix", "prompt", "head"])
@@ -232,6 +240,92 @@ def test_a_prompt_starts_as_its_tokens_in_front(architecture: str) -> None:
         # the mask alone says where a row begins
         masked = model(input_ids=ids, attention_mask=mask, logits_to_keep=2).logits
         torch.testing.assert_close(masked, found, atol=2e-5, rtol=1e-5)
+
+
+def padded_right() -> tuple[Tensor, Tensor]:
+    """Tokens and mask [3, 9] of rows of three lengths."""
+    ids = torch.randint(10, 300, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) < torch.tensor([[9], [5], [2]])).long()
+    return ids.where(mask == 1, 1), mask
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_a_masked_models_prefix_is_what_its_layers_see_besides(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against attention written out; it starts as what its tokens have there as a text of their own."""
+    base, model = make_model(architecture), tuned(architecture, "prefix", seed=4)
+    weight = model.get_parameter("prompt_encoder.default.embedding.weight")
+    assert trainable(model) == ["prompt_encoder.default.embedding.weight"]
+    layers = list(getattr(base, architecture).encoder.layer)
+    tokens = tuners.ordinary_tokens(tokenizer_of(architecture), base, 5, 4)
+    hidden = base(input_ids=tokens, output_hidden_states=True).hidden_states
+    made = [
+        each(h)[0] for layer, h in zip(layers, hidden, strict=False)
+        for each in (layer.attention.self.key, layer.attention.self.value)
+    ]  # fmt: skip
+    torch.testing.assert_close(weight.detach(), torch.cat(made, dim=1).detach())
+    rows = stir(model).get_parameter("prompt_encoder.default.embedding.weight").detach()
+    keys_values = rows.view(5, len(layers), 2, 2, 8).permute(1, 2, 3, 0, 4)  # heads, tokens, size
+
+    def written_out(attention: Any, before: Tensor) -> Callable[..., Any]:
+        def forward(h: Tensor, *_: Any, **__: Any) -> Any:
+            q, k, v = (
+                each(h).view(len(h), -1, 2, 8).transpose(1, 2)
+                for each in (attention.query, attention.key, attention.value)
+            )
+            k, v = (torch.cat([b[None], x], dim=2) for b, x in zip(before, (k, v), strict=True))
+            seen = (q @ k.transpose(2, 3) / math.sqrt(8)).softmax(-1)
+            return (seen @ v).transpose(1, 2).reshape(h.shape), None
+
+        return forward
+
+    for layer, before in zip(layers, keys_values, strict=True):
+        attention = layer.attention.self
+        monkeypatch.setattr(attention, "forward", written_out(attention, before))
+    ids, mask = padded_right()
+    first = 1 + base.config.pad_token_id if architecture == "roberta" else 0
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask).logits
+        for row, shown in enumerate(mask.sum(1).tolist()):
+            places = first + 5 + torch.arange(shown)[None]
+            alone = base(input_ids=ids[row : row + 1, :shown], position_ids=places).logits
+            torch.testing.assert_close(found[row, :shown], alone[0], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", sorted(MASKED))
+def test_a_masked_models_prompt_starts_as_its_tokens_in_front(architecture: str) -> None:
+    base, model = make_model(architecture), tuned(architecture, "prompt", seed=4, prompt_length=6)
+    tokens = tuners.ordinary_tokens(tokenizer_of(architecture), base, 6, 4)
+    assert trainable(model) == ["prompt_encoder.default.embedding.weight"]
+    ids, mask = padded_right()
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask).logits
+        for row, shown in enumerate(mask.sum(1).tolist()):
+            text = ids[row : row + 1, :shown]
+            alone = base(input_ids=torch.cat([tokens, text], dim=1)).logits
+            torch.testing.assert_close(found[row, : 6 + shown], alone[0], atol=2e-5, rtol=1e-5)
+            bare = model(input_ids=text).logits  # without mask
+            torch.testing.assert_close(bare, alone, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "tuner"), BEFORE)
+def test_the_mask_is_found_behind_it(architecture: str, tuner: str) -> None:
+    """Scores are those at the mask of the whole output, each row by itself."""
+    model = stir(tuned(architecture, tuner))
+    scorer = Scorer(model, tokenizer_of(architecture), AT_MASK)
+    words = torch.tensor([word[0] for word in scorer.prompts.words])
+    mask = tokenizer_of(architecture).mask_token_id
+    wanted = []
+    for row in scorer.prompts.rows(ROWS):
+        ids = torch.tensor([row.prompt])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0]
+        at = row.prompt.index(mask) + len(logits) - len(row.prompt)
+        wanted.append(logits[at].log_softmax(-1)[words])
+    found = scores(model, architecture)
+    torch.testing.assert_close(found, torch.stack(wanted), atol=2e-5, rtol=1e-5)
+    assert not torch.allclose(found, scores(make_model(architecture), architecture), atol=1e-3)
 
 
 def in_front(architecture: str, tokens: Tensor, seen: list[int]) -> Any:
@@ -398,13 +492,15 @@ def test_a_tuned_model_is_freed_at_once(tuner: str) -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.parametrize("tuner", ["lora", "prefix", "prompt", "head"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "tuner"),
+    [(a, t) for a in ARCHITECTURES for t in ("lora", "prefix", "prompt", "head")] + BEFORE,
+)
 def test_activation_space_is_each_row_moved_by_hand(
     architecture: str, tuner: str, samples: int
 ) -> None:
     model, eps = stir(tuned(architecture, tuner)), 1e-2
-    scorer = Scorer(model, tokenizer_of(architecture), TASK)
+    scorer = Scorer(model, tokenizer_of(architecture), task_of(architecture))
     batch = scorer.encode(ROWS)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     weights = Weights(named, [0] * len(named), FAMILIES["rank1"], [eps])
@@ -425,7 +521,7 @@ def test_activation_space_is_each_row_moved_by_hand(
                 for i, name in enumerate(weights.names):
                     z = materialise(weights, i, seed_of(lane)).float()
                     moved.get_parameter(name).add_(z, alpha=sign * eps)
-                by_itself = Scorer(moved, tokenizer_of(architecture), TASK)
+                by_itself = Scorer(moved, tokenizer_of(architecture), task_of(architecture))
                 wanted.append(float(by_itself.losses(alone)[0]))
     expected = torch.tensor(wanted).view(-1, 2)
     assert float((expected[:, 0] - expected[:, 1]).abs().mean()) > 1e-3
@@ -444,8 +540,9 @@ def settings(tmp_path: Path, sentiment_csv: Path) -> Callable[..., TrainConfig]:
         if not folder.exists():
             make_model(architecture).save_pretrained(folder)
             tokenizer_of(architecture).save_pretrained(folder)
+        template = task_of(architecture).template
         base: dict[str, Any] = {
-            "model": str(folder), "data": str(sentiment_csv), "template": "{text} It was",
+            "model": str(folder), "data": str(sentiment_csv), "template": template,
             "labels": {"neg": "great", "pos": "terrible"}, "out": str(tmp_path / "run"), "tuner": tuner,
             "max_forwards": 20, "eval_every": 6, "lr": 3e-2, "threads": 1, "lr_schedule": "constant",
             "start": "base", "patience": 0,
@@ -468,8 +565,10 @@ def rebuilt(asked: TrainConfig, steps: int | None = None) -> Any:
 
 
 @pytest.mark.parametrize("estimator", ["activation", "weight"])
-@pytest.mark.parametrize("tuner", ["lora", "prefix", "prompt", "head"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "tuner"),
+    [(a, t) for a in ARCHITECTURES for t in ("lora", "prefix", "prompt", "head")] + BEFORE,
+)
 def test_a_run(settings: Any, architecture: str, tuner: str, estimator: str) -> None:
     asked = settings(architecture, tuner, estimator=estimator, keep="last")
     result = quiet(train, asked)
@@ -499,7 +598,7 @@ def test_it_learns(settings: Any, tuner: str) -> None:
 
 
 def test_lora_on_a_masked_model(settings: Any) -> None:
-    asked = settings("bert", "lora", template="{text} It was {mask}.", labels="neg=great,pos=bad")
+    asked = settings("bert", "lora", labels="neg=great,pos=bad")
     result = quiet(train, asked)
     assert quiet(evaluate, EvalConfig(run=asked.out))["fingerprint"] == result["fingerprint"]
 
@@ -537,8 +636,10 @@ def test_a_prefix_survives_another_machine(settings: Any, monkeypatch: pytest.Mo
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("tuner", ["lora", "prefix", "prompt"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "tuner"),
+    [(a, t) for a in ARCHITECTURES for t in ("lora", "prefix", "prompt")] + BEFORE,
+)
 def test_the_adapter_is_pefts(settings: Any, architecture: str, tuner: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -555,7 +656,9 @@ def test_the_adapter_is_pefts(settings: Any, architecture: str, tuner: str, tmp_
     before = scores(base, architecture)
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     wanted = scores(rebuilt(asked), architecture)
-    if tuner == "prompt":  # peft leaves positions out: right for a row without padding alone
+    if (
+        tuner == "prompt"
+    ):  # peft leaves positions out: right for a row without padding on the left alone
         ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             found = loaded.eval()(input_ids=ids).logits
@@ -672,10 +775,13 @@ def test_a_prefix_needs_room_in_the_context(settings: Any) -> None:
 
 
 def test_models_without_keys_and_values_to_put_before() -> None:
-    with pytest.raises(UserError, match="a bert model keeps no keys and values"):
-        tuned("bert", "prefix")
-    with pytest.raises(UserError, match="a bert model is not a causal one that takes embeddings"):
-        tuned("bert", "prompt")
+    with pytest.raises(UserError, match="layers of a distilbert model do not all keep keys and"):
+        tuned("distilbert", "prefix")
+    deaf: Any = make_model("bert")
+    deaf.forward = lambda input_ids, attention_mask: None
+    for tuner, said in (("prefix", "do not all keep"), ("prompt", "bert model does not take emb")):
+        with pytest.raises(UserError, match=said):
+            tuners.attach(deaf, tokenizer_of("bert"), config(tuner))
     model: Any = make_model("llama")
     model.config.layer_types = None
     forward = model.forward

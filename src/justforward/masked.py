@@ -96,10 +96,11 @@ class MaskedPrompts(Prompts):
         """[B, V] at the masks; with the body given, the head sees nothing else."""
         at = batch["mask_position"]
         arguments = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        behind = batch["input_ids"].shape[1] - at  # a soft prompt is put before the text
         if body is None:
             logits: Tensor = self.model(**arguments).logits
-            return _picked(logits, at)[:, 0]
-        with _only(body, at):
+            return _picked(logits, behind)[:, 0]
+        with _only(body, behind):
             logits = self.model(**arguments).logits
         return logits[:, 0]
 
@@ -141,7 +142,7 @@ class MaskedPrompts(Prompts):
             if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
                 if module.padding_idx is None:
                     return context
-                return module.num_embeddings - module.padding_idx - 1
+                return module.num_embeddings - module.padding_idx - 1 - self._before_text()
         return context
 
     # ------------------------------------------------------------------------------- tokenisation
@@ -226,17 +227,18 @@ def _size(logits: Tensor) -> float:
     return largest if largest < float("inf") else 1.0  # also where it is not a number
 
 
-def _picked(x: Tensor, at: Tensor) -> Tensor:
-    """[B, 1, n]: of x [B, L, n] the position `at` [B] of each row."""
+def _picked(x: Tensor, behind: Tensor) -> Tensor:
+    """[B, 1, n]: of x [B, L, n] the position of each row that is so far from its end, `behind` [B]."""
+    at = x.shape[1] - behind
     return x.gather(1, at[:, None, None].expand(-1, 1, x.shape[-1]))
 
 
 @contextmanager
-def _only(body: nn.Module, at: Tensor) -> Iterator[None]:
+def _only(body: nn.Module, behind: Tensor) -> Iterator[None]:
     """While inside, what the body hands on is its output at the masks."""
 
     def pick(module: nn.Module, arguments: Any, output: Any) -> Any:
-        output.last_hidden_state = _picked(output.last_hidden_state, at)
+        output.last_hidden_state = _picked(output.last_hidden_state, behind)
         return output
 
     handle = body.register_forward_hook(pick)

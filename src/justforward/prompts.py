@@ -239,9 +239,13 @@ class Prompts(ABC):
         ):
             value = getattr(config, name, None)
             if isinstance(value, int) and value > 0:
-                peft = getattr(self.model, "active_peft_config", None)  # a prefix takes its part
-                return value - (getattr(peft, "num_virtual_tokens", None) or 0)
+                return value - self._before_text()
         return None
+
+    def _before_text(self) -> int:
+        """Positions that a prefix or a soft prompt takes."""
+        peft = getattr(self.model, "active_peft_config", None)
+        return getattr(peft, "num_virtual_tokens", None) or 0
 
     def _check_room(self) -> None:
         max_length = self.max_length

@@ -16,6 +16,7 @@ matrix [tokens, layers x 2 x heads x head size], a prompt is looked up too, and 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import re
@@ -66,6 +67,11 @@ def attach(
     """
     if config.tuner == "lora":
         return _lora(model, config)
+    if config.tuner in ("prefix", "prompt") and is_seq2seq(model):
+        raise UserError(
+            f"--tuner is {config.tuner!r}: a {model.config.model_type} model is an encoder-decoder, and a {config.tuner} "
+            "is put before the text of a causal or masked one: use --tuner lora"
+        )
     if config.tuner == "prefix":
         return _prefix(model, tokenizer, config, start)
     if config.tuner == "prompt":
@@ -232,6 +238,10 @@ def _task_type(model: PreTrainedModel) -> str | None:
     return "CAUSAL_LM" if isinstance(model, GenerationMixin) else None
 
 
+# peft's name for a model of any kind whose forward puts a prefix or a prompt before the text.
+_MASKED = "FEATURE_EXTRACTION"
+
+
 # ------------------------------------------------------------------------------------------ prefix
 
 _PREFIX = "prefix"  # the tensor's name in the file of `keep_start`
@@ -245,16 +255,6 @@ def _prefix(
 ) -> PreTrainedModel:
     from peft import PrefixTuningConfig
 
-    if is_seq2seq(model):
-        raise UserError(
-            f"--tuner is 'prefix': a {model.config.model_type} model is an encoder-decoder, and a prefix is put before "
-            "the text of a causal one: use --tuner lora"
-        )
-    if _task_type(model) != "CAUSAL_LM":
-        raise UserError(
-            f"--tuner is 'prefix': a {model.config.model_type} model keeps no keys and values to put one "
-            "before: use --tuner lora"
-        )
     length = config.prefix_length
     _check_room(model, "prefix-length", length)
     keys, values = real_activations(model, ordinary_tokens(tokenizer, model, length, config.seed))
@@ -262,7 +262,7 @@ def _prefix(
     # peft's layout: a row a token, in it layer by layer the keys of all heads and then the values
     rows = torch.stack([keys, values], dim=1).permute(3, 0, 1, 2, 4).reshape(length, -1)
     settings = PrefixTuningConfig(
-        task_type="CAUSAL_LM",
+        task_type=_task_type(model) or _MASKED,
         num_virtual_tokens=length,
         num_layers=layers,
         num_attention_heads=heads,  # those of keys and values: fewer than of queries where they are grouped
@@ -309,7 +309,7 @@ def real_activations(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Te
     """Keys and values that the model computes for these tokens at the start of a text.
 
     Args:
-        model: a causal language model.
+        model: a causal or masked language model.
         tokens: [1, T].
 
     Returns:
@@ -318,7 +318,7 @@ def real_activations(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Te
     Raises:
         UserError: the model keeps none, or not the same for every layer.
     """
-    cache = model(input_ids=tokens, use_cache=True).past_key_values
+    cache = _cache_of(model, tokens)
     kept = [
         (getattr(layer, "keys", None), getattr(layer, "values", None))
         for layer in getattr(cache, "layers", ())
@@ -329,9 +329,20 @@ def real_activations(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Te
             or pairs[0][0].shape[1] != tokens.shape[1]:  # fmt: skip
         raise UserError(
             f"--tuner is 'prefix': the layers of a {model.config.model_type} model do not all keep keys and "
-            "values of one shape for every token: use --tuner lora"
+            "values of one shape for every token: use --tuner lora or prompt"
         )
     return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+
+
+def _cache_of(model: PreTrainedModel, tokens: Tensor) -> Any:
+    if _task_type(model) is not None:
+        return model(input_ids=tokens, use_cache=True).past_key_values
+    from transformers import DynamicCache
+
+    cache = DynamicCache()  # a masked model hands none out, and some fill one that they are given
+    with contextlib.suppress(TypeError):
+        model(input_ids=tokens, past_key_values=cache)
+    return cache
 
 
 def _read_start(path: Path, hint: str) -> dict[str, Tensor]:
@@ -368,22 +379,22 @@ def _prompt(
 
     from justforward.prompted import counted
 
-    takes = inspect.signature(model.forward).parameters
-    if _task_type(model) != "CAUSAL_LM" or "inputs_embeds" not in takes:
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
         raise UserError(
-            f"--tuner is 'prompt': a {model.config.model_type} model is not a causal one that takes embeddings in "
-            "place of tokens: use --tuner lora"
+            f"--tuner is 'prompt': a {model.config.model_type} model does not take embeddings in place of tokens: use "
+            "--tuner lora"
         )
     length = config.prompt_length
     _check_room(model, "prompt-length", length)
     tokens = ordinary_tokens(tokenizer, model, length, config.seed)
-    with torch.no_grad():
-        rows = model.get_input_embeddings()(tokens)[
-            0
-        ]  # scaled, where the model does that in its lookup
+    with torch.no_grad():  # scaled, where the model does that in its lookup
+        rows = model.get_input_embeddings()(tokens)[0]
+    shape = model.config.get_text_config()
     settings = PromptTuningConfig(
-        task_type="CAUSAL_LM",
+        task_type=_task_type(model) or _MASKED,
         num_virtual_tokens=length,
+        num_layers=shape.num_hidden_layers,  # which peft looks up under some of their names only
+        num_attention_heads=shape.num_attention_heads,
         token_dim=rows.shape[1],
         num_transformer_submodules=1,
     )
