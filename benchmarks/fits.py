@@ -3,8 +3,9 @@
 python benchmarks/fits.py            # all models; about a quarter of an hour
 python benchmarks/fits.py --models smollm2,llama
 
-SmolLM2-135M, and models of 60 to 125M random weights in the shapes of OPT, GPT-2, Llama and BERT. Two steps of each method, a batch
-of rows of different length.
+SmolLM2-135M, and models of 60 to 125M random weights in the shapes of OPT, GPT-2, Llama and BERT, which another process
+has written to a file: making them takes more than evaluating them. Two steps of each method, a batch of rows of
+different length.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,7 +69,17 @@ def config_of(name: str) -> Any:
 MODELS = ("smollm2", "opt", "gpt2", "llama", "bert")
 
 
-def child(model_name: str, method_name: str, rows: int, length: int) -> None:
+def make(model_name: str, folder: str) -> None:
+    """Write a model of random weights."""
+    from justforward.models import auto_class, kind_of
+
+    torch.manual_seed(0)
+    config = config_of(model_name)
+    kind = kind_of(model_name, config)
+    auto_class(kind).from_config(config, dtype=torch.float32).save_pretrained(folder)
+
+
+def child(model_name: str, method_name: str, rows: int, length: int, folder: str) -> None:
     """Carry out steps of one method; print the peak resident bytes and the seconds of the last step."""
     import justforward as jf
     from justforward.config import TrainConfig
@@ -82,7 +96,7 @@ def child(model_name: str, method_name: str, rows: int, length: int) -> None:
     else:
         config = config_of(model_name)
         kind = kind_of(model_name, config)
-        model = auto_class(kind).from_config(config, dtype=torch.float32).eval()
+        model = auto_class(kind).from_pretrained(folder, dtype=torch.float32).eval()
         tokenizer = Tokens(config)
     (method,) = [m for m in METHODS if m.name == method_name]
     tuned = attach(
@@ -145,14 +159,32 @@ def make_batch(rows: int, length: int, vocabulary: int) -> dict[str, torch.Tenso
     }
 
 
-def measured(model: str, method: str, rows: int = ROWS, length: int = LENGTH) -> dict[str, float]:
-    """Peak bytes and seconds a step in a fresh process."""
-    given = [sys.executable, __file__, "--child", model, method, str(rows), str(length)]
-    done = subprocess.run(given, capture_output=True, text=True)
+def measured(
+    model: str, method: str, rows: int = ROWS, length: int = LENGTH, folder: str | None = None
+) -> dict[str, float]:
+    """Peak bytes and seconds a step in a fresh process; `folder` has the weights, or is made for this once."""
+    if folder is None:
+        with written(model) as made:
+            return measured(model, method, rows, length, made)
+    said = _run("--child", model, method, str(rows), str(length), folder)
+    found: dict[str, float] = json.loads(said.splitlines()[-1])
+    return found
+
+
+@contextmanager
+def written(model: str) -> Iterator[str]:
+    """A folder with the model's weights for as long as it is needed; an empty one for SmolLM2."""
+    with tempfile.TemporaryDirectory() as folder:
+        if model != "smollm2":
+            _run("--make", model, folder)
+        yield folder
+
+
+def _run(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return done.stdout
 
 
 def main() -> None:
@@ -178,10 +210,7 @@ def main() -> None:
         found = plan(
             what, batch_size=ROWS, length=LENGTH, device=device, methods=methods, limits=False
         )
-        for row in found.rows:
-            if row.why_not is not None:
-                continue
-            seen = measured(name, row.method)
+        for row, seen in _each(name, found.rows):
             if given.json:
                 print(json.dumps({"model": name, "method": row.method, "predicted": row.memory, "measured": seen["bytes"],
                                   "seconds": row.seconds, "seconds_measured": seen["seconds"]}), flush=True)  # fmt: skip
@@ -193,8 +222,17 @@ def main() -> None:
             )
 
 
+def _each(name: str, rows: Sequence[Any]) -> Iterator[tuple[Any, dict[str, float]]]:
+    with written(name) as folder:
+        for row in rows:
+            if row.why_not is None:
+                yield row, measured(name, row.method, folder=folder)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        child(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])
+    elif sys.argv[1:2] == ["--make"]:
+        make(sys.argv[2], sys.argv[3])
     else:
         main()
