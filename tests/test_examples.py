@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import justforward as jf
 from conftest import CORPUS
+from justforward import catalog
+from justforward.config import CompareConfig
+from justforward.grid import plan
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -48,6 +53,17 @@ def test_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert whole[0] > 0.15
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"held-out accuracy {whole[0]:.1%} after 30 steps, workers: 1"
+
+
+def test_comparisons_and_declarations() -> None:
+    """What the command would read of the YAML files; test_compare runs others like them."""
+    values = yaml.safe_load((EXAMPLES / "compare.yaml").read_text())
+    grid = plan(CompareConfig(**values, out="out"), str(EXAMPLES / "compare.yaml"))
+    assert len(grid.cells) == 6 + 3 * 32  # zero-shot has nothing to draw
+    declared = catalog.load(str(EXAMPLES / "f1.yaml"))
+    assert (declared.metrics, declared.positive) == (("f1",), "negative")
+    known = catalog.load("sst2")
+    assert replace(declared, name="sst2", title=known.title, where=known.where, metrics=known.metrics, positive=None) == known  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ in other loops
