@@ -162,11 +162,12 @@ def make_batch(rows: int, length: int, vocabulary: int) -> dict[str, torch.Tenso
 def measured(
     model: str, method: str, rows: int = ROWS, length: int = LENGTH, folder: str | None = None
 ) -> dict[str, float]:
-    """Peak bytes and seconds a step in a fresh process; `folder` has the weights, or is made for this once."""
+    """Peak bytes and seconds a step in a fresh process of as many threads; `folder` has the weights, or is made for this once."""
     if folder is None:
         with written(model) as made:
             return measured(model, method, rows, length, made)
-    said = _run("--child", model, method, str(rows), str(length), folder)
+    threads = torch.get_num_threads()
+    said = _run("--child", model, method, str(rows), str(length), folder, str(threads))
     found: dict[str, float] = json.loads(said.splitlines()[-1])
     return found
 
@@ -231,6 +232,7 @@ def _each(name: str, rows: Sequence[Any]) -> Iterator[tuple[Any, dict[str, float
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
+        torch.set_num_threads(int(sys.argv[7]))
         child(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])
     elif sys.argv[1:2] == ["--make"]:
         make(sys.argv[2], sys.argv[3])
