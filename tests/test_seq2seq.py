@@ -717,7 +717,7 @@ def test_what_an_encoder_decoder_cannot(
     kind = json.loads((seq2seq_folder / "config.json").read_text())["model_type"]
     for options, said in (
         (["--tuner", "prefix"], f"--tuner is 'prefix': a {kind} model is an encoder-decoder, and"),
-        (["--tuner", "prompt"], f"--tuner is 'prompt': a {kind} model is not a causal one that"),
+        (["--tuner", "prompt"], f"--tuner is 'prompt': a {kind} model is an encoder-decoder, and"),
         (["--start", "deep"], f"--start is 'deep': a {kind} model has no single stack of layers: "),
         (["--layers", "0.5"], "has no single stack of layers: say what is tuned with --tune"),
         (["--quantize", "int8", "--tuner", "lora"], "is an encoder-decoder, whose layers are not"),
