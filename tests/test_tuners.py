@@ -656,9 +656,7 @@ def test_the_adapter_is_pefts(settings: Any, architecture: str, tuner: str, tmp_
     before = scores(base, architecture)
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     wanted = scores(rebuilt(asked), architecture)
-    if (
-        tuner == "prompt"
-    ):  # peft leaves positions out: right for a row without padding on the left alone
+    if tuner == "prompt":  # peft leaves positions out: right without padding on the left alone
         ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             found = loaded.eval()(input_ids=ids).logits

@@ -94,9 +94,9 @@ class MaskedPrompts(Prompts):
 
     def _logits(self, batch: Batch, body: nn.Module | None) -> Tensor:
         """[B, V] at the masks; with the body given, the head sees nothing else."""
-        at = batch["mask_position"]
         arguments = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        behind = batch["input_ids"].shape[1] - at  # a soft prompt is put before the text
+        # counted from the end: a soft prompt is put before the text
+        behind = batch["input_ids"].shape[1] - batch["mask_position"]
         if body is None:
             logits: Tensor = self.model(**arguments).logits
             return _picked(logits, behind)[:, 0]
@@ -142,7 +142,7 @@ class MaskedPrompts(Prompts):
             if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
                 if module.padding_idx is None:
                     return context
-                return module.num_embeddings - module.padding_idx - 1 - self._before_text()
+                return module.num_embeddings - module.padding_idx - 1
         return context
 
     # ------------------------------------------------------------------------------- tokenisation

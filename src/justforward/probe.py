@@ -271,8 +271,7 @@ def _where_answered(states: Tensor, batch: Batch, count: int) -> Tensor:
         at is None or states.shape[1] == 1
     ):  # prompts, and what is before answers, end together; a head may be given the masks alone
         return states[:, -1]
-    before = states.shape[1] - batch["input_ids"].shape[1]  # a soft prompt
-    return states[torch.arange(len(at), device=at.device), before + at]
+    return states[torch.arange(len(at), device=at.device), at]
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:

@@ -84,7 +84,8 @@ class Prompts(ABC):
         self.tokenizer = tokenizer
         self.task = task
         self.max_length = max_length
-        self.context = self._context_length()
+        positions = self._context_length()
+        self.context = None if positions is None else positions - _before_text(model)
         self.vocabulary = len(_embedding_weight(model))
         self.padding = self._padding()
         self.before, self.behind = self._specials()
@@ -239,13 +240,8 @@ class Prompts(ABC):
         ):
             value = getattr(config, name, None)
             if isinstance(value, int) and value > 0:
-                return value - self._before_text()
+                return value
         return None
-
-    def _before_text(self) -> int:
-        """Positions that a prefix or a soft prompt takes."""
-        peft = getattr(self.model, "active_peft_config", None)
-        return getattr(peft, "num_virtual_tokens", None) or 0
 
     def _check_room(self) -> None:
         max_length = self.max_length
@@ -372,3 +368,9 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _before_text(model: PreTrainedModel) -> int:
+    """Positions that a prefix or a soft prompt takes."""
+    peft = getattr(model, "active_peft_config", None)
+    return getattr(peft, "num_virtual_tokens", None) or 0
