@@ -37,12 +37,12 @@ from justforward.guard import (
 )
 from justforward.models import load_model
 from justforward.optim import MeZO
-from justforward.outcome import turning
+from justforward.outcome import Interrupted, turning
 from justforward.prepare import judged, stop_reason
 from justforward.progress import Progress
 from justforward.rebuild import rebuild
 from justforward.run import train
-from justforward.session import Interrupted, Session
+from justforward.session import Session
 from justforward.settings import resolved
 from justforward.snapshots import RunOptimizer
 from justforward.trajectory import Writer, read_log

@@ -117,6 +117,7 @@ ROOMS = [
     "starting",
     "spared",
     "feed",
+    "gauge",
     "outcome",
     "team",
     "session",

@@ -33,10 +33,10 @@ from justforward.evaluate import Evaluation, Scorer
 from justforward.folder import RunFolder, row_hash
 from justforward.models import load_model
 from justforward.optim import MeZO
+from justforward.outcome import Interrupted
 from justforward.prepare import split_rows, stop_reason, stop_signals
 from justforward.progress import Progress
 from justforward.run import train
-from justforward.session import Interrupted
 from justforward.settings import resolved
 
 Result = dict[str, Any]

@@ -34,9 +34,9 @@ from justforward.models import load_model
 from justforward.modified import PROBE_LANE, SPREAD, relative, weight_sizes
 from justforward.moves import Move
 from justforward.optim import BLOCK_LANE
+from justforward.outcome import Interrupted
 from justforward.progress import Progress
 from justforward.run import train as run_train
-from justforward.session import Interrupted
 from justforward.settings import resolved
 from justforward.trajectory import rounded
 from justforward.variants import LOOKS, forwards_of, layer_of

@@ -294,7 +294,7 @@ def _run(command: str, config: Any, source: str | None = None) -> int:
         return _serve(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a fork would make it complain
     from justforward import rebuild, report, run
-    from justforward.session import Interrupted
+    from justforward.outcome import Interrupted
 
     if command == "eval":
         found = rebuild.evaluate(config)

@@ -14,6 +14,20 @@ from justforward.guard import is_worse, lost_forwards, rewinds
 from justforward.schedules import forwards_at, forwards_until, validation_due
 from justforward.tasks import Task
 
+Result = dict[str, Any]
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the session has ended cleanly and the run can be continued.
+
+    Attributes:
+        result: the run so far; None where nothing was written yet.
+    """
+
+    def __init__(self, result: Result | None) -> None:
+        super().__init__("interrupted")
+        self.result = result
+
 
 def figures(
     config: TrainConfig, task: Task, splits: Splits, metrics: list[Metric], steps: int, parts: int

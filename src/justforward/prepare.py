@@ -22,7 +22,7 @@ from justforward.config import TrainConfig
 from justforward.data import Example, Splits, read_examples, split_examples
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
-from justforward.folder import Metric, best_step, data_hash, validated, value_of
+from justforward.folder import Metric, RunFolder, best_step, data_hash, validated, value_of
 from justforward.groups import ESTIMATORS
 from justforward.guard import is_flat, turned
 from justforward.hub import HUB, downloaded
@@ -31,6 +31,7 @@ from justforward.quantised import library_version
 from justforward.schedules import forwards_at
 from justforward.settings import task_of
 from justforward.tasks import Task
+from justforward.trajectory import read_log
 
 MOST_TEST, MOST_VALIDATION = 400, 200
 
@@ -196,6 +197,17 @@ def environment_now(quantize: str | None = None, private: bool = False) -> dict[
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
     }
+
+
+def keep_environment(folder: RunFolder, config: TrainConfig, data_sha256: str) -> None:
+    """Write what a run was begun with: `environment_now`, and which base and rows."""
+    folder.write_environment(
+        {
+            **environment_now(config.quantize, config.private),
+            "base_fingerprint": read_log(folder.log).header["base"],
+            "data_sha256": data_sha256,
+        }
+    )
 
 
 def _cpu_name() -> str:

@@ -49,6 +49,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "clip": (lambda value: 1e-30 <= value <= 1e30, "positive, 1e-30 to 1e30"),
     "layers": (_share, "above 0 and at most 1"),
     "patience": (lambda value: value >= 0, "at least 0"),
+    "gauge": (lambda value: 0 <= value <= 1000, "from 0 to 1000"),
     "port": (lambda value: 0 <= value < 2**16, "from 0 to 65535"),
     "deadline": (_positive, "positive and finite"),
     "deviations": (_not_negative, "finite and at least 0"),

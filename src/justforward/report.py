@@ -83,8 +83,9 @@ def plot(run: str | RunFolder) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
+    rate = "" if config.lr is None else f", lr {config.lr:g}"
     figure.suptitle(
-        f"{config.estimator} space, {config.rule}, lr {config.lr:g}, batch {config.batch_size}",
+        f"{config.estimator} space, {config.rule}{rate}, batch {config.batch_size}",
         fontsize="medium",
     )
     FigureCanvasAgg(figure)

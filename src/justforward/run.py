@@ -18,6 +18,7 @@ from justforward.folder import Metric, RunFolder, check_new
 from justforward.groups import family_of
 from justforward.guard import lost_forwards
 from justforward.moments import compile_kernels
+from justforward.outcome import Interrupted, Result
 from justforward.prepare import (
     check_names,
     environment_now,
@@ -29,7 +30,7 @@ from justforward.prepare import (
 )
 from justforward.progress import Progress
 from justforward.schedules import forwards_until
-from justforward.session import Interrupted, Result, Session
+from justforward.session import Session
 from justforward.settings import check_same, resolved, task_of
 from justforward.stored import FORMATS
 from justforward.tasks import Task
@@ -74,6 +75,8 @@ def _open(config: TrainConfig, progress: Progress, team: Team) -> Session | Resu
             name: getattr(old, name)
             for name in (
                 "lr",
+                "eps",
+                "gauge",
                 "eval_every",
                 "test_size",
                 "validation_size",

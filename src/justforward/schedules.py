@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from justforward.config import FITTED, TrainConfig
-from justforward.settings import variants_of
+from justforward.settings import RATES, longest_look, variants_of
 from justforward.variants import Modified, forwards_of
 
 
@@ -25,8 +25,8 @@ def optimizer_options(config: TrainConfig) -> dict[str, Any]:
     """What a resolved configuration says a `MeZO` is made with."""
     modified, blocks = variants_of(config)
     return {
-        "lr": config.lr,
-        "eps": config.eps,
+        "lr": config.lr or RATES[config.tuner],  # until `gauge` has found one nothing is moved
+        "eps": longest_look(config),
         "estimator": config.estimator,
         "rule": config.rule,
         "family": config.family,
@@ -57,9 +57,9 @@ def forwards_at(config: TrainConfig, step: int, parts: int = 1) -> int:
 
 
 def forwards_until(config: TrainConfig, steps: int, parts: int = 1) -> int:
-    """Forwards that the first `steps` steps take, and what is fitted before them."""
+    """Forwards that the first `steps` steps take, and what is fitted or gauged before them."""
     measured = _modified(config).forwards_until(steps, parts) if config.modified else 0
-    measured += probe_steps(config)
+    measured += probe_steps(config) + gauge_forwards(config)
     if config.sample_schedule == "constant":
         return forwards_of(config.looks, config.num_samples) * steps + measured
     looks = (forwards_of(config.looks, samples_at(config, step)) for step in range(steps))
@@ -79,6 +79,16 @@ def probe_steps(config: TrainConfig) -> int:
     if config.start not in FITTED or config.probe_rows is None:
         return 0
     return math.ceil(config.probe_rows / config.batch_size)
+
+
+def gauge_forwards(config: TrainConfig) -> int:
+    """Forwards that find the rate and the length of looks (`gauge`): looks of steps, and of the first one at other lengths."""
+    if not config.gauge:
+        return 0
+    lengths = 3 if config.objective == "loss" else 2
+    return lengths * forwards_at(config, 0) + sum(
+        forwards_at(config, step) for step in range(1, config.gauge + 1)
+    )
 
 
 def _modified(config: TrainConfig) -> Modified:

@@ -9,7 +9,7 @@ import contextlib
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from justforward.budget import budget_of
 from justforward.config import FITTED, TrainConfig
@@ -19,19 +19,21 @@ from justforward.errors import NonFiniteLoss, UserError, memory_errors
 from justforward.evaluate import Evaluation, Scorer
 from justforward.feed import feed
 from justforward.folder import Metric, RunFolder, best_step, value_of
+from justforward.gauge import gauge, set_eps
 from justforward.generate import Sampling
 from justforward.guard import MOST_REWINDS, Guard, Stillness, lost_forwards, rate_factor, rewinds
 from justforward.interrupts import Shield
 from justforward.models import load_model
 from justforward.objectives import Objective
 from justforward.ondisk import keep_on_disk
-from justforward.outcome import figures, turning
+from justforward.outcome import Interrupted, Result, figures, turning
 from justforward.playback import fingerprint
-from justforward.prepare import Stop, environment_now, stop_reason
+from justforward.prepare import Stop, keep_environment, stop_reason
 from justforward.progress import Progress
 from justforward.schedules import (
     forwards_at,
     forwards_until,
+    gauge_forwards,
     learning_rate,
     optimizer_options,
     validation_due,
@@ -47,20 +49,6 @@ from justforward.tuners import attach, keep_start
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Result = dict[str, Any]
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the session has ended cleanly and the run can be continued.
-
-    Attributes:
-        result: the run so far; None where nothing was written yet.
-    """
-
-    def __init__(self, result: Result | None) -> None:
-        super().__init__("interrupted")
-        self.result = result
 
 
 @dataclass
@@ -122,6 +110,7 @@ class Session:
                 if self.log is None:
                     self.folder.make()
                 self._make_optimizer()
+            self._gauge()
         except BaseException:
             self._unmake()
             raise
@@ -220,6 +209,7 @@ class Session:
             log=folder.log,
             resume=self.log is not None,
         )
+        set_eps(self.opt, config.eps)
         self.team.join(self.opt, config.rows_at_once, self.data_sha256)
         self.parts = len(self.opt.param_groups)
         first = forwards_at(config, 0, self.parts) + forwards_until(config, 0, self.parts)
@@ -229,19 +219,27 @@ class Session:
                 f"of {self.parts} parts: give at least that"
             )
         if self.log is None:
-            base = read_log(folder.log).header["base"]
-            folder.write_environment(
-                {
-                    **environment_now(config.quantize, config.private),
-                    "base_fingerprint": base,
-                    "data_sha256": self.data_sha256,
-                }
-            )
+            keep_environment(folder, config, self.data_sha256)
             folder.write_seen(self.splits.train, self.splits.validation)
             folder.keep_metrics(self.metrics)
         else:
             folder.write_config(config)  # limits may have changed
             folder.forget_result()
+
+    def _gauge(self) -> None:
+        """Find the rate and the length of looks that were left open."""
+        if self.config.lr is not None and self.config.eps is not None:
+            return
+        assert self.opt is not None
+        assert self.scorer is not None
+        with self.spared.reused():
+            found = gauge(self.config, self.opt, self.scorer, self.objective, self.splits.train)
+        lr, eps = self.team.agree([found.lr, found.eps])
+        spent = gauge_forwards(self.config)
+        self.progress.note(f"{found.why}: lr {lr:.2g}, eps {eps:.2g}, after {spent} forwards")
+        self.config = replace(self.config, lr=lr, eps=eps)
+        self.folder.write_config(self.config)
+        set_eps(self.opt, eps)
 
     # ---------------------------------------------------------------------------------- training
 

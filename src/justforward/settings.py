@@ -7,7 +7,15 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from justforward import catalog, rules
-from justforward.config import FREE, NOT_KEPT, PROBED, BaselineConfig, RankConfig, TrainConfig
+from justforward.config import (
+    FITTED,
+    FREE,
+    NOT_KEPT,
+    PROBED,
+    BaselineConfig,
+    RankConfig,
+    TrainConfig,
+)
 from justforward.errors import UserError
 from justforward.ranges import check_ranges
 from justforward.tasks import Loss, Task, Truncation, parse_labels
@@ -16,6 +24,8 @@ from justforward.variants import Blocks, Modified, check_variants, forwards_of
 # How far to look, in units of z, unless asked otherwise. An answer changes only where a look is long enough to
 # change it: with 3e-3 hardly any of SmolLM2's do (README, objectives).
 LOSS_EPS, METRIC_EPS = 1e-3, 2e-2
+# The longest look that `--gauge` may find, for which weights are laid on their grids: they are coarser for none but tiny weights.
+LONGEST = 4.0 * METRIC_EPS
 
 # How far to move, by what is tuned: at the rate of weights adapters hardly move (docs/race.md has what was tried).
 RATES = {"full": 1e-3, "lora": 5e-3, "prefix": 3e-2, "prompt": 1e-2, "head": 1e-3}
@@ -149,6 +159,11 @@ def resolved(config: TrainConfig) -> TrainConfig:
             f"--shots is {config.shots}: it is for the rows of a --task: give --train-size"
         )
     config = _privately(config)
+    why = _gauge_hindrance(config)
+    if config.gauge and why is not None:
+        raise UserError(
+            f"--gauge is {config.gauge} and {why}: leave out --gauge, and give --lr and --eps where the usual ones do not do"
+        )
     task = task_of(config)
     whole = config.tuner in ("full", "head")
     if config.start in PROBED and (not whole or task.kind != "classification"):
@@ -184,19 +199,65 @@ def resolved(config: TrainConfig) -> TrainConfig:
         raise UserError(
             f"--layers is {config.layers}: it is for --tuner full or lora, and this is {config.tuner}: leave it out"
         )
-    return replace(
+    config = replace(
         config,
         template=task.template,
         labels=task.labels,
         loss=task.loss,
         start=start,
         rule=rules.parse(config.rule).spec,
-        lr=config.lr or RATES[config.tuner],
-        eps=config.eps or (LOSS_EPS if config.objective == "loss" else METRIC_EPS),
         eval_every=config.eval_every
         or (None if start == "auto" else eval_every_of(start, config.max_forwards)),
         split_seed=config.seed if config.split_seed is None else config.split_seed,
     )
+    return with_gauge(config)
+
+
+def usual_eps(config: TrainConfig) -> float:
+    """How far a run looks that is told nothing, and finds nothing."""
+    return LOSS_EPS if config.objective == "loss" else METRIC_EPS
+
+
+def longest_look(config: TrainConfig) -> float:
+    """How far a run may look at most: what its weights' grids are laid for."""
+    given = config.eps or 0.0
+    return max(given, LONGEST) if config.gauge else given
+
+
+def with_gauge(config: TrainConfig) -> TrainConfig:
+    """`config` with `gauge` filled in as soon as its start is known, and `lr` and `eps` where nothing will find them."""
+    gauge = config.gauge
+    if gauge is None and config.start != "auto":
+        gauge = _usual_gauge(config)
+    if gauge is None:
+        return config
+    lr = config.lr or (None if gauge else RATES[config.tuner])
+    return replace(
+        config, gauge=gauge, lr=lr, eps=config.eps or (None if gauge else usual_eps(config))
+    )
+
+
+def _usual_gauge(config: TrainConfig) -> int:
+    """How many steps' looks are worth it: none behind a fit, whose rows have little slope left; else no more than a tenth of the budget."""
+    if config.lr is not None or config.start in FITTED or _gauge_hindrance(config):
+        return 0
+    one = forwards_of(
+        config.looks, config.num_samples if config.sample_schedule == "constant" else 1
+    )
+    return next((n for n in (4, 1) if 10 * (n + 3) * one <= config.max_forwards), 0)
+
+
+def _gauge_hindrance(config: TrainConfig) -> str | None:
+    """Why looks before the first step are not those of a step, or say more than they may; None if they do."""
+    for name, value, good, why in (
+        ("private", config.private, (False,), "looks at training rows would be seen in its rate"),
+        ("looks", config.looks, ("two-sided", "one-sided"), "a one-point look is compared with the step before"),
+        ("modified", config.modified, (None,), "it looks along each layer at another length"),
+        ("blocks", config.blocks, (None,), "its steps look along different weights"),
+    ):  # fmt: skip
+        if value not in good:
+            return f"--{name} {value!r}: {why}"
+    return None
 
 
 def _privately(config: TrainConfig) -> TrainConfig:
