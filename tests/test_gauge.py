@@ -31,7 +31,7 @@ from justforward.rules import parse
 from justforward.run import train
 from justforward.schedules import gauge_forwards
 from justforward.session import Session
-from justforward.settings import LONGEST, LOSS_EPS, METRIC_EPS, RATES, resolved
+from justforward.settings import LONGEST_LOSS_EPS, LOSS_EPS, METRIC_EPS, RATES, resolved
 from justforward.trajectory import read_log
 
 # ----------------------------------------------------------------------------------------- numbers
@@ -335,7 +335,7 @@ def test_a_loss_that_is_rounded_asks_for_longer_looks(config: TrainConfig, monke
     _, said = go(replace(config, reuse=False))
     eps = RunFolder(config.out).read_config().eps
     assert eps is not None
-    assert LOSS_EPS < eps <= LONGEST
+    assert LOSS_EPS < eps <= LONGEST_LOSS_EPS
     assert f"eps {eps:.2g}" in said
 
 

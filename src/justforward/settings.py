@@ -24,8 +24,9 @@ from justforward.variants import Blocks, Modified, check_variants, forwards_of
 # How far to look, in units of z, unless asked otherwise. An answer changes only where a look is long enough to
 # change it: with 3e-3 hardly any of SmolLM2's do (README, objectives).
 LOSS_EPS, METRIC_EPS = 1e-3, 2e-2
-# The longest look that `--gauge` may find, for which weights are laid on their grids: they are coarser for none but tiny weights.
-LONGEST = 4.0 * METRIC_EPS
+# The longest looks that `--gauge` may find, which weights are laid on their grids for: their steps are 2^-25 and 2^-22, or what the
+# weights themselves ask for.
+LONGEST_LOSS_EPS, LONGEST_METRIC_EPS = 16.0 * LOSS_EPS, 4.0 * METRIC_EPS
 
 # How far to move, by what is tuned: at the rate of weights adapters hardly move (docs/race.md has what was tried).
 RATES = {"full": 1e-3, "lora": 5e-3, "prefix": 3e-2, "prompt": 1e-2, "head": 1e-3}
@@ -221,7 +222,9 @@ def usual_eps(config: TrainConfig) -> float:
 def longest_look(config: TrainConfig) -> float:
     """How far a run may look at most: what its weights' grids are laid for."""
     given = config.eps or 0.0
-    return max(given, LONGEST) if config.gauge else given
+    if not config.gauge:
+        return given
+    return max(given, LONGEST_LOSS_EPS if config.objective == "loss" else LONGEST_METRIC_EPS)
 
 
 def with_gauge(config: TrainConfig) -> TrainConfig:
