@@ -271,49 +271,15 @@ def test_a_longer_look_where_a_metric_does_not_change(config: TrainConfig, monke
     assert "looks of 0.02 change 0% of what they look at, of 0.08 100%" in said
 
 
-@pytest.mark.parametrize(
-    ("given", "found"),
-    [
-        ({"max_forwards": 140}, 4),
-        ({"max_forwards": 139}, 1),
-        ({"max_forwards": 79}, 0),
-        ({"max_forwards": 400, "looks": "one-sided", "num_samples": 8}, 1),
-        ({"max_forwards": 400, "lr": 1e-3}, 0),
-        ({"max_forwards": 400, "eps": 1e-2}, 4),
-        ({"max_forwards": 400, "start": "deep"}, 0),
-        ({"max_forwards": 400, "start": "auto"}, None),
-        ({"max_forwards": 400, "start": "auto", "tuner": "lora"}, 4),
-        ({"max_forwards": 400, "start": "auto", "tuner": "lora", "gauge": 0}, 0),
-        ({"max_forwards": 400, "start": "deep", "gauge": 2}, 2),
-        ({"max_forwards": 400, "start": "auto", "gauge": 2}, 2),
-        ({"max_forwards": 400, "looks": "one-point", "estimator": "weight"}, 0),
-        ({"max_forwards": 400, "blocks": "layers", "estimator": "weight"}, 0),
-    ],
-    ids=str,
-)
-def test_what_is_done_by_default(
-    config: TrainConfig, given: dict[str, Any], found: int | None
-) -> None:
-    """No more than a tenth of the budget; nothing behind a fit, or where the rate is given; what the start decides stays open."""
-    done = resolved(replace(config, **{"gauge": None, **given}))
-    assert done.gauge == found
-    assert (done.lr is None) == (found != 0)
-    if found == 0:
-        assert done.lr == given.get("lr", RATES[done.tuner])
-        assert done.eps == LOSS_EPS
-
-
-@pytest.mark.parametrize("start", ["base", "auto"])
-def test_a_start_that_is_decided_with_the_model_decides_it(config: TrainConfig, start: Any) -> None:
-    """Few rows of two labels: the head starts as a probe, and its steps have the usual rate."""
-    config = replace(config, gauge=None, start=start, max_forwards=200)
-    _, said = go(config)
+def test_behind_a_fitted_start(config: TrainConfig) -> None:
+    """Its forwards count beside those of the fit, and its rate is that of what the fit has left."""
+    result, said = go(replace(config, start="probe", max_forwards=60))
     kept = RunFolder(config.out).read_config()
-    assert kept.gauge == (4 if start == "base" else 0)
-    assert (kept.lr == RATES["full"]) == (start == "auto")
-    assert ("projected gradients of the loss are about" in said) == (start == "base")
-    again, _ = go(replace(config, resume=True))
-    assert again["status"] == "finished"
+    assert kept.lr not in (None, *RATES.values())
+    assert said.index("the head starts as a linear probe") < said.index(
+        "projected gradients of the"
+    )
+    assert result["forwards"] == 60
 
 
 def test_what_is_given_stays(config: TrainConfig) -> None:

@@ -64,9 +64,9 @@ class TrainConfig:
         modified: look along unlike layers at unlike lengths: variance or expectation, with parameters as in "variance(by=looks, per=layer, every=100, samples=1)".
         blocks: look along and move one block a step: "layers", or regular expressions with spaces between them, one a block.
         block_order: cyclic, or random.
-        lr: learning rate; with rules that normalise (rms, sign, spread), the distance a coordinate moves in a step (default what --gauge finds, or full and head 1e-3, lora 5e-3, prefix 3e-2, prompt 1e-2).
-        eps: how far to look (default what --gauge finds, or 1e-3 for the loss, 2e-2 for other objectives: a shorter look changes hardly any answer).
-        gauge: find lr and eps, where they are not given, by the looks of so many steps (and three more) before the first; 0: take usual ones (default 4, where lr is not given and the run starts from the base; fewer of a small budget).
+        lr: learning rate; with rules that normalise (rms, sign, spread), the distance a coordinate moves in a step (default full and head 1e-3, lora 5e-3, prefix 3e-2, prompt 1e-2).
+        eps: how far to look (default 1e-3 for the loss, 2e-2 for other objectives: a shorter look changes hardly any answer).
+        gauge: find lr and eps, where they are not given, by the looks of so many steps (and three more) before the first one, and not from what is tuned; 0: do not.
         num_samples: directions a step (for each example in activation space).
         sample_schedule: constant, or linear from 1 to num_samples over the run.
         weight_decay: decoupled, times lr; skips biases and norms.
@@ -137,7 +137,7 @@ class TrainConfig:
     block_order: Order = "cyclic"
     lr: float | None = None
     eps: float | None = None
-    gauge: int | None = None
+    gauge: int = 0
     num_samples: int = 1
     sample_schedule: Samples = "constant"
     weight_decay: float = 0.0

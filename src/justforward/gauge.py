@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from justforward.objectives import Objective
     from justforward.optim import MeZO
 
-SHARE = 0.02  # nats
+SHARE = 0.014  # nats
 ENOUGH = 1.0 / 16.0
 FARTHER = 4.0  # times as long are the looks that see how the loss bends
 NEARER = 1.0 / 4.0  # times as long are those that see how it is rounded
@@ -76,7 +76,6 @@ def gauge(
     def look(eps: float, step: int, seen: Objective | None) -> Grads:
         return _looked(opt, eps, step, lambda: feed(config, opt, scorer, seen, train))
 
-    assert config.gauge is not None
     begun, most = config.eps or usual_eps(config), longest_look(config)
     longer = min(FARTHER, most / begun)
     here, far = look(begun, 0, objective), look(begun * longer, 0, objective)

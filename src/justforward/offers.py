@@ -181,11 +181,8 @@ def run_config(config: ServeConfig, old: TrainConfig | None) -> TrainConfig:
         )
     if config.looks == "one-point":
         raise UserError("--looks is 'one-point': workers cannot share it: choose one-sided")
-    # a hub has no model to gauge with
     return resolved(
-        TrainConfig(
-            data=WORKERS, start="base", keep="last", backoff=False, patience=0, gauge=0, **given
-        )
+        TrainConfig(data=WORKERS, start="base", keep="last", backoff=False, patience=0, **given)
     )
 
 

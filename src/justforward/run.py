@@ -76,7 +76,6 @@ def _open(config: TrainConfig, progress: Progress, team: Team) -> Session | Resu
             for name in (
                 "lr",
                 "eps",
-                "gauge",
                 "eval_every",
                 "test_size",
                 "validation_size",

@@ -8,7 +8,6 @@ from typing import Any
 
 from justforward import catalog, rules
 from justforward.config import (
-    FITTED,
     FREE,
     NOT_KEPT,
     PROBED,
@@ -160,11 +159,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
             f"--shots is {config.shots}: it is for the rows of a --task: give --train-size"
         )
     config = _privately(config)
-    why = _gauge_hindrance(config)
-    if config.gauge and why is not None:
-        raise UserError(
-            f"--gauge is {config.gauge} and {why}: leave out --gauge, and give --lr and --eps where the usual ones do not do"
-        )
+    _check_gauge(config)
     task = task_of(config)
     whole = config.tuner in ("full", "head")
     if config.start in PROBED and (not whole or task.kind != "classification"):
@@ -200,18 +195,19 @@ def resolved(config: TrainConfig) -> TrainConfig:
         raise UserError(
             f"--layers is {config.layers}: it is for --tuner full or lora, and this is {config.tuner}: leave it out"
         )
-    config = replace(
+    return replace(
         config,
         template=task.template,
         labels=task.labels,
         loss=task.loss,
         start=start,
         rule=rules.parse(config.rule).spec,
+        lr=config.lr or (None if config.gauge else RATES[config.tuner]),
+        eps=config.eps or (None if config.gauge else usual_eps(config)),
         eval_every=config.eval_every
         or (None if start == "auto" else eval_every_of(start, config.max_forwards)),
         split_seed=config.seed if config.split_seed is None else config.split_seed,
     )
-    return with_gauge(config)
 
 
 def usual_eps(config: TrainConfig) -> float:
@@ -227,40 +223,23 @@ def longest_look(config: TrainConfig) -> float:
     return max(given, LONGEST_LOSS_EPS if config.objective == "loss" else LONGEST_METRIC_EPS)
 
 
-def with_gauge(config: TrainConfig) -> TrainConfig:
-    """`config` with `gauge` filled in as soon as its start is known, and `lr` and `eps` where nothing will find them."""
-    gauge = config.gauge
-    if gauge is None and config.start != "auto":
-        gauge = _usual_gauge(config)
-    if gauge is None:
-        return config
-    lr = config.lr or (None if gauge else RATES[config.tuner])
-    return replace(
-        config, gauge=gauge, lr=lr, eps=config.eps or (None if gauge else usual_eps(config))
-    )
+def _check_gauge(config: TrainConfig) -> None:
+    """Refuse `--gauge` where looks before the first step are not those of a step, or say more than they may.
 
-
-def _usual_gauge(config: TrainConfig) -> int:
-    """How many steps' looks are worth it: none behind a fit, whose rows have little slope left; else no more than a tenth of the budget."""
-    if config.lr is not None or config.start in FITTED or _gauge_hindrance(config):
-        return 0
-    one = forwards_of(
-        config.looks, config.num_samples if config.sample_schedule == "constant" else 1
-    )
-    return next((n for n in (4, 1) if 10 * (n + 3) * one <= config.max_forwards), 0)
-
-
-def _gauge_hindrance(config: TrainConfig) -> str | None:
-    """Why looks before the first step are not those of a step, or say more than they may; None if they do."""
+    Raises:
+        UserError: naming what is in its way.
+    """
     for name, value, good, why in (
         ("private", config.private, (False,), "looks at training rows would be seen in its rate"),
         ("looks", config.looks, ("two-sided", "one-sided"), "a one-point look is compared with the step before"),
         ("modified", config.modified, (None,), "it looks along each layer at another length"),
         ("blocks", config.blocks, (None,), "its steps look along different weights"),
     ):  # fmt: skip
-        if value not in good:
-            return f"--{name} {value!r}: {why}"
-    return None
+        if config.gauge and value not in good:
+            raise UserError(
+                f"--gauge is {config.gauge} and --{name} {value!r}: {why}: leave out --gauge, and give --lr and --eps where the "
+                "usual ones do not do"
+            )
 
 
 def _privately(config: TrainConfig) -> TrainConfig:

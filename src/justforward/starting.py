@@ -19,7 +19,7 @@ from justforward.head import Spared, hindrance, rows_to_fit, start_head
 from justforward.last import last_hindrance, start_last
 from justforward.models import inner_model
 from justforward.prepare import choose_tuned
-from justforward.settings import eval_every_of, task_of, with_gauge
+from justforward.settings import eval_every_of, task_of
 from justforward.trunk import rest_below, stack_of
 
 THIRD = 0.333  # of the layers are tuned behind what was fitted
@@ -45,11 +45,11 @@ def choose_layers(model: torch.nn.Module, config: TrainConfig) -> None:
 def decided(
     config: TrainConfig, scorer: Scorer, train: Sequence[Example], note: Callable[[str], None]
 ) -> TrainConfig:
-    """A run's configuration with its start settled, and what follows from that: how often it is validated, whether it is gauged.
+    """A run's configuration with its start settled, and how often it is validated, which follows from that.
 
     Arguments and errors are those of `decided_start`.
     """
-    config = with_gauge(decided_start(config, scorer, train, note))
+    config = decided_start(config, scorer, train, note)
     return replace(
         config, eval_every=config.eval_every or eval_every_of(config.start, config.max_forwards)
     )
