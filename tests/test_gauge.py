@@ -84,9 +84,9 @@ def test_a_loss_that_bends(parts: list[tuple[float, float]], order: int, times: 
     assert bend == pytest.approx(rms([0.01 * bent for _, bent in parts]) / rms(seen(1)), abs=1e-6)
 
 
-@given(st.sampled_from([1, 2]), st.integers(0, 2**32), st.floats(-3, 1))
+@given(st.sampled_from([1, 2]), st.integers(0, 2**32), st.floats(-3, 0.25))
 def test_a_loss_that_is_rounded(order: int, seed: int, power: float) -> None:
-    """To multiples of a step that is small or large beside what looks see: found within a factor."""
+    """To multiples of a step, at most nearly twice what looks see."""
     draw, step = random.Random(seed), 10.0**power
     slopes = [draw.gauss(0, 1) for _ in range(400)]
 
@@ -100,8 +100,8 @@ def test_a_loss_that_is_rounded(order: int, seed: int, power: float) -> None:
     here = seen(1)
     off = rms([a - b for a, b in zip(here, slopes, strict=True)])
     rounding, bend = errors(here, seen(FARTHER), seen(NEARER), FARTHER, order)
-    assert off / rms(here) / 2.0 <= rounding <= 2.0 * off / rms(here)
-    assert bend <= 0.7 * rounding
+    assert 0.6 * off / rms(here) <= rounding <= 1.25 * off / rms(here)
+    assert bend <= 0.6 * rounding
 
 
 def test_looks_that_see_nothing_are_rounded_away() -> None:
