@@ -329,6 +329,9 @@ def test_refused(config: TrainConfig, given: dict[str, Any], said: str) -> None:
 
 
 def test_a_budget_that_looks_alone_would_spend(config: TrainConfig) -> None:
-    with pytest.raises(UserError, match=r"--max-forwards is 11: the first step takes 12 forwards"):
+    with pytest.raises(
+        UserError,
+        match=r"--max-forwards is 11: the first step takes 12 forwards, with what comes before it",
+    ):
         go(replace(config, max_forwards=11))
     assert not Path(config.out).exists()

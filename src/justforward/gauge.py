@@ -6,12 +6,13 @@ gradients g_k, m being their root mean square. To second order the loss is chang
     lr = sqrt(K) S / (m tr H),   S = |G|^2 the signal, tr H the trace of the Hessian
 
 and along the way that training goes tr H is near the trace of the Fisher matrix, which for a direction of each example's own
-is m^2: the model that is unsure of an answer is the one whose answer moves. What is left of lr m / sqrt(K) is S / m^2, a pure number,
-which falls as training goes. So the rate is `SHARE` sqrt(K) / m: however weights are scaled, whatever is tuned, a first
-step means to change the loss by so much. (docs/race.md: where this comes to, beside rates that were searched.)
+is m^2, but for a factor (1.5 to 12 was measured): the model that is unsure of an answer is the one whose answer moves. What is left
+of lr m / sqrt(K) is S / m^2, a pure number, which falls as training goes. So the rate is `SHARE` sqrt(K) / m: however weights are
+scaled, whatever is tuned, a first step means to change the loss by so much. Where looks see nothing it is the usual one.
+(docs/race.md: where this comes to, beside rates that were searched.)
 
-Looks are as long as is best for a model that computes with rounding: those of `START` where neither rounding nor the bending of the
-loss is more than `ENOUGH` of what they see, else those at which both together are least.
+Looks stay as long as they usually are where neither rounding nor the bending of the loss is more than `ENOUGH` of what they see;
+else they are so long that both together are least.
 """
 
 from __future__ import annotations

@@ -214,9 +214,9 @@ class Session:
         self.parts = len(self.opt.param_groups)
         first = forwards_at(config, 0, self.parts) + forwards_until(config, 0, self.parts)
         if first > config.max_forwards:
+            what = f"it measures of {self.parts} parts" if config.modified else "comes before it"
             raise UserError(
-                f"--max-forwards is {config.max_forwards}: the first step takes {first} forwards, with what it measures "
-                f"of {self.parts} parts: give at least that"
+                f"--max-forwards is {config.max_forwards}: the first step takes {first} forwards, with what {what}: give at least that"
             )
         if self.log is None:
             keep_environment(folder, config, self.data_sha256)
