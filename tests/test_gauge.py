@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 import justforward as jf
 from conftest import small_run
+from justforward import gauge
 from justforward.config import ReplayConfig, TrainConfig
 from justforward.errors import UserError
+from justforward.evaluate import Scorer
 from justforward.folder import RunFolder
 from justforward.gauge import ENOUGH, FARTHER, NEARER, SHARE, changed, errors, moved, rate, stretch
 from justforward.models import load_model
@@ -162,7 +164,7 @@ def test_a_run_finds_its_rate_and_says_so(config: TrainConfig, tmp_path: Path) -
     assert result["steps"] == 15
     assert result["forwards"] == 40
     assert lines(config)[2]["forwards"] == 12  # before, validation, the first step
-    # the looks left nothing behind: a run that is told the same numbers, and lays its grids as wide, takes the same steps
+    # the looks left nothing behind: base and log are the tuned model
     model = load_model(config.model)[0]
     assert read_log(RunFolder(config.out).log).header["base"] == jf.fingerprint(model)
     assert jf.replay(model, RunFolder(config.out).log) == 15
@@ -176,7 +178,6 @@ def test_the_same_run_gauged_by_hand(config: TrainConfig) -> None:
     kept = RunFolder(config.out).read_config()
     by_hand = replace(config, out=config.out + "2", gauge=0, lr=1e-9, lr_schedule="constant", max_forwards=6)  # fmt: skip
     seen: list[float] = []
-    real = jf.MeZO.apply
 
     class Watching(Session):
         def _step(self) -> float:
@@ -185,7 +186,6 @@ def test_the_same_run_gauged_by_hand(config: TrainConfig) -> None:
             seen.extend(self.opt.projected_grads if self.opt.steps > 1 else ())
             return loss
 
-    assert real is jf.MeZO.apply
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("justforward.run.Session", Watching)
         go(by_hand)
@@ -212,7 +212,7 @@ def test_the_same_run_gauged_by_hand(config: TrainConfig) -> None:
     ids=str,
 )
 def test_all_kinds_of_runs(config: TrainConfig, tmp_path: Path, given: dict[str, Any]) -> None:
-    """Each resumes to the same bits, also from before its first step, and replays."""
+    """Each says what it has found, replays, and resumes behind its first step to the same bits."""
     config = replace(config, **given)
     whole, said = go(config)
     kept = RunFolder(config.out).read_config()
@@ -255,9 +255,7 @@ def test_killed_before_it_has_found_anything(config: TrainConfig, tmp_path: Path
 
 def test_a_longer_look_where_a_metric_does_not_change(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     config = replace(config, objective="accuracy")
-    from justforward import gauge as module
-
-    real = module._looked
+    real = gauge._looked
 
     def seen(opt: Any, eps: float, step: int, made: Any) -> Any:
         found = real(opt, eps, step, made)
@@ -265,7 +263,7 @@ def test_a_longer_look_where_a_metric_does_not_change(config: TrainConfig, monke
             return [0.0] * len(found)
         return [1.0] * len(found) if eps > METRIC_EPS else found
 
-    monkeypatch.setattr(module, "_looked", seen)
+    monkeypatch.setattr(gauge, "_looked", seen)
     _, said = go(config)
     assert RunFolder(config.out).read_config().eps == 4.0 * METRIC_EPS
     assert "looks of 0.02 change 0% of what they look at, of 0.08 100%" in said
@@ -292,8 +290,6 @@ def test_what_is_given_stays(config: TrainConfig) -> None:
 
 def test_a_loss_that_is_rounded_asks_for_longer_looks(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """As where a model computes in 16 bits: what is rounded to 1/64 shows hardly a slope at 1e-3."""
-    from justforward.evaluate import Scorer
-
     real = Scorer.losses
     monkeypatch.setattr(
         Scorer, "losses", lambda self, batch: (real(self, batch) * 64.0).round() / 64.0
