@@ -5,6 +5,7 @@ Reading order: tokenizers, models, rows.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -504,6 +505,23 @@ def small_run(model: Path, data: Path, out: Path, **given: Any) -> TrainConfig:
         "patience": 0,
     }
     return TrainConfig(model=str(model), data=str(data), out=str(out), **{**usual, **given})
+
+
+def trained(config: TrainConfig) -> tuple[dict[str, Any], str]:
+    """A run: its result, and what it said."""
+    from justforward.progress import Progress
+    from justforward.run import train
+
+    out = io.StringIO()
+    return train(config, Progress(out)), out.getvalue()
+
+
+def lines_of(config: TrainConfig) -> list[dict[str, Any]]:
+    """A run's metrics.jsonl, without what the clock says."""
+    from justforward.folder import RunFolder
+
+    metrics, _ = RunFolder(config.out).read_metrics()
+    return [{k: v for k, v in m.items() if "seconds" not in k} for m in metrics]
 
 
 @pytest.fixture(autouse=True, scope="session")

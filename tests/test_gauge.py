@@ -18,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import justforward as jf
+from conftest import lines_of as lines
 from conftest import small_run
+from conftest import trained as go
 from justforward import gauge
 from justforward.config import ReplayConfig, TrainConfig
 from justforward.errors import UserError
@@ -30,7 +32,6 @@ from justforward.outcome import Interrupted
 from justforward.progress import Progress
 from justforward.rebuild import rebuild
 from justforward.rules import parse
-from justforward.run import train
 from justforward.schedules import gauge_forwards
 from justforward.session import Session
 from justforward.settings import LONGEST_LOSS_EPS, LOSS_EPS, METRIC_EPS, RATES, resolved
@@ -141,16 +142,6 @@ def test_which_looks_change_anything() -> None:
 def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConfig:
     out = tmp_path / "run"
     return small_run(model_folder, sentiment_csv, out, gauge=2, lr=None, max_forwards=40)
-
-
-def go(config: TrainConfig) -> tuple[dict[str, Any], str]:
-    out = io.StringIO()
-    return train(config, Progress(out)), out.getvalue()
-
-
-def lines(config: TrainConfig) -> list[dict[str, Any]]:
-    metrics, _ = RunFolder(config.out).read_metrics()
-    return [{k: v for k, v in m.items() if "seconds" not in k} for m in metrics]
 
 
 def test_a_run_finds_its_rate_and_says_so(config: TrainConfig, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import justforward as jf
+from conftest import lines_of as lines
+from conftest import trained as go
 from justforward.config import ReplayConfig, TrainConfig
 from justforward.errors import NonFiniteLoss
 from justforward.evaluate import Evaluation
@@ -41,7 +43,6 @@ from justforward.outcome import Interrupted, turning
 from justforward.prepare import judged, stop_reason
 from justforward.progress import Progress
 from justforward.rebuild import rebuild
-from justforward.run import train
 from justforward.session import Session
 from justforward.settings import resolved
 from justforward.snapshots import RunOptimizer
@@ -218,16 +219,6 @@ def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConf
         eval_every=400, lr=0.3, lr_schedule="constant", threads=1, train_size=32, keep="last",
         start="base", patience=0,
     )  # fmt: skip
-
-
-def go(config: TrainConfig) -> tuple[dict[str, Any], str]:
-    out = io.StringIO()
-    return train(config, Progress(out)), out.getvalue()
-
-
-def lines(config: TrainConfig) -> list[dict[str, Any]]:
-    metrics, _ = RunFolder(config.out).read_metrics()
-    return [{k: v for k, v in m.items() if "seconds" not in k} for m in metrics]
 
 
 def test_a_run_goes_back_and_on_at_half_the_rate(config: TrainConfig, tmp_path: Path) -> None:

@@ -7,14 +7,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from justforward import catalog, rules
-from justforward.config import (
-    FREE,
-    NOT_KEPT,
-    PROBED,
-    BaselineConfig,
-    RankConfig,
-    TrainConfig,
-)
+from justforward.config import FREE, NOT_KEPT, PROBED, BaselineConfig, RankConfig, TrainConfig
 from justforward.errors import UserError
 from justforward.ranges import check_ranges
 from justforward.tasks import Loss, Task, Truncation, parse_labels
