@@ -211,10 +211,12 @@ def test_an_answer_of_several_tokens_is_asked_at_its_first(architecture: str) ->
 def test_the_model_is_as_before() -> None:
     scorer = scorer_for("gpt2")
     scorer.model.train()
+    modules = list(scorer.model.modules())
+    before = [(dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in modules]
     hidden_states(scorer, ROWS, batch_size=2)
     assert scorer.model.training
-    head: Any = scorer.model.get_output_embeddings()
-    assert not head._forward_pre_hooks
+    after = [(dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in modules]
+    assert after == before
 
 
 # ---------------------------------------------------------------------------------------------- refused

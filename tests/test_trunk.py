@@ -19,6 +19,7 @@ import torch
 
 import justforward as jf
 from conftest import ARCHITECTURES, MASKED, make_model, make_tokenizer
+from justforward.alone import workers
 from justforward.config import TrainConfig
 from justforward.data import Example
 from justforward.evaluate import Scorer
@@ -323,7 +324,7 @@ def test_nothing_kept_is_only_slower() -> None:
     assert (full.texts, empty.texts) == (4, 8)  # twice in a batch, and yet once a call
 
 
-# ----------------------------------------------------------------------------- short texts, a thread each
+# ------------------------------------------------------------------------------------ whole batches
 
 
 @pytest.fixture
@@ -338,6 +339,62 @@ def upper(architecture: str) -> tuple[Any, Scorer, Trunk]:
     model = make_model(architecture)
     choose_tuned(model, UPPER[architecture])
     return model, scorer_of(architecture, model), Trunk(model, in_memory)
+
+
+def test_a_whole_batch_has_the_bits_of_the_models_own_forward(architecture: str) -> None:
+    _, scorer, trunk = upper(architecture)
+    batches = [scorer.encode(ROWS), scorer.encode(ROWS[1:]), scorer.encode([*ROWS, *ROWS])]
+    plain = [scorer.losses(batch) for batch in batches]
+    for _ in range(2):
+        with trunk.reused(whole=True):
+            assert all(
+                torch.equal(scorer.losses(b), p) for b, p in zip(batches, plain, strict=True)
+            )
+    assert trunk.texts == 4 + 3 + 8  # each batch once
+    with trunk.reused():  # a text by itself is something else
+        scorer.losses(batches[0])
+    assert trunk.texts == 15 + 4
+
+
+def test_a_whole_batch_that_is_not_kept_runs_again() -> None:
+    model, scorer, _ = upper("llama")
+    batch = scorer.encode(ROWS)
+    plain = scorer.losses(batch)
+    trunk = Trunk(model, lambda name: in_memory(name, 0))
+    with trunk.reused(whole=True):
+        assert torch.equal(scorer.losses(batch), plain)
+        assert torch.equal(scorer.losses(batch), plain)
+    assert trunk.texts == 8
+
+
+def test_batches_that_differ_in_padding_alone_are_two() -> None:
+    model, _, trunk = upper("llama")
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    with torch.no_grad():
+        plain = [
+            model(input_ids=ids, attention_mask=m).logits for m in (mask, torch.ones_like(mask))
+        ]
+        with trunk.reused(whole=True):
+            for m, wanted in zip((mask, torch.ones_like(mask)), plain, strict=True):
+                for _ in range(2):
+                    assert torch.equal(model(input_ids=ids, attention_mask=m).logits, wanted)
+
+
+def test_scoring_in_threads_is_scoring(architecture: str, three_threads: None) -> None:
+    _, scorer, trunk = upper(architecture)
+    rows = [*ROWS, *ROWS, *ROWS]
+    plain = [scorer.evaluate(rows, 5)]
+    with trunk.reused(whole=True):
+        plain += [scorer.evaluate(rows, 5), scorer.evaluate(rows, 5)]
+    assert plain[0] == plain[1] == plain[2]
+    with trunk.reused():  # the trunk has the threads
+        alone = scorer.evaluate(rows, 5)
+    assert alone.loss == pytest.approx(plain[0].loss, rel=1e-5)
+    assert (alone.predictions, alone.forwards) == (plain[0].predictions, plain[0].forwards)
+
+
+# ----------------------------------------------------------------------------- short texts, a thread each
 
 
 @pytest.mark.parametrize(("name", "value"), [("SMALL", 0), ("SHORT", 0), ("SHORT", 8)])
@@ -384,8 +441,7 @@ def test_threads_of_torch_are_what_they_were(three_threads: None) -> None:
     later.start()
     later.join()
     assert seen == [3]
-    pool = trunk._workers()
-    assert [pool.submit(torch.get_num_threads).result() for _ in range(6)] == [1] * 6
+    assert [workers().submit(torch.get_num_threads).result() for _ in range(6)] == [1] * 6
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])

@@ -1,11 +1,13 @@
 """`justforward train` without a numeric option against plain MeZO at the best of twelve settings, on tasks and prompts.
 
-    python benchmarks/race/defaults.py --part grid --part default      # goes on where it stopped
-    python benchmarks/race/defaults.py --table                         # into docs/race.md
+    python benchmarks/race/defaults.py --part grid --part again --part default      # goes on where it stopped
+    python benchmarks/race/defaults.py --where smollm2-rte --part short --part grid # one place; short runs first
+    python benchmarks/race/defaults.py --table                                      # into docs/race.md
 
-Every run is the command itself, in this process. MeZO: weight space, the paper's rule, all weights, from the base model,
-the rate falling to 0 over the default's own 400 forwards of 8 rows. Of the grid's seed 0 runs the one with the least validation
-loss is the tuned one; its own best loss is the goal.
+Every run is the command itself, in this process. MeZO: weight space, the paper's rule, from the base model, the rate
+falling to 0 over the default's own 400 forwards of 8 rows; all weights, or those that a place's `plain` options name.
+Of the grid's seed 0 runs the one with the least validation loss is the tuned one; its own best loss is the goal.
+Where twelve whole runs take hours, all twelve run for a quarter of the forwards (`short`), and the best three of those whole.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ import yaml
 from report import DOCS, HERE, fill, number
 
 from justforward.cli import main as justforward
+from justforward.folder import value_of
 
 PLAIN = ["--estimator=weight", "--rule=sgd", "--start=base", "--patience=0", "--keep=best"]
+SHORT, WHOLE = 100, 3  # forwards of a short run; how many settings are run whole after those
 RESULTS = HERE / "defaults.jsonl"
 Line = dict[str, Any]
 
@@ -37,6 +41,10 @@ Line = dict[str, Any]
 def points(grid: dict[str, list[float]]) -> list[tuple[float, float]]:
     """Rates and lengths of looks."""
     return [(lr, eps) for lr in grid["lr"] for eps in grid["eps"]]
+
+
+def setting(line: Line) -> tuple[float, float]:
+    return line["lr"], line["eps"]
 
 
 def run(where: dict[str, Any], options: list[str], seed: int) -> Line:
@@ -57,19 +65,23 @@ def run(where: dict[str, Any], options: list[str], seed: int) -> Line:
 
 
 def read(folder: Path) -> Line:
-    """The curve of validations, and test figures before and after."""
+    """The curve of validations (forwards, loss, metric, seconds since the base was scored), and test figures before and after."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     by: dict[str, list[Line]] = {}
     for line in lines:
         by.setdefault(line["kind"], []).append(line)
 
     def pair(line: Line) -> list[float]:
-        return [round(line["loss"], 4), round(line["accuracy"], 4)]
+        return [round(line["loss"], 4), round(value_of(line), 4)]
 
+    begun = by["before"][0]["seconds"]
     result = folder / "result.json"
     after = json.loads(result.read_text()) if result.exists() else {}
     return {
-        "curve": [[m["forwards"], *pair(m)] for m in by.get("validation", [])],
+        "curve": [
+            [m["forwards"], *pair(m), round(m["seconds"] - begun, 1)]
+            for m in by.get("validation", [])
+        ],
         "before": pair(by["before"][0]),
         "after": [round(after["loss"], 4), round(after["value"], 4)] if after else None,
     }
@@ -85,12 +97,17 @@ def key(line: Line) -> tuple[Any, ...]:
 
 
 def best(curve: list[list[float]]) -> float:
-    return min((loss for _, loss, _ in curve), default=math.inf)
+    return min((point[1] for point in curve), default=math.inf)
+
+
+def ranked(known: list[Line], kind: str) -> list[Line]:
+    """Seed 0's settings, that with the least validation loss first."""
+    return sorted((k for k in known if k["kind"] == kind and k["seed"] == 0), key=lambda k: best(k["curve"]))  # fmt: skip
 
 
 def tuned(known: list[Line]) -> Line:
     """The setting of the grid with the least validation loss, of seed 0."""
-    return min((k for k in known if k["kind"] == "grid" and k["seed"] == 0), key=lambda k: best(k["curve"]))  # fmt: skip
+    return ranked(known, "grid")[0]
 
 
 def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
@@ -115,10 +132,12 @@ def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
             rows.append(f"| {name} | not run | | | {losses} | | | {tail}")
             continue
         top = tuned(here)
-        same = [k for k in here if k["kind"] == "grid" and (k["lr"], k["eps"]) == (top["lr"], top["eps"])]  # fmt: skip
+        same = [k for k in here if k["kind"] == "grid" and setting(k) == setting(top)]  # fmt: skip
         goal = statistics.mean(best(k["curve"]) for k in same)
-        full = statistics.median(next(f for f, loss, _ in k["curve"] if loss == best(k["curve"])) for k in same)  # fmt: skip
-        taken = [next((f for f, loss, _ in k["curve"] if loss <= goal), math.inf) for k in ours]
+        full = statistics.median(next(point[0] for point in k["curve"] if point[1] == best(k["curve"])) for k in same)  # fmt: skip
+        taken = [
+            next((point[0] for point in k["curve"] if point[1] <= goal), math.inf) for k in ours
+        ]
         rows.append(
             f"| {name} | {top['lr']:g}, {top['eps']:g} | {', '.join(number(best(k['curve']), 3) for k in same)} | {full:g} | {losses} "
             f"| {', '.join(number(t, 0) for t in taken)} | {', '.join(number(t / full, 2) for t in taken)} | {tail}"
@@ -131,7 +150,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--part", action="append", choices=["grid", "default", "again"], default=[])
+    parser.add_argument(
+        "--part", action="append", choices=["short", "grid", "default", "again"], default=[]
+    )
     parser.add_argument("--where", action="append")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
@@ -145,14 +166,20 @@ def main() -> None:
             if part == "default":
                 todo = [({"kind": "default", "seed": seed}, []) for seed in where["seeds"]]
             else:
-                chosen, seeds = points(where["grid"]), [0]
-                if part == "again":  # the best one with the other seeds
-                    top = tuned([k for k in known.values() if k["where"] == name])
-                    chosen, seeds = [(top["lr"], top["eps"])], where["again"]
+                here = [k for k in known.values() if k["where"] == name]
+                chosen, seeds, limit = points(where["grid"]), [0], []
+                kind = "grid"
+                if part == "short":
+                    kind, limit = "short", [f"--max-forwards={SHORT}"]
+                elif part == "again":  # the best one with the other seeds
+                    chosen, seeds = [setting(tuned(here))], where["again"]
+                elif any(k["kind"] == "short" for k in here):
+                    chosen = [setting(k) for k in ranked(here, "short")[:WHOLE]]
                 for lr, eps in chosen:
                     for seed in seeds:
-                        line = {"kind": "grid", "lr": lr, "eps": eps, "seed": seed}
-                        todo.append((line, [*PLAIN, f"--lr={lr}", f"--eps={eps}"]))
+                        line = {"kind": kind, "lr": lr, "eps": eps, "seed": seed}
+                        plain = [*PLAIN, *where.get("plain", []), *limit]
+                        todo.append((line, [*plain, f"--lr={lr}", f"--eps={eps}"]))
             for line, options in todo:
                 line = {"where": name, **line}
                 if key(line) in known:

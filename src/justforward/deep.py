@@ -21,7 +21,7 @@ from torch import Tensor
 
 from justforward.data import Example
 from justforward.evaluate import Scorer
-from justforward.head import Spared, Started, fit_head, kept_head, own_head, put_probe, stays
+from justforward.head import Inside, Started, fit_head, kept_head, own_head, put_probe, stays
 from justforward.models import inner_model
 from justforward.probe import Features, Probe, fit_probe, head_of, hidden_states, seen_at
 from justforward.prompts import eval_mode
@@ -180,7 +180,7 @@ def start_deep(
     validation: Sequence[Example],
     batch_size: int,
     share: float,
-    spared: Spared = nullcontext,
+    spared: Inside = nullcontext,
     or_base: bool = False,
 ) -> Started:
     """Make head and upper layers a probe of their inner states, or the head alone one of the last, whichever is better.

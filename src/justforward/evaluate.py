@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from justforward.alone import hands, spread
 from justforward.causal import CausalPrompts
 from justforward.data import Example
 from justforward.errors import UserError
@@ -22,9 +23,10 @@ from justforward.generate import GREEDY, Sampling, generate
 from justforward.masked import MaskedPrompts
 from justforward.metrics import accuracy, exact_match, figures
 from justforward.models import is_masked, is_seq2seq
-from justforward.prompts import Batch, Prompts, Row, eval_mode
+from justforward.prompts import Batch, Prompts, Row, eval_mode, feed_head_whole
 from justforward.seq2seq import Seq2SeqPrompts
 from justforward.tasks import Task
+from justforward.trunk import is_small
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,6 +96,7 @@ class Scorer:
                 "calibration is of the scores of choices, and a task of kind 'generation' has none: "
                 "leave --calibrate out"
             )
+        feed_head_whole(model)
         self.model = model
         self.tokenizer = tokenizer
         self.task = task
@@ -205,27 +208,22 @@ class Scorer:
         order = sorted(range(len(examples)), key=lambda i: self.length(examples[i]), reverse=True)
         predictions = [""] * len(examples)
         losses = [0.0] * len(examples)
-        forwards = 0
+        # a text that is written has steps of few tokens, for which all weights are read
+        among = hands(self.task.kind != "generation" and is_small(self.model))
+        batches, parts = in_parts(order, batch_size, among)
+        forwards = [0] * batches
+
+        def judged(part: Part) -> tuple[list[str], list[float], int]:
+            return self._judged([examples[i] for i in part.places])
+
         with eval_mode(self.model), torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                places = order[start : start + batch_size]
-                rows = [examples[i] for i in places]
-                batch = self.encode(rows, common=True)
-                scores = self.prompts.scores(batch)
-                forwards += _passes(batch)
-                self._check_finite(scores, batch, rows)
-                row_losses = self._losses(scores, batch["label"]).tolist()
-                if self.task.kind == "generation":
-                    predicted, more = self._predict(self.encode(rows, "none", common=True), GREEDY)
-                    forwards += more
-                else:
-                    if self.calibrate:
-                        scores, more = self._calibrated(rows, batch, scores)
-                        forwards += more
-                    predicted = self._names(rows, scores)
-                for i, name, loss in zip(places, predicted, row_losses, strict=True):
+            for part, (names, found, passes) in zip(
+                parts, spread(judged, parts, among), strict=True
+            ):
+                forwards[part.batch] = max(forwards[part.batch], passes)
+                for i, name, loss in zip(part.places, names, found, strict=True):
                     predictions[i], losses[i] = name, loss
-        found = figures(self.task, examples, predictions)
+        metrics = figures(self.task, examples, predictions)
         count = len(examples)
         right = sum(self._right(p, e) for p, e in zip(predictions, examples, strict=True))
         # fsum: the mean does not depend on the order of the batches
@@ -234,13 +232,28 @@ class Scorer:
             loss=math.fsum(losses) / count,
             predictions=predictions,
             rows=count,
-            forwards=forwards,
+            forwards=sum(forwards),
             metric=self.task.metric,
-            value=found[self.task.metric],
-            metrics=found,
+            value=metrics[self.task.metric],
+            metrics=metrics,
         )
 
     # ----------------------------------------------------------------------------------- private
+
+    def _judged(self, rows: list[Example]) -> tuple[list[str], list[float], int]:
+        """What is predicted for the rows of a batch, their losses, and how many passes that took."""
+        batch = self.encode(rows, common=True)
+        scores = self.prompts.scores(batch)
+        passes = _passes(batch)
+        self._check_finite(scores, batch, rows)
+        losses = self._losses(scores, batch["label"]).tolist()
+        if self.task.kind == "generation":
+            predicted, more = self._predict(self.encode(rows, "none", common=True), GREEDY)
+            return predicted, losses, passes + more
+        if self.calibrate:
+            scores, more = self._calibrated(rows, batch, scores)
+            passes += more
+        return self._names(rows, scores), losses, passes
 
     def _right(self, predicted: str, example: Example) -> float:
         if self.task.kind == "classification":
@@ -303,6 +316,26 @@ class Scorer:
                 f"{rows[finite.index(False)].where}: the scores are not finite: the model's weights are broken: "
                 "load another model or replay to an earlier step"
             )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some places of a batch, which is the `batch`th."""
+
+    batch: int
+    places: list[int]
+
+
+def in_parts(order: Sequence[int], batch_size: int, hands: int) -> tuple[int, list[Part]]:
+    """Places in batches, and each batch in parts for so many hands: how many batches there are, and the parts in order."""
+    size = -(-batch_size // hands)
+    starts = range(0, len(order), batch_size)
+    parts = [
+        Part(batch, list(order[at : min(at + size, start + batch_size)]))
+        for batch, start in enumerate(starts)
+        for at in range(start, min(start + batch_size, len(order)), size)
+    ]
+    return len(starts), parts
 
 
 def _passes(batch: Batch) -> int:

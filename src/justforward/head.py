@@ -23,7 +23,7 @@ from justforward.probe import Features, Probe, fit_probe, head_of, hidden_states
 from justforward.prompts import eval_mode
 from justforward.tuners import put_rows, rows_of
 
-Spared = Callable[[], AbstractContextManager[None]]
+Inside = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def start_head(
     train: Sequence[Example],
     validation: Sequence[Example],
     batch_size: int,
-    spared: Spared = nullcontext,
+    spared: Inside = nullcontext,
     or_base: bool = False,
 ) -> Started:
     """Make the output head's rows of the label words a linear probe: choices are then scored as the probe scores them.

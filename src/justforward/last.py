@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from justforward.data import Example
 from justforward.deep import everywhere, stream_of
 from justforward.evaluate import Scorer
-from justforward.head import Spared, gives_logits
+from justforward.head import Inside, gives_logits
 from justforward.models import inner_model
 from justforward.probe import head_of, seen_at
 from justforward.prompts import Batch, eval_mode
@@ -305,7 +305,7 @@ def start_last(
     train: Sequence[Example],
     validation: Sequence[Example],
     batch_size: int,
-    spared: Spared = nullcontext,
+    spared: Inside = nullcontext,
 ) -> Written:
     """Fit the model's last map to the right answers of some rows, and write to it what was found.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -235,10 +236,12 @@ def _picked(x: Tensor, behind: Tensor) -> Tensor:
 
 @contextmanager
 def _only(body: nn.Module, behind: Tensor) -> Iterator[None]:
-    """While inside, what the body hands on is its output at the masks."""
+    """While inside, what the body hands on is its output at the masks, in this thread's passes."""
+    mine = get_ident()
 
     def pick(module: nn.Module, arguments: Any, output: Any) -> Any:
-        output.last_hidden_state = _picked(output.last_hidden_state, behind)
+        if get_ident() == mine:
+            output.last_hidden_state = _picked(output.last_hidden_state, behind)
         return output
 
     handle = body.register_forward_hook(pick)

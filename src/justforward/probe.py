@@ -8,6 +8,7 @@ matrix reaches for, found by convex optimization instead of steps (arXiv 2305.17
 from __future__ import annotations
 
 import math
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from justforward.alone import hands, spread
 from justforward.data import Example
 from justforward.errors import UserError
-from justforward.evaluate import Scorer
+from justforward.evaluate import Part, Scorer, in_parts
 from justforward.models import inner_model
 from justforward.prompts import Batch, Row, eval_mode
+from justforward.trunk import is_small
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -246,16 +249,19 @@ def hidden_states(
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt), reverse=True)
     watched = [(head_of(scorer.model), True), *((m, True) for m in inputs), *((m, False) for m in outputs)]  # fmt: skip
     found: list[list[Tensor]] = [[torch.empty(0)] * len(asked) for _ in watched]
-    forwards = 0
-    with eval_mode(scorer.model):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = prompts.batch([asked[i] for i in rows])
-            with seen_at(watched, partial(_where_answered, batch=batch, count=len(rows))) as seen:
-                prompts.scores(batch)
-            forwards += 1
-            for of_one, states in zip(found, seen, strict=True):
-                for i, state in zip(rows, states, strict=True):
+    among = hands(is_small(scorer.model))
+    forwards, parts = in_parts(order, batch_size, among)
+    with eval_mode(scorer.model), watching(watched) as seen:
+
+        def states(part: Part) -> list[Tensor]:
+            batch = prompts.batch([asked[i] for i in part.places])
+            seen.begin(partial(_where_answered, batch=batch, count=len(part.places)))
+            prompts.scores(batch)
+            return seen.states
+
+        for part, given in zip(parts, spread(states, parts, among), strict=True):
+            for of_one, several in zip(found, given, strict=True):
+                for i, state in zip(part.places, several, strict=True):
                     of_one[i] = state
     answers = torch.tensor([scorer.labels.index(example.label) for example in examples])
     stacked = [torch.stack(of_one) for of_one in found]
@@ -290,17 +296,29 @@ def head_of(model: PreTrainedModel) -> nn.Module:
     return module
 
 
+class Seen(threading.local):
+    """What has entered or left modules in a thread's last forward pass, on the CPU."""
+
+    states: list[Tensor]
+    pick: Callable[[Tensor], Tensor]
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def begin(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Of this thread's next pass keep what `pick` makes of it."""
+        self.pick, self.states = pick, [torch.empty(0)] * self._count
+
+
 @contextmanager
-def seen_at(
-    watched: Sequence[tuple[nn.Module, bool]], pick: Callable[[Tensor], Tensor]
-) -> Iterator[list[Tensor]]:
-    """While inside, of each module what enters it (or leaves it, where not that) is picked from and kept, on the CPU."""
-    seen = [torch.empty(0)] * len(watched)
+def watching(watched: Sequence[tuple[nn.Module, bool]]) -> Iterator[Seen]:
+    """While inside, of each module what enters it (or leaves it, where not that) is seen in each pass that is begun."""
+    seen = Seen(len(watched))
 
     def keeps(i: int, enters: bool) -> Callable[..., None]:
         def ran(module: Any, arguments: Any, output: Any) -> None:
             given = arguments[0] if enters else output[0] if isinstance(output, tuple) else output
-            seen[i] = pick(given).float().cpu().clone()  # not a view of all places
+            seen.states[i] = seen.pick(given).float().cpu().clone()  # not a view of all places
 
         return ran
 
@@ -310,3 +328,13 @@ def seen_at(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def seen_at(
+    watched: Sequence[tuple[nn.Module, bool]], pick: Callable[[Tensor], Tensor]
+) -> Iterator[list[Tensor]]:
+    """`watching` the passes of this thread."""
+    with watching(watched) as seen:
+        seen.begin(pick)
+        yield seen.states

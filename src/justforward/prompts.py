@@ -358,6 +358,21 @@ def accepted_arguments(model: Any) -> set[str]:
     return set(inspect.signature(inner_model(model).forward).parameters)
 
 
+def feed_head_whole(model: Any) -> None:
+    """Let the output head get the last places of a batch in one piece, from now on.
+
+    They are cut out of all places, and torch multiplies a matrix that is frozen with such a piece row by row: of the
+    head of SmolLM2 that takes five times as long, a third of a forward pass through the last third of its layers.
+    """
+    head = inner_model(model).get_output_embeddings()
+    if head is not None and _in_one_piece not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_in_one_piece)
+
+
+def _in_one_piece(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each.contiguous() for each in args)
+
+
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """While inside, no dropout; afterwards what was in training mode is again."""

@@ -141,14 +141,13 @@ class Session:
             for note in self.splits.notes:
                 self.progress.note(f"note: {note}")
             self.progress.note(f"rows: {self.splits.spelled()}")
+        compared = self.splits.validation if self.budget else self.splits.train
+        self.spared.find(self.model, self.scorer, compared)
         if begins:
             self._score_before("before")
-        if rows:
-            compared = self.splits.validation if self.budget else self.splits.train
-            self.spared.find(self.model, self.scorer, compared)
         if begins and self.config.start in FITTED:
             self.begun = begin(
-                self.config, self.scorer, self.splits, self.progress.note, self.spared.reused, free
+                self.config, self.scorer, self.splits, self.progress.note, self.spared, free
             )
         if self.config.offload is not None:
             tuned = [p for p in self.model.parameters() if p.requires_grad]
@@ -163,7 +162,7 @@ class Session:
         for kind, rows in (("before", self.splits.test), ("validation", self.splits.validation)):
             if kind not in have and kind in (kinds or ("before", "validation")):
                 self.progress.note(f"scoring {len(rows)} {_WHAT[kind]}")
-                found = self._validate() if kind == "validation" else self._evaluate(rows)
+                found = self._evaluate(rows)
                 forwards = 0 if kind == "before" else forwards_until(self.config, 0)
                 self._remember(self._metric(kind, 0, forwards, **self.team.agree_on(found)))
 
@@ -379,7 +378,7 @@ class Session:
 
     def _validation(self, step: int, forwards: int) -> Metric:
         try:
-            found = self._validate()
+            found = self._evaluate(self.splits.validation)
         except UserError as error:
             raise UserError(f"step {step}: {error}, or start again with a lower --lr") from error
         self.progress.validation(forwards, found.metric, found.value, found.loss)
@@ -460,15 +459,12 @@ class Session:
 
     def _evaluate(self, rows: list[Example]) -> Evaluation:
         assert self.scorer is not None
-        found = self.scorer.evaluate(rows, self.config.eval_batch_size)
+        with self.spared.scored(self.scorer, rows):
+            found = self.scorer.evaluate(rows, self.config.eval_batch_size)
         if self.objective is None:
             return found
         value = self.objective.score(rows, found.predictions)
         return replace(found, metric=self.objective.name, value=value)
-
-    def _validate(self) -> Evaluation:
-        with self.spared.reused():
-            return self._evaluate(self.splits.validation)
 
     def _metric(self, kind: str, step: int, forwards: int, **values: float) -> Metric:
         seconds = round(self.seconds, 3)

@@ -18,6 +18,8 @@ from justforward.trunk import Trunk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SCORED = 0.25  # of the room at most is for rows that are only scored
+
 
 class Spared:
     """Spares a run the layers below what it tunes (`trunk`), where it may and can.
@@ -34,12 +36,18 @@ class Spared:
         self._store: tuple[str, Store] | None = None  # by what its outputs depend on
 
     def find(self, model: PreTrainedModel, scorer: Scorer, rows: Sequence[Example]) -> None:
-        """Take the model's trunk from now on, if the losses of some rows come out the same without it."""
-        self._trunk = None
+        """Take the model's trunk from now on, if the losses of some rows come out the same without it.
+
+        Another copy of a model whose losses did is not asked again.
+        """
+        before, self._trunk = self._trunk, None
         if not self._config.reuse:
             return
         trunk = Trunk(model, self._outputs)
         if trunk.depth == 0:
+            return
+        if before is not None and before.name == trunk.name:
+            self._trunk = trunk
             return
         batch = scorer.encode_training(rows[: self._config.batch_size])
         plain = scorer.losses(batch)
@@ -56,9 +64,19 @@ class Spared:
             f"the first {trunk.depth} of {trunk.layers} layers do not move: a text runs through them once"
         )
 
-    def reused(self) -> contextlib.AbstractContextManager[None]:
-        """While inside, the trunk is spared."""
-        return contextlib.nullcontext() if self._trunk is None else self._trunk.reused()
+    def reused(self, whole: bool = False) -> contextlib.AbstractContextManager[None]:
+        """While inside, the trunk is spared, as `Trunk.reused` has it."""
+        return contextlib.nullcontext() if self._trunk is None else self._trunk.reused(whole)
+
+    def scored(
+        self, scorer: Scorer, rows: Sequence[Example]
+    ) -> contextlib.AbstractContextManager[None]:
+        """`reused` for rows that are scored more than once, if they leave the most of the room to those that steps look at."""
+        model = scorer.model
+        tokens = sum(map(scorer.length, rows))
+        needed = tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
+        fits = needed <= SCORED * self._config.cache_gb * 2**30
+        return self.reused(whole=True) if fits else contextlib.nullcontext()
 
     def close(self) -> None:
         """Close the file of what the trunk gave; a temporary one is gone then."""

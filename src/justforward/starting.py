@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from justforward.data import Example, Splits
 from justforward.deep import MOST_ROWS, deep_hindrance, start_deep
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
-from justforward.head import Spared, hindrance, rows_to_fit, start_head
+from justforward.head import Inside, hindrance, rows_to_fit, start_head
 from justforward.last import last_hindrance, start_last
 from justforward.models import inner_model
 from justforward.prepare import choose_tuned
 from justforward.settings import eval_every_of, task_of
+from justforward.spared import Spared
 from justforward.trunk import rest_below, stack_of
 
 THIRD = 0.333  # of the layers are tuned behind what was fitted
@@ -135,7 +137,7 @@ def begin(
         scorer: of the model, with its tuner.
         splits: rows to fit on, and to choose by.
         note: called with what is being done, and what came of it.
-        spared: while inside, layers that do not move are spared.
+        spared: spares layers that do not move.
         or_base: leave the head as it is where that is better in validation.
 
     Returns:
@@ -147,8 +149,9 @@ def begin(
     assert config.probe_rows is not None
     rows = rows_to_fit(splits.train, config.probe_rows, config.batch_size, config.seed)
     size = config.eval_batch_size
-    with spared() if config.cache is not None else nullcontext():
-        inside = nullcontext if config.cache is not None else spared
+    kept = config.cache is not None  # text by text, for runs with other rows, too
+    with spared.reused() if kept else nullcontext():
+        inside: Inside = nullcontext if kept else partial(spared.reused, whole=True)
         if config.start == "last":
             note(f"fitting the last linear map to the answers of {len(rows)} rows")
             written = start_last(scorer, rows, splits.validation, size, inside)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import struct
 import tempfile
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Store:
         self.note: str | None = None
         self._places: dict[bytes, tuple[int, int, int]] = {}  # digest -> offset, bytes, crc
         self._size = 0
+        self._lock = threading.Lock()  # of the file's position
         try:
             own = None if path is None else self._open(Path(path))
             self._file: Any = own or tempfile.TemporaryFile(buffering=0, dir=beside)  # noqa: SIM115 - `close`
@@ -84,18 +86,22 @@ class Store:
             return None
         start, length, crc = found
         data = bytearray(length)
-        self._file.seek(start)
         done = 0
-        while done < length:  # a read may be short, beyond 2 GB always
-            count = self._file.readinto(memoryview(data)[done:])
-            if not count:
-                return None
-            done += count
+        with self._lock:
+            self._file.seek(start)
+            while done < length:  # a read may be short, beyond 2 GB always
+                count = self._file.readinto(memoryview(data)[done:])
+                if not count:
+                    return None
+                done += count
         return data if zlib.crc32(data) == crc else None
 
     def put(self, key: bytes, data: bytes) -> bool:
         """Keep bytes under a key that has none; whether there was room."""
-        digest = _digest(key)
+        with self._lock:
+            return self._put(_digest(key), data)
+
+    def _put(self, digest: bytes, data: bytes) -> bool:
         size = HEADER.size + len(data)
         if digest in self._places or self._size + size > self.limit:
             return False

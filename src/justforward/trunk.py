@@ -4,7 +4,8 @@ Where only layers from number k on are tuned, what enters layer k is a function 
 `Trunk.reused()` the model's own forward runs with the layers below k replaced by what they gave before: no
 architecture is spelled out here, any model of transformers with one stack of layers will do. Each text is run by
 itself, without padding (several short ones at once, each on a thread of its own), so that its outputs do not depend on the batch or the step in which it was first met: a run
-that is resumed meets the very same numbers, and so does another run that shares the `store`.
+that is resumed meets the very same numbers, and so does another run that shares the `store`. Rows that are scored again
+and again come in the same batches each time: those are run and kept whole, padding and all, to the bits of the model's own forward.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from justforward.alone import in_turn, workers
 from justforward.errors import UserError
 from justforward.models import inner_model
 from justforward.playback import fingerprint
@@ -142,10 +143,20 @@ def _sample(inner: Any) -> Tensor:
     return torch.arange(5, 9, device=inner.device).remainder(count)[None]
 
 
-def _alone() -> None:
-    """Let torch compute on this thread by itself; asked for, the number is this thread's, whatever others set later."""
-    torch.set_num_threads(1)
-    torch.get_num_threads()
+def is_small(model: nn.Module) -> bool:
+    """Whether passes of a model run best side by side (`alone`): on a CPU, layers of few weights, all of them plain float32."""
+    layers = [*(stack_of(model) or ())]
+    weights = sum(p.numel() for layer in layers for p in layer.parameters())
+    plain = all(
+        p.device.type == "cpu" and p.dtype == torch.float32 and type(p) is nn.Parameter
+        for p in model.parameters()
+    )
+    return bool(layers) and plain and weights <= SMALL * len(layers)
+
+
+def _bytes(hidden: Tensor) -> bytes:
+    data: bytes = hidden.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    return data
 
 
 class Trunk:
@@ -159,6 +170,7 @@ class Trunk:
         depth: how many layers are not run again; 0 where none can be spared.
         layers: how many there are.
         share: of them, what is run again, in [0, 1].
+        name: digest of all that outputs depend on besides the text.
         texts: how many were run through the trunk.
     """
 
@@ -170,24 +182,30 @@ class Trunk:
         self._layers: list[Any] = [*(found or ())]
         self.layers = len(self._layers)
         self.share = 1.0 - self.depth / max(1, self.layers)
-        self._hidden: Tensor | None = None  # of the call under way
-        self._own = threading.local()  # running: this thread takes a text through the trunk
-        self._pool: ThreadPoolExecutor | None = None
+        self._own = (
+            threading.local()
+        )  # hidden: of this thread's call; running: it takes a text through the trunk
+        self._whole = False
         weights = sum(p.numel() for layer in self._layers for p in layer.parameters())
         self._small = weights <= SMALL * max(1, self.layers) and self._model.device.type == "cpu"
         self._tuple = 0  # values that the last layer of the trunk returns; 0: a bare tensor
-        self.store = store(self._name(behind)) if self.depth else None
+        self.name = self._name(behind) if self.depth else ""
+        self.store = store(self.name) if self.depth else None
 
     @contextmanager
-    def reused(self) -> Iterator[None]:
+    def reused(self, whole: bool = False) -> Iterator[None]:
         """While inside, the model's forward passes spare the trunk where they can; the others run as ever.
 
         They can where a call has tokens, mask and positions and nothing else, in eval mode: not while writing
         with a cache of keys and values.
+
+        Args:
+            whole: batches come again as they are, and are kept so.
         """
         if self.depth == 0:
             yield
             return
+        self._whole = whole
         handles = [
             self._model.register_forward_pre_hook(self._before, with_kwargs=True),
             self._model.register_forward_hook(self._after, always_call=True),
@@ -195,7 +213,8 @@ class Trunk:
         for i in range(self.depth):
             self._layers[i].forward = self._spared(self._layers[i].forward, i == self.depth - 1)
         try:
-            yield
+            with nullcontext() if whole else in_turn():
+                yield
         finally:
             for i in range(self.depth):
                 del self._layers[i].forward  # the class's own again
@@ -210,16 +229,17 @@ class Trunk:
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._running and self._can(module, args, kwargs):
-            self._hidden = self._outputs(kwargs)
+            self._own.hidden = self._batch(kwargs) if self._whole else self._outputs(kwargs)
 
     def _after(self, *_: Any) -> None:
         if not self._running:
-            self._hidden = None
+            self._own.hidden = None
 
     def _spared(self, forward: Callable[..., Any], last: bool) -> Callable[..., Any]:
         def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._hidden is not None and not self._running:
-                return self._packed(self._hidden if last else hidden_states)
+            hidden = getattr(self._own, "hidden", None)
+            if hidden is not None and not self._running:
+                return self._packed(hidden if last else hidden_states)
             output = forward(hidden_states, *args, **kwargs)
             if last and self._running:
                 self._tuple = len(output) if isinstance(output, tuple) else 0
@@ -245,7 +265,24 @@ class Trunk:
             return False
         return positions is None or bool(((mask.cumsum(1) - 1 == positions) | (mask == 0)).all())
 
-    # ------------------------------------------------------------------------------------------- texts
+    # ----------------------------------------------------------------------------------- batches, texts
+
+    def _batch(self, kwargs: dict[str, Any]) -> Tensor:
+        """[N, L, n]: what enters layer k, of a batch as it is."""
+        assert self.store is not None
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        # how many threads compute may change the last bits
+        key = f"batch {tuple(ids.shape)} {torch.get_num_threads()} ".encode()
+        key += ids.cpu().numpy().tobytes() + mask.bool().cpu().numpy().tobytes()
+        data = self.store.get(key) if self._known_shape() else None
+        if data is not None:
+            kept = torch.frombuffer(data, dtype=self._model.dtype)
+            return kept.view(*ids.shape, -1).to(ids.device)
+        given = {**kwargs, "use_cache": False} if "use_cache" in kwargs else kwargs
+        out = self._through(given)
+        self.store.put(key, _bytes(out))
+        self.texts += len(ids)
+        return out
 
     def _outputs(self, kwargs: dict[str, Any]) -> Tensor:
         """[N, L, n]: what enters layer k, zero where the mask is."""
@@ -291,26 +328,13 @@ class Trunk:
         ids = {key: torch.from_numpy(tokens)[None].to(device) for key, tokens in texts.items()}
         short = [key for key in ids if self._small and ids[key].shape[1] <= SHORT]
         if short:
-            pool = self._workers()
-            given = pool.map(lambda key: self._run(ids[key], kwargs), short)
+            given = workers().map(lambda key: self._run(ids[key], kwargs), short)
             known.update(zip(short, given, strict=True))
         for key in ids:
             if key not in known:
                 known[key] = self._run(ids[key], kwargs)
-            one = known[key].contiguous().view(torch.uint8).cpu().numpy()
-            self.store.put(key, one.tobytes())
+            self.store.put(key, _bytes(known[key]))
         self.texts += len(ids)
-
-    def _workers(self) -> ThreadPoolExecutor:
-        """As many as torch has threads, each of which computes by itself."""
-        threads = torch.get_num_threads()
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(threads, initializer=_alone)
-            # what a worker has set is its own from then on; what torch gives to threads that come later is not
-            barrier = threading.Barrier(threads)
-            list(self._pool.map(lambda _: barrier.wait(), range(threads)))
-            torch.set_num_threads(threads)
-        return self._pool
 
     def _run(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -318,12 +342,16 @@ class Trunk:
             arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
         if "use_cache" in kwargs:
             arguments["use_cache"] = False
+        return self._through(arguments)[0]
+
+    def _through(self, arguments: dict[str, Any]) -> Tensor:
+        """[N, L, n]: what enters layer k, of a call of the model."""
         self._own.running = True
         try:
             with torch.no_grad():
                 self._model(**arguments)
         except _Reached as reached:
-            return reached.hidden[0]
+            return reached.hidden
         finally:
             self._own.running = False
         raise AssertionError("a forward pass went round the layers")
