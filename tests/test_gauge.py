@@ -246,7 +246,7 @@ def test_killed_before_it_has_found_anything(config: TrainConfig, tmp_path: Path
 
 def test_a_longer_look_where_a_metric_does_not_change(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     config = replace(config, objective="accuracy")
-    real = gauge._looked
+    real = gauge.looked
 
     def seen(opt: Any, eps: float, step: int, made: Any) -> Any:
         found = real(opt, eps, step, made)
@@ -254,7 +254,7 @@ def test_a_longer_look_where_a_metric_does_not_change(config: TrainConfig, monke
             return [0.0] * len(found)
         return [1.0] * len(found) if eps > METRIC_EPS else found
 
-    monkeypatch.setattr(gauge, "_looked", seen)
+    monkeypatch.setattr(gauge, "looked", seen)
     _, said = go(config)
     assert RunFolder(config.out).read_config().eps == 4.0 * METRIC_EPS
     assert "looks of 0.02 change 0% of what they look at, of 0.08 100%" in said

@@ -23,6 +23,7 @@ import justforward as jf
 from conftest import lines_of as lines
 from conftest import trained as go
 from justforward.config import ReplayConfig, TrainConfig
+from justforward.data import Example
 from justforward.errors import NonFiniteLoss
 from justforward.evaluate import Evaluation
 from justforward.folder import RunFolder
@@ -310,13 +311,16 @@ def test_patience_counts_validations_that_were_taken_back(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A turn counts for as many as it took back: after the next one that is no better the run ends."""
-    real, figures = Session._validate, iter([(0.5, 1.0), (0.6, 0.9), (0.6, 2.0), (0.6, 0.9)])
+    real, figures = Session._evaluate, iter([(0.5, 1.0), (0.6, 0.9), (0.6, 2.0), (0.6, 0.9)])
 
-    def scripted(self: Session) -> Evaluation:
+    def scripted(self: Session, rows: list[Example]) -> Evaluation:
+        found = real(self, rows)
+        if rows is not self.splits.validation:
+            return found
         accuracy, loss = next(figures)
-        return replace(real(self), accuracy=accuracy, value=accuracy, loss=loss)
+        return replace(found, accuracy=accuracy, value=accuracy, loss=loss)
 
-    monkeypatch.setattr(Session, "_validate", scripted)
+    monkeypatch.setattr(Session, "_evaluate", scripted)
     config = replace(config, eval_every=10, patience=2, lr=1e-4)
     result, _ = go(config)
     assert result["stopped_by"] == "flat"
@@ -339,7 +343,7 @@ def test_killed_at_a_turn_and_continued_to_the_same_bits(config: TrainConfig, tm
     real = getattr(Session, name)
 
     def killed(self: Session, *args: Any, **more: Any) -> None:
-        if at == "before the turn" or rewinds(self.metrics):
+        if at == "before the turn" or rewinds(self.lines.all):
             monkeypatch.setattr(Session, name, real)
             shutil.copytree(part.out, tmp_path / "left")  # as a SIGKILL would leave it
             raise KeyboardInterrupt

@@ -15,6 +15,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 Samples = Literal["constant", "linear"]
 Looks = Literal["two-sided", "one-sided", "one-point"]
 Order = Literal["cyclic", "random"]
+Layers = float | Literal["auto"]
 Keep = Literal["best", "last"]
 Split = Literal["train", "validation", "test", "all"]
 Tuner = Literal["full", "lora", "prefix", "prompt", "head"]
@@ -77,7 +78,7 @@ class TrainConfig:
         tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), embeddings before it (prompt), the output head (head).
         start: with --tuner head or full: the output head from the base model, or from a linear probe of training rows (probe), or with full one of all that the upper layers compute, written into them (deep); for answers that are written, with full, the last layer's last linear map fitted to their tokens (last); auto: last or deep, probe or base, the first that task and model allow.
         probe_rows: rows that the probe, or the last map, is fitted on (default half of what max_forwards reads, up to 512, or a quarter if that is more; all if there are fewer).
-        layers: the last layers are tuned and what is behind them, this share of all (default all, or where a whole model starts fitted to training rows a third, and a head that is a probe stays).
+        layers: the last layers are tuned and what is behind them, this share of all (default all, or where a whole model starts fitted to training rows a third, and a head that is a probe stays); auto: one third of the layers after the other, chosen by looks, another when validation is flat.
         lora_rank: rank of the additions.
         lora_alpha: their scale: alpha / sqrt(rank), which makes a look equally strong for every rank.
         lora_targets: regular expression; linear maps whose name it finds get LoRA (default the attention's queries and values).
@@ -148,7 +149,7 @@ class TrainConfig:
     tuner: Tuner = "full"
     start: Start = "auto"
     probe_rows: int | None = None
-    layers: float | None = None
+    layers: Layers | None = None
     lora_rank: int = 8
     lora_alpha: float = 16.0
     lora_targets: str | None = None

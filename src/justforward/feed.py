@@ -10,6 +10,8 @@ import torch
 
 from justforward.data import batches
 from justforward.evaluate import Scorer
+from justforward.generate import Sampling
+from justforward.objectives import Objective
 from justforward.optim import MeZO
 from justforward.schedules import probe_steps
 
@@ -18,7 +20,21 @@ if TYPE_CHECKING:
 
     from justforward.config import TrainConfig
     from justforward.data import Example
-    from justforward.objectives import Objective
+    from justforward.tasks import Task
+
+
+def objective_of(config: TrainConfig, task: Task) -> Objective | None:
+    """What is made better in place of the loss, if anything is.
+
+    Raises:
+        UserError: as `Objective`; in activation space one that is a number for all rows.
+    """
+    if config.objective == "loss":
+        return None
+    objective = Objective(config.objective, task, Sampling(config.temperature, config.seed))
+    if config.estimator == "activation":
+        objective.check_by_row()
+    return objective
 
 
 def feed(

@@ -6,7 +6,8 @@ trajectory.jfl    the log: base + log = the tuned model (`trajectory`)
 start.safetensors where tuning starts, with --tuner prefix or --start probe (`tuners`)
 metrics.jsonl     one object a step (kind "step", or without a loss "private"), validation ("validation"), the test before ("before"), and steps
                   taken back ("rewind": `step` of `taken` were kept, `lost` forwards were in vain; `validations` of them
-                  were taken back, where the last of these is the reason)
+                  were taken back, where the last of these is the reason), and with --layers auto which layers move from there
+                  on ("layers": the `part` with that number, at `rate` times the rate before; `spreads`: what looks saw; `lost`: their forwards)
 seen.txt          a hash of each row trained or validated on, for `eval --run` on another file
 result.json       the outcome, rewritten whenever a session ends
 snapshots/        weights after some steps, with --snapshot-every (`snapshots`)
@@ -45,6 +46,7 @@ _NUMBERS = {
     "validation": ("accuracy", "loss"),
     "before": ("accuracy", "loss"),
     "rewind": ("taken", "lost"),
+    "layers": ("part", "rate", "lost"),
 }
 _ENVIRONMENT = {"data_sha256": str, "base_fingerprint": str, "versions": dict, "threads": int}
 _RESULT = {"status": str, "stopped_by": str, "seconds": (int, float), "rows": dict}

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from justforward import rules
 from justforward.feed import feed
+from justforward.schedules import gauge_forwards
 from justforward.settings import LOSS_EPS, RATES, longest_look, usual_eps
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def gauge(
     """
 
     def look(eps: float, step: int, seen: Objective | None) -> Grads:
-        return _looked(opt, eps, step, lambda: feed(config, opt, scorer, seen, train))
+        return looked(opt, eps, step, lambda: feed(config, opt, scorer, seen, train))
 
     begun, most = config.eps or usual_eps(config), longest_look(config)
     longer = min(FARTHER, most / begun)
@@ -90,9 +91,15 @@ def gauge(
         eps = begun if config.eps or moved(here) or not moved(far) else begun * longer
         seen = f"looks of {begun:.2g} change {changed(here):.0%} of what they look at, of {begun * longer:.2g} {changed(far):.0%}"
         length = LOSS_EPS
-    size = _rms([g for step in range(1, config.gauge + 1) for g in look(length, step, None)])
+    size = rms([g for step in range(1, config.gauge + 1) for g in look(length, step, None)])
     lr = config.lr or rate(size, len(here), rules.parse(config.rule)) or RATES[config.tuner]
     return Found(lr, eps, f"projected gradients of the loss are about {size:.3g}; {seen}")
+
+
+def settled(config: TrainConfig, found: Found, lr: float, eps: float) -> tuple[TrainConfig, str]:
+    """A run's configuration with what was found, as all processes have agreed, and a sentence on it."""
+    said = f"{found.why}: lr {lr:.2g}, eps {eps:.2g}, after {gauge_forwards(config)} forwards"
+    return replace(config, lr=lr, eps=eps), said
 
 
 def rate(size: float, count: int, rule: rules.Chain) -> float | None:
@@ -120,11 +127,11 @@ def errors(
         times: at least 1; with 1 nothing is known of the bending, and it counts as none.
         order: the error of looks without rounding grows with this power of their length.
     """
-    size = _rms(grads)
+    size = rms(grads)
     if size == 0.0:
         return 1.0, 0.0
-    near = _rms([b - a for a, b in zip(grads, nearer, strict=True)]) ** 2
-    far = _rms([b - a for a, b in zip(grads, farther, strict=True)]) ** 2
+    near = rms([b - a for a, b in zip(grads, nearer, strict=True)]) ** 2
+    far = rms([b - a for a, b in zip(grads, farther, strict=True)]) ** 2
     # near = r^2 near_r + b^2 near_b, and far likewise
     near_r, near_b = 1.0 + NEARER**-2, (1.0 - NEARER**order) ** 2
     far_r, far_b = 1.0 + times**-2, (times**order - 1.0) ** 2
@@ -170,18 +177,26 @@ def set_eps(opt: MeZO, eps: float | None) -> None:
         group["eps"] = eps
 
 
-def _looked(opt: MeZO, eps: float, step: int, made: Callable[[], tuple[Any, Any]]) -> Grads:
-    """The projected gradients of a step that is not taken."""
-    lengths = [group["eps"] for group in opt.param_groups]
+def looked(opt: MeZO, eps: float, step: int, made: Callable[[], tuple[Any, Any]]) -> Grads:
+    """The projected gradients of a step that is not taken.
+
+    Args:
+        opt: as it was afterwards.
+        eps: how far it looks.
+        step: its index.
+        made: gives the closure and the batch of the step that `opt` is at.
+    """
+    taken, lengths = opt.steps, [group["eps"] for group in opt.param_groups]
     try:
         opt.steps = step
         set_eps(opt, eps)
         return opt.estimate(*made()).projected_grads
     finally:
-        opt.steps = 0
+        opt.steps = taken
         for group, length in zip(opt.param_groups, lengths, strict=True):
             group["eps"] = length
 
 
-def _rms(values: Sequence[float]) -> float:
+def rms(values: Sequence[float]) -> float:
+    """Root mean square."""
     return math.sqrt(math.fsum(value * value for value in values) / len(values))

@@ -24,6 +24,10 @@ WORSE = 0.02  # of the best step's validation loss
 WORTH = 0.01  # of a loss: less is not worth waiting for
 STILL = 4  # steps
 STILL_PART = 2.0**-20  # of a loss: float32 rounds it by about so much
+KEPT = (
+    "rewind",
+    "layers",
+)  # lines that stay when steps are taken back: each says of forwards that its steps do not count
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,10 @@ def rewinds(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def rate_factor(metrics: Sequence[dict[str, Any]]) -> float:
-    """What the learning rate is times, after a run's rewinds."""
-    return math.prod(TURN if turned(line) else BACKOFF for line in rewinds(metrics))
+    """What the learning rate is times, after a run's rewinds and for the layers that move."""
+    astray = [line for line in rewinds(metrics) if not line.get("flat")]
+    times = math.prod(TURN if turned(line) else BACKOFF for line in astray)
+    return times * math.prod(float(line["rate"]) for line in metrics if line["kind"] == "layers")
 
 
 def turned(rewind: dict[str, Any]) -> int:
@@ -132,8 +138,10 @@ def turned(rewind: dict[str, Any]) -> int:
 
 
 def lost_forwards(metrics: Sequence[dict[str, Any]], step: int | None = None) -> int:
-    """Forwards of the steps that a run has taken back: all, or of those before it took step `step` as it stands."""
-    lines = rewinds(metrics)
+    """Forwards that a run's steps do not count: of those that it has taken back, and of looks that chose layers; all, or
+    those before it took step `step` as it stands.
+    """
+    lines = [metric for metric in metrics if metric["kind"] in KEPT]
     if step is not None:
         after = [i for i, line in enumerate(lines) if line["step"] < step]
         lines = lines[: after[-1] + 1] if after else []

@@ -130,8 +130,9 @@ class MeZO(Optimizer):
         labels = [""] * len(groups)
         if variant is not None:
             groups, names, labels = split(groups, names, variant.labels(names))
-        turns = list(dict.fromkeys(labels))
-        self._block_of = [turns.index(label) for label in labels]
+        self._turns = list(dict.fromkeys(labels))
+        self._block_of = [self._turns.index(label) for label in labels]
+        self.block = self._turns[0]  # which one moves, where that is given
         super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             check_group(group)
@@ -388,7 +389,10 @@ class MeZO(Optimizer):
             return [(1.0 / norm, self.modified.gain(norm)) for norm in norms]
         if self.blocks is not None:
             drawn = self._direction(self.steps, BLOCK_LANE)
-            return self.blocks.shape(self._block_of, self.steps, drawn)
+            if self.block not in self._turns:
+                raise UserError(f"block is {self.block!r}: it must be one of {self._turns}")
+            given = self._turns.index(self.block)
+            return self.blocks.shape(self._block_of, self.steps, drawn, given)
         return [(1.0, 1.0)] * len(self._block_of)
 
     # -- moving -----------------------------------------------------------------------------------------------
@@ -466,6 +470,7 @@ class MeZO(Optimizer):
                 "rule_state": self._rule_state,
                 "scales": self._scales,
                 "norms": self._norms,
+                "block": self.block,
                 "past": self._course.state(),
                 "exponents": [exponents.clone() for exponents in self.weights.exponents],
             },
@@ -479,7 +484,7 @@ class MeZO(Optimizer):
         """
         own = check_state(state_dict.get("justforward"), self._kind(), self.weights.exponents)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "justforward"})
-        self.steps = own["steps"]
+        self.steps, self.block = own["steps"], own.get("block", self.block)
         self._rule_state = tuple(own["rule_state"])
         self._scales, self._norms = tuple(own["scales"]), tuple(own["norms"])
         count_answers(self.private, own["answers"])

@@ -59,6 +59,28 @@ def figures(
     }
 
 
+def tested(test: Evaluation, fingerprint: str) -> dict[str, Any]:
+    """Figures of the test rows, and of which weights they are."""
+    others = {name: value for name, value in test.metrics.items() if name != "accuracy"}
+    return {
+        "accuracy": test.accuracy,
+        "loss": test.loss,
+        "fingerprint": fingerprint,
+        **others,
+        "value": test.value,
+    }
+
+
+def chosen_by(at: Metric) -> dict[str, Any]:
+    """The validation of the step that is kept."""
+    return {
+        "validation_accuracy": at["accuracy"],
+        "validation_loss": at["loss"],
+        "validation_value": value_of(at),
+        "kept_step": at["step"],
+    }
+
+
 def worth_of(found: Evaluation) -> dict[str, float]:
     """What a line of metrics.jsonl says of an evaluation."""
     worth = {"accuracy": found.accuracy, "loss": found.loss}

@@ -26,12 +26,13 @@ from justforward.folder import Metric, RunFolder, best_step, data_hash, validate
 from justforward.groups import ESTIMATORS
 from justforward.guard import is_flat, turned
 from justforward.hub import HUB, downloaded
+from justforward.playback import fingerprint
 from justforward.published import TEST_SIZE, Published, deal, read_published
 from justforward.quantised import library_version
 from justforward.schedules import forwards_at
 from justforward.settings import task_of
 from justforward.tasks import Task
-from justforward.trajectory import read_log
+from justforward.trajectory import Log, read_log
 
 MOST_TEST, MOST_VALIDATION = 400, 200
 
@@ -156,6 +157,10 @@ def judged(metrics: Iterable[Metric], steps: int) -> list[tuple[float, float]]:
     for metric in metrics:
         if metric["kind"] == "rewind":
             found += [(-math.inf, math.inf)] * turned(metric)
+        if (
+            metric["kind"] == "layers" and found
+        ):  # others move: a new beginning, from the best so far
+            found = [max(found, key=lambda pair: (pair[0], -pair[1]))]
         found += [(value_of(m), float(m["loss"])) for m in validated([metric], steps)]
     return found
 
@@ -208,6 +213,20 @@ def keep_environment(folder: RunFolder, config: TrainConfig, data_sha256: str) -
             "data_sha256": data_sha256,
         }
     )
+
+
+def check_model(model: torch.nn.Module, name: str, log: Log, folder: RunFolder) -> None:
+    """Refuse to go on with another model.
+
+    Raises:
+        UserError: it is not the log's base.
+    """
+    base = fingerprint(model)
+    if base != log.header["base"]:
+        raise UserError(
+            f"{folder.path}: --model is {name!r}, whose fingerprint is {base[:12]}; the run "
+            f"was started from {log.header['base'][:12]}: give that model"
+        )
 
 
 def _cpu_name() -> str:

@@ -16,7 +16,7 @@ from justforward.directions import FAMILIES
 from justforward.errors import UserError
 from justforward.folder import Metric, RunFolder, check_new
 from justforward.groups import family_of
-from justforward.guard import lost_forwards
+from justforward.guard import KEPT, lost_forwards
 from justforward.moments import compile_kernels
 from justforward.outcome import Interrupted, Result
 from justforward.prepare import (
@@ -87,7 +87,7 @@ def _open(config: TrainConfig, progress: Progress, team: Team) -> Session | Resu
                 "patience",
                 "keep",
             )
-            if getattr(config, name) in (None, "auto")
+            if getattr(config, name) is None or (name, getattr(config, name)) == ("start", "auto")
         }
         config = replace(config, **filled)
     config = resolved(config)
@@ -163,7 +163,7 @@ def _reopen(
         progress.note(f"note: step {told + 1} has no line in metrics.jsonl: it is taken again")
         Writer.rewind(log, told)
         log = read_log(folder.log)
-    kept = [m for m in metrics if m["kind"] == "rewind" or m["step"] <= len(log.steps)]
+    kept = [m for m in metrics if m["kind"] in KEPT or m["step"] <= len(log.steps)]
     if torn or len(kept) < len(metrics):
         progress.note("note: metrics.jsonl was cut back to the end of the log")
         folder.keep_metrics(kept)

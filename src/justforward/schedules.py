@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from justforward.config import FITTED, TrainConfig
+from justforward.errors import UserError
 from justforward.settings import RATES, longest_look, variants_of
-from justforward.variants import Modified, forwards_of
+from justforward.variants import Blocks, Modified, forwards_of
 
 
 def learning_rate(config: TrainConfig, forwards: int) -> float:
@@ -21,8 +22,8 @@ def learning_rate(config: TrainConfig, forwards: int) -> float:
     return config.lr
 
 
-def optimizer_options(config: TrainConfig) -> dict[str, Any]:
-    """What a resolved configuration says a `MeZO` is made with."""
+def optimizer_options(config: TrainConfig, given: Blocks | None = None) -> dict[str, Any]:
+    """What a resolved configuration says a `MeZO` is made with; and blocks that follow from the model, if there are any."""
     modified, blocks = variants_of(config)
     return {
         "lr": config.lr or RATES[config.tuner],  # until `gauge` has found one nothing is moved
@@ -33,7 +34,7 @@ def optimizer_options(config: TrainConfig) -> dict[str, Any]:
         "looks": config.looks,
         "num_samples": lambda step: samples_at(config, step),
         "modified": modified,
-        "blocks": blocks,
+        "blocks": given or blocks,
         "weight_decay": config.weight_decay,
         "seed": config.seed,
     }
@@ -89,6 +90,25 @@ def gauge_forwards(config: TrainConfig) -> int:
     return lengths * forwards_at(config, 0) + sum(
         forwards_at(config, step) for step in range(1, config.gauge + 1)
     )
+
+
+def check_enough(config: TrainConfig, parts: int, more: int) -> None:
+    """Refuse a budget in which there is no step.
+
+    Args:
+        config: resolved.
+        parts: parameter groups.
+        more: forwards before the first step besides.
+
+    Raises:
+        UserError: saying how many forwards that takes.
+    """
+    first = forwards_at(config, 0, parts) + forwards_until(config, 0, parts) + more
+    if first > config.max_forwards:
+        what = f"it measures of {parts} parts" if config.modified else "comes before it"
+        raise UserError(
+            f"--max-forwards is {config.max_forwards}: the first step takes {first} forwards, with what {what}: give at least that"
+        )
 
 
 def _modified(config: TrainConfig) -> Modified:

@@ -7,33 +7,40 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from justforward.budget import budget_of
 from justforward.config import FITTED, TrainConfig
 from justforward.data import Example, Splits
+from justforward.depth import Choice, Depth
 from justforward.durable import Pace, seconds_of
 from justforward.errors import NonFiniteLoss, UserError, memory_errors
 from justforward.evaluate import Evaluation, Scorer
-from justforward.feed import feed
-from justforward.folder import Metric, RunFolder, best_step, value_of
-from justforward.gauge import gauge, set_eps
-from justforward.generate import Sampling
-from justforward.guard import MOST_REWINDS, Guard, Stillness, lost_forwards, rate_factor, rewinds
+from justforward.feed import feed, objective_of
+from justforward.folder import Metric, RunFolder, best_step
+from justforward.gauge import gauge, set_eps, settled
+from justforward.guard import (
+    MOST_REWINDS,
+    Guard,
+    Stillness,
+    lost_forwards,
+    rate_factor,
+    rewinds,
+)
 from justforward.interrupts import Shield
+from justforward.lines import Lines
 from justforward.models import load_model
-from justforward.objectives import Objective
 from justforward.ondisk import keep_on_disk
-from justforward.outcome import Interrupted, Result, figures, turning
+from justforward.outcome import Interrupted, Result, chosen_by, figures, tested, turning
 from justforward.playback import fingerprint
-from justforward.prepare import Stop, keep_environment, stop_reason
+from justforward.prepare import Stop, check_model, keep_environment, stop_reason
 from justforward.progress import Progress
 from justforward.schedules import (
+    check_enough,
     forwards_at,
     forwards_until,
-    gauge_forwards,
     learning_rate,
     optimizer_options,
     validation_due,
@@ -60,24 +67,19 @@ class Session:
     splits: Splits
     folder: RunFolder
     progress: Progress
-    metrics: list[Metric]
+    metrics: InitVar[list[Metric]]
     started: float
     data_sha256: str
     log: Log | None
     team: Team
 
-    def __post_init__(self) -> None:
-        self.seconds_before = max((float(m["seconds"]) for m in self.metrics), default=0.0)
-        self._sort()
+    def __post_init__(self, metrics: list[Metric]) -> None:
+        self.lines = Lines(self.folder, metrics, self.started)
         self.model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.scorer: Scorer | None = None
-        self.objective: Objective | None = None
-        if self.config.objective != "loss":
-            sampling = Sampling(self.config.temperature, self.config.seed)
-            self.objective = Objective(self.config.objective, self.task, sampling)
-            if self.config.estimator == "activation":
-                self.objective.check_by_row()
+        self.objective = objective_of(self.config, self.task)
+        self.depth: Depth | None = None  # where layers are chosen as the run goes
         self.spared = Spared(self.config, self.progress.note)
         self.budget = budget_of(self.config, len(self.splits.train), self.log)
         self.begun: dict[str, Tensor] = {}  # what was fitted before the first step
@@ -87,11 +89,6 @@ class Session:
         self.parts = 1 if self.log is None else len(self.log.header["groups"])  # parameter groups
         self.steps_taken = 0  # once the optimizer is gone
         self.forwards = 0
-
-    @property
-    def seconds(self) -> float:
-        """Of all sessions of the run, loading and scoring included."""
-        return self.seconds_before + time.monotonic() - self.started
 
     @property
     def steps(self) -> int:
@@ -110,6 +107,8 @@ class Session:
                 if self.log is None:
                     self.folder.make()
                 self._make_optimizer()
+            if self.depth and not self.lines.all_of("layers"):
+                self._choose_part(self.depth)
             self._gauge()
         except BaseException:
             self._unmake()
@@ -118,7 +117,7 @@ class Session:
 
     def _forwards_so_far(self) -> int:
         """Also of steps that were taken back."""
-        return forwards_until(self.config, self.steps, self.parts) + lost_forwards(self.metrics)
+        return forwards_until(self.config, self.steps, self.parts) + lost_forwards(self.lines.all)
 
     def _load_base(self, rows: bool = True, first: bool = False) -> None:
         self.model = self.scorer = None  # before a second one is loaded
@@ -134,6 +133,7 @@ class Session:
         self.model = attach(model, self.tokenizer, self.config, start)
         self.scorer = self._scorer(self.model)
         choose_layers(self.model, self.config)
+        self.depth = Depth(self.model) if self.config.layers == "auto" else None
         if rows:  # tokenised now, so that a bad row is found before anything is written
             for split in (self.splits.test, self.splits.validation, self.splits.train):
                 self.scorer.prepare(split)
@@ -141,8 +141,10 @@ class Session:
             for note in self.splits.notes:
                 self.progress.note(f"note: {note}")
             self.progress.note(f"rows: {self.splits.spelled()}")
-        compared = self.splits.validation if self.budget else self.splits.train
-        self.spared.find(self.model, self.scorer, compared)
+        if begins or not self.depth:
+            self._find_trunk()
+        else:  # layers below may have moved: when they are where the log has brought them
+            self.spared.leave()
         if begins:
             self._score_before("before")
         if begins and self.config.start in FITTED:
@@ -153,45 +155,45 @@ class Session:
             tuned = [p for p in self.model.parameters() if p.requires_grad]
             keep_on_disk(tuned, self.config.offload)
 
+    def _find_trunk(self) -> None:
+        assert self.model is not None
+        assert self.scorer is not None
+        rows = self.splits.validation if self.budget else self.splits.train
+        depth = self.depth
+        with depth.resting(self.model, self.lines.all) if depth else contextlib.nullcontext():
+            self.spared.find(self.model, self.scorer, rows)
+
     def _scorer(self, model: PreTrainedModel) -> Scorer:
         assert self.tokenizer is not None
         return Scorer(model, self.tokenizer, self.task, self.config.max_length)
 
     def _score_before(self, *kinds: str) -> None:
-        have = {metric["kind"] for metric in self.metrics if metric["step"] == 0}
+        have = {metric["kind"] for metric in self.lines.all if metric["step"] == 0}
         for kind, rows in (("before", self.splits.test), ("validation", self.splits.validation)):
             if kind not in have and kind in (kinds or ("before", "validation")):
                 self.progress.note(f"scoring {len(rows)} {_WHAT[kind]}")
                 found = self._evaluate(rows)
                 forwards = 0 if kind == "before" else forwards_until(self.config, 0)
-                self._remember(self._metric(kind, 0, forwards, **self.team.agree_on(found)))
+                self.lines.remember(self.lines.made(kind, 0, forwards, **self.team.agree_on(found)))
 
     def _repair(self, log: Log) -> None:
         """Score again what the last session did not live to write down."""
-        self._check_base(log)
-        written = len(self.metrics)
+        assert self.model is not None
+        check_model(self.model, self.config.model, log, self.folder)
+        written = len(self.lines.all)
         self._score_before()
-        have = {metric["step"] for metric in self.validations}
-        after, taken_back = forwards_until(self.config, 0, self.parts), rewinds(self.metrics)
+        have = {metric["step"] for metric in self.lines.validations}
+        after, taken_back = forwards_until(self.config, 0, self.parts), list(self.lines.all)
         for step in range(1, len(log.steps) + 1):
             before, after = after, after + forwards_at(self.config, step - 1, self.parts)
             lost = lost_forwards(taken_back, step)
             if step not in have and validation_due(self.config, before + lost, after + lost):
                 assert self.model is not None
                 replay(self.model, log.path, step, self.snapshots)
-                self._remember(self._validation(step, after + lost))
+                self.lines.remember(self._validation(step, after + lost))
                 self._load_base()
-        for metric in self.metrics[written:]:
+        for metric in self.lines.all[written:]:
             self.folder.append_metric(metric)
-
-    def _check_base(self, log: Log) -> None:
-        assert self.model is not None
-        base = fingerprint(self.model)
-        if base != log.header["base"]:
-            raise UserError(
-                f"{self.folder.path}: --model is {self.config.model!r}, whose fingerprint is {base[:12]}; the run "
-                f"was started from {log.header['base'][:12]}: give that model"
-            )
 
     def _make_optimizer(self) -> None:
         config, folder = self.config, self.folder
@@ -204,41 +206,35 @@ class Session:
             snapshots=self.snapshots,
             sync=seconds_of(config.sync),
             private=self.budget.private if self.budget else None,
-            **optimizer_options(config),
+            **optimizer_options(config, self.depth.blocks if self.depth else None),
             log=folder.log,
             resume=self.log is not None,
         )
         set_eps(self.opt, config.eps)
+        self._move_part()
         self.team.join(self.opt, config.rows_at_once, self.data_sha256)
         self.parts = len(self.opt.param_groups)
-        first = forwards_at(config, 0, self.parts) + forwards_until(config, 0, self.parts)
-        if first > config.max_forwards:
-            what = f"it measures of {self.parts} parts" if config.modified else "comes before it"
-            raise UserError(
-                f"--max-forwards is {config.max_forwards}: the first step takes {first} forwards, with what {what}: give at least that"
-            )
+        first = self.depth.cost(config, self.lines.all, first=True) if self.depth else 0
+        check_enough(config, self.parts, first)
         if self.log is None:
             keep_environment(folder, config, self.data_sha256)
             folder.write_seen(self.splits.train, self.splits.validation)
-            folder.keep_metrics(self.metrics)
+            self.lines.write()
         else:
             folder.write_config(config)  # limits may have changed
             folder.forget_result()
 
     def _gauge(self) -> None:
         """Find the rate and the length of looks that were left open."""
-        if self.config.lr is not None and self.config.eps is not None:
-            return
         assert self.opt is not None
         assert self.scorer is not None
-        with self.spared.reused():
-            found = gauge(self.config, self.opt, self.scorer, self.objective, self.splits.train)
-        lr, eps = self.team.agree([found.lr, found.eps])
-        spent = gauge_forwards(self.config)
-        self.progress.note(f"{found.why}: lr {lr:.2g}, eps {eps:.2g}, after {spent} forwards")
-        self.config = replace(self.config, lr=lr, eps=eps)
-        self.folder.write_config(self.config)
-        set_eps(self.opt, eps)
+        if self.config.lr is None or self.config.eps is None:
+            with self.spared.reused():
+                found = gauge(self.config, self.opt, self.scorer, self.objective, self.splits.train)
+            self.config, said = settled(self.config, found, *self.team.agree([found.lr, found.eps]))
+            self.progress.note(said)
+            self.folder.write_config(self.config)
+            set_eps(self.opt, self.config.eps)
 
     # ---------------------------------------------------------------------------------- training
 
@@ -246,7 +242,7 @@ class Session:
         """Take steps until a limit; then keep the best, and score it on the test rows."""
         first = self.steps
         try:
-            with memory_errors(self._without_memory):
+            with memory_errors(lambda: _MEMORY.format(self.steps)):
                 self._train(stop)
                 return self._finish()
         except (KeyboardInterrupt, NonFiniteLoss) as error:
@@ -268,18 +264,14 @@ class Session:
             self.spared.close()
             self.folder.unlock()
 
-    def _without_memory(self) -> str:
-        return (
-            f"{self.steps} steps were taken, all of them are in the log: free memory and continue with --resume, "
-            "or start anew with a smaller --batch-size or --eval-batch-size"
-        )
-
     def _train(self, stop: Stop) -> None:
         config = self.config
-        left = None if config.max_minutes is None else 60.0 * config.max_minutes - self.seconds
+        left = (
+            None if config.max_minutes is None else 60.0 * config.max_minutes - self.lines.seconds
+        )
         self.progress.start(self.forwards, config.max_forwards, left)
         self._watch()
-        while self._reason() is None:
+        while self._deepens() or self._reason() is None:
             stop.check()
             if self._turn():
                 continue
@@ -289,7 +281,7 @@ class Session:
             except NonFiniteLoss as error:
                 if not self._may_rewind():
                     raise
-                best = best_step(self.validations, self.steps) or {"step": 0}
+                best = best_step(self.lines.validations, self.steps) or {"step": 0}
                 self._rewind(self.guard.best() or best["step"], str(error))
                 continue
             self.progress.step(self.forwards, loss)
@@ -304,9 +296,9 @@ class Session:
             assert self.opt is not None
             self.opt.snapshot_due(config.snapshot_every, config.keep_snapshots, self.progress.note)
             if validation_due(config, before, self.forwards):
-                self._append(self._validation(self.steps, self.forwards))
-        if not any(m["step"] == self.steps for m in self.validations):
-            self._append(self._validation(self.steps, self.forwards))
+                self.lines.append(self._validation(self.steps, self.forwards))
+        if not any(m["step"] == self.steps for m in self.lines.validations):
+            self.lines.append(self._validation(self.steps, self.forwards))
         self.progress.stop()
 
     def _step(self) -> float:
@@ -325,30 +317,30 @@ class Session:
             took = round(time.monotonic() - clock, 4)
             kind, seen = ("private", {}) if self.budget else ("step", {"loss": loss})
             values = {**seen, "lr": lr, "step_seconds": took}
-            self._append(self._metric(kind, self.steps, self.forwards, **values))
+            self.lines.add(kind, self.steps, self.forwards, **values)
         return loss
 
     # ------------------------------------------------------------------------------------ going back
 
     def _watch(self) -> None:
-        self.guard = Guard(m["loss"] for m in self.metrics if m["kind"] == "step")
-        self.factor = rate_factor(self.metrics)
+        self.guard = Guard(m["loss"] for m in self.lines.all if m["kind"] == "step")
+        self.factor = rate_factor(self.lines.all)
         self.still = Stillness()
 
     def _tell_stillness(self, loss: float) -> None:
         assert self.opt is not None
-        if self.budget is None:  # private answers are noise as well
-            eps = float(self.opt.param_groups[0]["eps"])
-            said = self.still.add(self.opt.projected_grads, loss, eps)
-            if said is not None:
-                self.progress.note(said)
+        eps = float(self.opt.param_groups[0]["eps"])
+        # private answers are noise as well
+        said = self.still.add(self.opt.projected_grads, loss, eps) if self.budget is None else None
+        if said is not None:
+            self.progress.note(said)
 
     def _may_rewind(self) -> bool:
-        return bool(self.config.backoff) and len(rewinds(self.metrics)) < MOST_REWINDS
+        return bool(self.config.backoff) and len(rewinds(self.lines.all)) < MOST_REWINDS
 
     def _turn(self) -> bool:
         """Go back if the last validation was worse. Asked before each step, so that a resumed run does likewise."""
-        found = turning(self.config, self.validations, self.steps, self.parts)
+        found = turning(self.config, self.lines.validations, self.steps, self.parts)
         if found is None or not self._may_rewind():
             return False
         self._rewind(found.step, found.why, validations=found.validations)
@@ -360,21 +352,53 @@ class Session:
         self._close()
         self.opt, self.steps_taken = None, step
         lost = self.forwards - self._forwards_so_far()
-        line = {**self._metric("rewind", step, self.forwards), "taken": taken, "lost": lost, **more}
-        self.metrics = [m for m in self.metrics if m["kind"] == "rewind" or m["step"] <= step]
-        self.metrics.append(line)
-        self._sort()
+        line = self.lines.made("rewind", step, self.forwards, taken=taken, lost=lost, **more)
+        self.lines.take_back(step, line)
         with Shield():  # if only the first is done, the very same rewind follows again
             Writer.rewind(read_log(self.folder.log), step)
-            self.folder.keep_metrics(self.metrics)
+            self.lines.write()
             self.snapshots.forget(step)
         self.progress.note(
-            f"{why}: back to step {step} of {taken}, at {rate_factor(self.metrics):g} of the learning rate"
+            f"{why}: back to step {step} of {taken}, at {rate_factor(self.lines.all):g} of the learning rate"
         )
         self.log = read_log(self.folder.log)
         self._load_base()
         self._make_optimizer()
         self._watch()
+
+    def _deepens(self) -> bool:
+        """Let other layers move where validation is flat, from the best step on. Asked before each step."""
+        if self.depth is None or not self.depth.left(self.lines.all):
+            return False
+        if not self.lines.marks[-1].get("flat"):  # else it has gone back for that already
+            spent = self.forwards + self.depth.cost(self.config, self.lines.all)
+            if self._reason() != "flat" or spent >= self.config.max_forwards:
+                return False
+            best = best_step(self.lines.validations, self.steps)
+            if best is not None and best["step"] < self.steps:
+                self._rewind(best["step"], "validation is flat", flat=True)
+        self._choose_part(self.depth)
+        return True
+
+    def _choose_part(self, depth: Depth) -> None:
+        assert self.opt is not None
+        assert self.scorer is not None
+        self.spared.leave()  # looks are along all that may move
+        lines = self.lines.all
+        lost = depth.cost(self.config, lines)
+        found = depth.choose(self.config, self.opt, self.scorer, self.splits.train, lines)
+        found = Choice(*self.team.agree([found.part, found.rate, found.spreads]))
+        self.forwards = self._forwards_so_far() + lost
+        self.lines.add("layers", self.steps, self.forwards, lost=lost, **asdict(found))
+        self.factor = rate_factor(lines)
+        self.progress.note(depth.spelled(found))
+        self._move_part()
+
+    def _move_part(self) -> None:
+        now = self.depth.now(self.lines.all) if self.depth else None
+        if self.depth and self.opt and now is not None:
+            self.opt.block = self.depth.parts[now].pattern
+            self._find_trunk()
 
     def _validation(self, step: int, forwards: int) -> Metric:
         try:
@@ -386,13 +410,13 @@ class Session:
         if self.budget is not None:
             self.progress.note(self.budget.spell(step))
             worth["epsilon"] = self.budget.spent(step)
-        return self._metric("validation", step, forwards, **worth)
+        return self.lines.made("validation", step, forwards, **worth)
 
     def _finish(self) -> Result:
         """Close the log, go back to the best step if that is not the last, score the test rows."""
         config, steps = self.config, self.steps
         reason = self._reason()
-        best = best_step(self.validations, steps)
+        best = best_step(self.lines.validations, steps)
         assert best is not None
         assert reason is not None
         kept = best["step"] if config.keep == "best" else steps
@@ -402,23 +426,17 @@ class Session:
             self._load_base(rows=False)
             assert self.model is not None
             replay(self.model, self.folder.log, kept, self.snapshots)
-        self.progress.note(
-            f"scoring {len(self.splits.test)} test rows with the model of step {kept}"
-        )
-        test = self._evaluate(self.splits.test)
+            if self.depth:
+                self._find_trunk()
+        rows = self.splits.test
+        self.progress.note(f"scoring {len(rows)} test rows with the model of step {kept}")
+        test = self._evaluate(rows)
         assert self.model is not None
-        at = next(m for m in self.validations if m["step"] == kept)
+        at = next(m for m in self.lines.validations if m["step"] == kept)
         result = {
-            "accuracy": test.accuracy,
-            "loss": test.loss,
-            "fingerprint": fingerprint(self.model),
-            **{name: value for name, value in test.metrics.items() if name != "accuracy"},
-            "value": test.value,
+            **tested(test, fingerprint(self.model)),
             **self._so_far("finished", reason, steps),
-            "validation_accuracy": at["accuracy"],
-            "validation_loss": at["loss"],
-            "validation_value": value_of(at),
-            "kept_step": kept,
+            **chosen_by(at),
         }
         self.folder.write_result(result)
         return result
@@ -438,8 +456,8 @@ class Session:
         return {
             "status": status,
             "stopped_by": by,
-            **figures(self.config, self.task, self.splits, self.metrics, steps, self.parts),
-            "seconds": round(self.seconds, 3),
+            **figures(self.config, self.task, self.splits, self.lines.all, steps, self.parts),
+            "seconds": round(self.lines.seconds, 3),
             "privacy": self.budget.so_far() if self.budget else None,
             "log_bytes": self.folder.log.stat().st_size,
             "out": str(self.folder.path),
@@ -466,29 +484,16 @@ class Session:
         value = self.objective.score(rows, found.predictions)
         return replace(found, metric=self.objective.name, value=value)
 
-    def _metric(self, kind: str, step: int, forwards: int, **values: float) -> Metric:
-        seconds = round(self.seconds, 3)
-        return {"kind": kind, "step": step, "forwards": forwards, "seconds": seconds, **values}
-
-    def _sort(self) -> None:
-        """Lines that are asked for before each step, apart from those of steps."""
-        self.marks = [m for m in self.metrics if m["kind"] in ("validation", "rewind")]
-        self.validations = [m for m in self.marks if m["kind"] == "validation"]
-
-    def _remember(self, metric: Metric) -> None:
-        self.metrics.append(metric)
-        if metric["kind"] == "validation":
-            self.marks.append(metric)
-            self.validations.append(metric)
-
-    def _append(self, metric: Metric) -> None:
-        self.folder.append_metric(metric)
-        self._remember(metric)
-
     def _reason(self) -> str | None:
         timed = self.config.max_minutes is not None
-        seconds: float = self.team.agree(self.seconds) if timed else 0.0
-        return stop_reason(self.config, self.steps, self.forwards, seconds, self.marks, self.parts)
+        seconds: float = self.team.agree(self.lines.seconds) if timed else 0.0
+        return stop_reason(
+            self.config, self.steps, self.forwards, seconds, self.lines.marks, self.parts
+        )
 
 
 _WHAT = {"before": "test rows, for the figure before", "validation": "validation rows"}
+_MEMORY = (
+    "{} steps were taken, all of them are in the log: free memory and continue with --resume, "
+    "or start anew with a smaller --batch-size or --eval-batch-size"
+)

@@ -188,6 +188,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
         raise UserError(
             f"--layers is {config.layers}: it is for --tuner full or lora, and this is {config.tuner}: leave it out"
         )
+    _check_auto_layers(config, rule)
     return replace(
         config,
         template=task.template,
@@ -214,6 +215,26 @@ def longest_look(config: TrainConfig) -> float:
     if not config.gauge:
         return given
     return max(given, LONGEST_LOSS_EPS if config.objective == "loss" else LONGEST_METRIC_EPS)
+
+
+def _check_auto_layers(config: TrainConfig, rule: rules.Chain) -> None:
+    """Refuse `--layers auto` where steps cannot be of some layers alone, or nothing says when they are done.
+
+    Raises:
+        UserError: naming what is in its way.
+    """
+    for name, value, good, why in (
+        ("private", config.private, not config.private, "looks at training rows would be seen in what it chooses"),
+        ("blocks", config.blocks, config.blocks is None, "that chooses what a step moves, too"),
+        ("modified", config.modified, config.modified is None, "it looks along each layer at another length"),
+        ("looks", config.looks, config.looks != "one-point", "a one-point look is compared with the step before"),
+        ("rule", config.rule, not (rule.momentum or rule.moments), "its past directions are of layers that rest now"),
+        ("patience", config.patience, config.patience != 0, "other layers move when validation has been flat so many times"),
+    ):  # fmt: skip
+        if config.layers == "auto" and not good:
+            raise UserError(
+                f"--layers is 'auto' and --{name} {value!r}: {why}: leave one of them out"
+            )
 
 
 def _check_gauge(config: TrainConfig) -> None:

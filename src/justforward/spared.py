@@ -78,6 +78,10 @@ class Spared:
         fits = needed <= SCORED * self._config.cache_gb * 2**30
         return self.reused(whole=True) if fits else contextlib.nullcontext()
 
+    def leave(self) -> None:
+        """Spare nothing until the next `find`."""
+        self._trunk = None
+
     def close(self) -> None:
         """Close the file of what the trunk gave; a temporary one is gone then."""
         if self._store is not None:

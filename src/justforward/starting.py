@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from justforward.config import PROBED, TrainConfig
+from justforward.config import PROBED, Layers, TrainConfig
 from justforward.data import Example, Splits
 from justforward.deep import MOST_ROWS, deep_hindrance, start_deep
 from justforward.errors import UserError
@@ -41,7 +41,7 @@ def choose_layers(model: torch.nn.Module, config: TrainConfig) -> None:
     head: Any = inner_model(model).get_output_embeddings() if config.start in PROBED else None
     if head is not None and config.tuner == "full":
         head.requires_grad_(False)
-    rest_below(model, config.layers)
+    rest_below(model, 1.0 if config.layers == "auto" else config.layers)
 
 
 def decided(
@@ -101,7 +101,7 @@ def decided_start(
             start = "deep" if config.tuner == "full" and layers is not None else "probe"
     if start == "deep":
         count = count if given else min(count, MOST_ROWS)
-        why = deep_hindrance(scorer, train[0], layers or THIRD)
+        why = deep_hindrance(scorer, train[0], share_fitted(layers))
         if why is None and count > MOST_ROWS:
             why = f"{count} rows are more than the {MOST_ROWS} that it can be fitted on"
         if why is not None and config.start == "deep":
@@ -111,6 +111,11 @@ def decided_start(
             start = "probe"
     rows = rows_to_fit(train, count, config.batch_size, config.seed)
     return replace(config, start=start, probe_rows=given or len(rows), layers=layers)
+
+
+def share_fitted(layers: Layers | None) -> float:
+    """Of the layers, those that a deep start writes to."""
+    return THIRD if layers is None or layers == "auto" else layers
 
 
 def share_of(budget: int) -> int:
@@ -164,7 +169,7 @@ def begin(
         if config.start == "deep":
             assert config.layers is not None
             found = start_deep(
-                scorer, rows, splits.validation, size, config.layers, inside, or_base
+                scorer, rows, splits.validation, size, share_fitted(config.layers), inside, or_base
             )
         else:
             found = start_head(scorer, rows, splits.validation, size, inside, or_base)

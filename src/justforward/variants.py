@@ -19,7 +19,7 @@ LOOKS = ("two-sided", "one-sided", "one-point")
 FORMS = ("variance", "expectation")
 SOURCES = ("weights", "looks", "gradient")
 PARTS = ("layer", "tensor")
-ORDERS = ("cyclic", "random")
+ORDERS = ("cyclic", "random", "given")
 
 _EMBEDDING = re.compile(r"embed|wte|wpe|(^|\.)shared\.")
 
@@ -194,7 +194,7 @@ class Blocks:
             embeddings are one, and all the rest is one, the head; or regular expressions, one a block: a tensor is
             of the first that is found in its name.
         order: "cyclic": in turn, in the order of their first tensors; "random": drawn at each step from the run's
-            seed.
+            seed; "given": the one that `MeZO.block` names, by its pattern or its layer, at first the first.
 
     Raises:
         UserError: `by` or `order` is unknown.
@@ -254,15 +254,19 @@ class Blocks:
             )
         return labels
 
-    def shape(self, block_of: Sequence[int], step: int, drawn: int) -> list[tuple[float, float]]:
+    def shape(
+        self, block_of: Sequence[int], step: int, drawn: int, given: int
+    ) -> list[tuple[float, float]]:
         """For each group, how far a step looks and moves: 1 in the block whose turn it is, 0 in the others.
 
         Args:
             block_of: of each group, which block it is of.
             step: index of the step.
             drawn: a random number, for a random order.
+            given: the block whose turn it is, for one that is given.
         """
-        turn = (drawn if self.order == "random" else step) % (max(block_of) + 1)
+        number = {"random": drawn, "given": given}.get(self.order, step)
+        turn = number % (max(block_of) + 1)
         return [(float(block == turn),) * 2 for block in block_of]
 
     def settings(self) -> dict[str, Any]:
