@@ -255,7 +255,7 @@ class Blocks:
         return labels
 
     def shape(
-        self, block_of: Sequence[int], step: int, drawn: int, given: int
+        self, block_of: Sequence[int], step: int, drawn: int, given: int = 0
     ) -> list[tuple[float, float]]:
         """For each group, how far a step looks and moves: 1 in the block whose turn it is, 0 in the others.
 
