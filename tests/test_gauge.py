@@ -26,7 +26,8 @@ from justforward.config import ReplayConfig, TrainConfig
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder
-from justforward.gauge import ENOUGH, FARTHER, NEARER, SHARE, changed, errors, moved, rate, stretch
+from justforward.gauge import ENOUGH, FARTHER, SHARE, changed, moved, rate, stretch
+from justforward.looks import NEARER, errors
 from justforward.models import load_model
 from justforward.outcome import Interrupted
 from justforward.progress import Progress

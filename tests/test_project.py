@@ -55,6 +55,7 @@ ROOMS = [
     "groups",
     "modified",
     "ondisk",
+    "looks",
     "optim",
     "sockets",
     "peers",
@@ -159,6 +160,7 @@ CORE_NEEDS = {
     "triton",
 }  # numba's and torch's own, the last two
 TORCH_FREE = {
+    "looks",
     "errors",
     "durable",
     "interrupts",

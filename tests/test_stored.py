@@ -449,6 +449,14 @@ def test_what_rounding_makes_of_a_look_is_told_from_its_slope(estimator: str) ->
     generator = torch.Generator().manual_seed(0)
     signal, noise = opt.resolution(coarse, batch)
     assert noise > signal / 4
+
+    def steps(
+        batch: Any,
+    ) -> Tensor:  # one that is rounded, and changes by whole steps or not at all
+        return (exact(batch) * 64.0).round() / 64.0
+
+    signal, noise = opt.resolution(steps, batch)
+    assert noise > signal / 5 > 0.0  # shorter looks see nothing of it
     assert jf.fingerprint(model) == before
     assert [g["eps"] for g in opt.param_groups] == [1e-3]
     with pytest.raises(UserError, match="one-point looks are compared with the step before"):

@@ -23,7 +23,8 @@ from torch import nn
 from justforward import rules
 from justforward.errors import UserError
 from justforward.feed import feed
-from justforward.gauge import looked, rate, rms
+from justforward.gauge import looked, rate
+from justforward.looks import rms
 from justforward.trunk import stack_of
 from justforward.variants import Blocks, forwards_of
 

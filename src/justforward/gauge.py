@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from justforward import rules
 from justforward.feed import feed
+from justforward.looks import NEARER, Grads, errors, rms
 from justforward.schedules import gauge_forwards
 from justforward.settings import LOSS_EPS, RATES, longest_look, usual_eps
 
@@ -37,10 +38,7 @@ if TYPE_CHECKING:
 SHARE = 0.014  # nats
 ENOUGH = 1.0 / 16.0
 FARTHER = 4.0  # times as long are the looks that see how the loss bends
-NEARER = 1.0 / 4.0  # times as long are those that see how it is rounded
 MOVED = 1.0 / 8.0  # of a step's looks see an answer change
-
-Grads = Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -113,36 +111,6 @@ def rate(size: float, count: int, rule: rules.Chain) -> float | None:
     return lr if normal else lr * math.sqrt(count) / size
 
 
-def errors(
-    grads: Grads, farther: Grads, nearer: Grads, times: float, order: int
-) -> tuple[float, float]:
-    """What rounding and the bending of the loss make of what looks see, each as a part of it; 1 and 0 of looks that see nothing.
-
-    A look x times as long is off by rounding / x and bend x^order, so that both are found from how far looks along the same
-    directions differ. (Much shorter ones would not do: what is rounded to steps does not change at all there, and so agrees.)
-
-    Args:
-        grads: projected gradients along some directions.
-        farther, nearer: along the same ones, seen by looks `times` and `NEARER` times as long.
-        times: at least 1; with 1 nothing is known of the bending, and it counts as none.
-        order: the error of looks without rounding grows with this power of their length.
-    """
-    size = rms(grads)
-    if size == 0.0:
-        return 1.0, 0.0
-    near = rms([b - a for a, b in zip(grads, nearer, strict=True)]) ** 2
-    far = rms([b - a for a, b in zip(grads, farther, strict=True)]) ** 2
-    # near = r^2 near_r + b^2 near_b, and far likewise
-    near_r, near_b = 1.0 + NEARER**-2, (1.0 - NEARER**order) ** 2
-    far_r, far_b = 1.0 + times**-2, (times**order - 1.0) ** 2
-    if times == 1.0:
-        return math.sqrt(near / near_r) / size, 0.0
-    both = near_r * far_b - near_b * far_r
-    rounding = math.sqrt(max(0.0, near * far_b - far * near_b) / both)
-    bend = math.sqrt(max(0.0, far * near_r - near * far_r) / both)
-    return rounding / size, bend / size
-
-
 def stretch(rounding: float, bend: float, order: int, most: float) -> float:
     """How many times as long looks should be.
 
@@ -195,8 +163,3 @@ def looked(opt: MeZO, eps: float, step: int, made: Callable[[], tuple[Any, Any]]
         opt.steps = taken
         for group, length in zip(opt.param_groups, lengths, strict=True):
             group["eps"] = length
-
-
-def rms(values: Sequence[float]) -> float:
-    """Root mean square."""
-    return math.sqrt(math.fsum(value * value for value in values) / len(values))

@@ -7,7 +7,6 @@ step(closure)                 both, with one pass fewer; the same bits
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ from justforward.groups import (
     split,
 )
 from justforward.interrupts import Shield
+from justforward.looks import NEARER, errors, rms
 from justforward.modified import measure
 from justforward.moments import compile_kernels, course_of
 from justforward.playback import apply_steps, base_of, check_base, check_header, header_for
@@ -217,8 +217,10 @@ class MeZO(Optimizer):
     def resolution(self, closure: Closure | LossFn, batch: Any = None) -> tuple[float, float]:
         """How much the losses differ between the signs of this step's looks, and how much of that rounding makes alone.
 
-        The second is what looks 1/1024 as long see: hardly any slope. A model that computes in 16 bits may have no more than that to
-        show: then a longer `eps`, or float32, is needed. The weights stay as they are.
+        The second is told from looks a quarter as long along the same directions (`looks.errors`), with what little the bending
+        of the loss makes there. Much shorter ones would not do: they do not see a loss change that is rounded to steps. A model
+        that computes in 16 bits may have no more than rounding to show: then a longer `eps`, or float32, is needed. The weights
+        stay as they are.
 
         Args:
             closure, batch: as `estimate` has them.
@@ -233,18 +235,21 @@ class MeZO(Optimizer):
             raise UserError(
                 "resolution: one-point looks are compared with the step before, private ones answer once: use others"
             )
-        found, lengths = [], [group["eps"] for group in self.param_groups]
-        for part in (1.0, 1.0 / 1024.0):
+        seen, lengths = [], [group["eps"] for group in self.param_groups]
+        for part in (1.0, NEARER):
             try:
                 for group, eps in zip(self.param_groups, lengths, strict=True):
                     group["eps"] = eps * part
-                grads = self.estimate(closure, batch).projected_grads
+                seen.append(self.estimate(closure, batch).projected_grads)
             finally:
                 for group, eps in zip(self.param_groups, lengths, strict=True):
                     group["eps"] = eps
-            rises = [grad * lengths[0] * part for grad in grads]
-            found.append(math.sqrt(math.fsum(rise * rise for rise in rises) / len(rises)))
-        return found[0], found[1]
+        here, near = seen
+        rounding, _ = errors(
+            here, here, near, 1.0, 2
+        )  # of looks that are no longer the order is not asked
+        rise = rms(here) * lengths[0]
+        return rise, rounding * rise
 
     def look(
         self,
