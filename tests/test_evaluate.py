@@ -563,3 +563,26 @@ def test_what_masked_models_and_texts_refuse(tiny_opt: Any, tokenizer: Any) -> N
         Scorer(model, words, task, calibrate=True).evaluate(rows(), 2)
     with pytest.raises(UserError, match="calibration is of the scores of choices"):
         Scorer(tiny_opt, tokenizer, WRITING, calibrate=True)
+
+
+# ------------------------------------------------------------------------------------------ the head
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_head_gets_its_input_in_one_piece(architecture: str) -> None:
+    """However often a scorer is made, and whatever is no tensor."""
+    model, tokenizer = make_model(architecture), make_tokenizer("metaspace")
+    task = Task("{text} It was", SINGLE)
+    scorer = Scorer(model, tokenizer, task)
+    head: Any = model.get_output_embeddings()
+    seen: list[bool] = []
+    head.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
+    scorer.scores(scorer.encode(rows()))
+    assert seen == [True]
+    count = len(head._forward_pre_hooks)
+    Scorer(model, tokenizer, task)
+    assert len(head._forward_pre_hooks) == count
+    own = next(iter(head._forward_pre_hooks.values()))
+    whole, rest = own(head, (torch.zeros(3, 4).T, None))
+    assert whole.is_contiguous()
+    assert rest is None

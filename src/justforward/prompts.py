@@ -370,7 +370,7 @@ def feed_head_whole(model: Any) -> None:
 
 
 def _in_one_piece(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(each.contiguous() for each in args)
+    return tuple(each.contiguous() if isinstance(each, Tensor) else each for each in args)
 
 
 @contextmanager
