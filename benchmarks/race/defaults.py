@@ -1,13 +1,12 @@
 """`justforward train` without a numeric option against plain MeZO at the best of twelve settings, on tasks and prompts.
 
     python benchmarks/race/defaults.py --part grid --part again --part default      # goes on where it stopped
-    python benchmarks/race/defaults.py --where smollm2-rte --part short --part grid # one place; short runs first
+    python benchmarks/race/defaults.py --where smollm2-rte --part grid              # one place
     python benchmarks/race/defaults.py --table                                      # into docs/race.md
 
 Every run is the command itself, in this process. MeZO: weight space, the paper's rule, from the base model, the rate
 falling to 0 over the default's own 400 forwards of 8 rows; all weights, or those that a place's `plain` options name.
 Of the grid's seed 0 runs the one with the least validation loss is the tuned one; its own best loss is the goal.
-Where twelve whole runs take hours, all twelve run for a quarter of the forwards (`short`), and the best three of those whole.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from justforward.cli import main as justforward
 from justforward.folder import value_of
 
 PLAIN = ["--estimator=weight", "--rule=sgd", "--start=base", "--patience=0", "--keep=best"]
-SHORT, WHOLE = 100, 3  # forwards of a short run; how many settings are run whole after those
 RESULTS = HERE / "defaults.jsonl"
 Line = dict[str, Any]
 
@@ -100,14 +98,9 @@ def best(curve: list[list[float]]) -> float:
     return min((point[1] for point in curve), default=math.inf)
 
 
-def ranked(known: list[Line], kind: str) -> list[Line]:
-    """Seed 0's settings, that with the least validation loss first."""
-    return sorted((k for k in known if k["kind"] == kind and k["seed"] == 0), key=lambda k: best(k["curve"]))  # fmt: skip
-
-
 def tuned(known: list[Line]) -> Line:
     """The setting of the grid with the least validation loss, of seed 0."""
-    return ranked(known, "grid")[0]
+    return min((k for k in known if k["kind"] == "grid" and k["seed"] == 0), key=lambda k: best(k["curve"]))  # fmt: skip
 
 
 def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
@@ -150,9 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "--part", action="append", choices=["short", "grid", "default", "again"], default=[]
-    )
+    parser.add_argument("--part", action="append", choices=["grid", "default", "again"], default=[])
     parser.add_argument("--where", action="append")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
@@ -166,19 +157,14 @@ def main() -> None:
             if part == "default":
                 todo = [({"kind": "default", "seed": seed}, []) for seed in where["seeds"]]
             else:
-                here = [k for k in known.values() if k["where"] == name]
-                chosen, seeds, limit = points(where["grid"]), [0], []
-                kind = "grid"
-                if part == "short":
-                    kind, limit = "short", [f"--max-forwards={SHORT}"]
-                elif part == "again":  # the best one with the other seeds
+                chosen, seeds = points(where["grid"]), [0]
+                if part == "again":  # the best one with the other seeds
+                    here = [k for k in known.values() if k["where"] == name]
                     chosen, seeds = [setting(tuned(here))], where["again"]
-                elif any(k["kind"] == "short" for k in here):
-                    chosen = [setting(k) for k in ranked(here, "short")[:WHOLE]]
                 for lr, eps in chosen:
                     for seed in seeds:
-                        line = {"kind": kind, "lr": lr, "eps": eps, "seed": seed}
-                        plain = [*PLAIN, *where.get("plain", []), *limit]
+                        line = {"kind": "grid", "lr": lr, "eps": eps, "seed": seed}
+                        plain = [*PLAIN, *where.get("plain", [])]
                         todo.append((line, [*plain, f"--lr={lr}", f"--eps={eps}"]))
             for line, options in todo:
                 line = {"where": name, **line}
