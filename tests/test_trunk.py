@@ -5,9 +5,11 @@ Reading order: which layers can be spared, losses, what is kept, runs.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 import justforward as jf
+import justforward.session as session
 from conftest import ARCHITECTURES, MASKED, make_model, make_tokenizer
 from justforward.alone import workers
 from justforward.config import TrainConfig
@@ -500,6 +503,28 @@ def test_a_run_says_so_and_learns_alike(config: TrainConfig, tmp_path: Path) -> 
     assert result["accuracy"] == plain["accuracy"]
     base = jf.fingerprint(make_model("gpt2"))
     assert len({base, result["fingerprint"], plain["fingerprint"]}) == 3
+
+
+@pytest.mark.parametrize("lr", [3e-2, 3.0])
+def test_a_model_is_gone_before_another_is_loaded(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, lr: float
+) -> None:
+    """Also when a run goes back, and at its end, where the best step is not the last: two would be twice the memory."""
+    loaded: list[weakref.ref[Any]] = []
+    real = session.load_model
+
+    def watched(*given: Any) -> Any:
+        gc.collect()
+        assert all(model() is None for model in loaded)
+        model, tokenizer = real(*given)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(session, "load_model", watched)
+    result, _ = go(replace(config, lr=lr, max_forwards=60, lr_schedule="constant"))
+    reloads = result["rewinds"] + (result["kept_step"] != result["steps"])
+    assert len(loaded) == 1 + reloads
+    assert lr < 1.0 or reloads
 
 
 def test_a_cache_changes_no_bit(config: TrainConfig, tmp_path: Path) -> None:

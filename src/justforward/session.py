@@ -121,6 +121,7 @@ class Session:
 
     def _load_base(self, rows: bool = True, first: bool = False) -> None:
         self.model = self.scorer = None  # before a second one is loaded
+        self.spared.leave()
         model, self.tokenizer = load_model(
             self.config.model, self.progress.note, self.config.quantize, self.config.dtype
         )
@@ -141,10 +142,8 @@ class Session:
             for note in self.splits.notes:
                 self.progress.note(f"note: {note}")
             self.progress.note(f"rows: {self.splits.spelled()}")
-        if begins or not self.depth:
+        if begins or not self.depth:  # else when layers below are where the log has brought them
             self._find_trunk()
-        else:  # layers below may have moved: when they are where the log has brought them
-            self.spared.leave()
         if begins:
             self._score_before("before")
         if begins and self.config.start in FITTED:

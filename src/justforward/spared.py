@@ -33,6 +33,7 @@ class Spared:
         self._config = config
         self._note = note
         self._trunk: Trunk | None = None
+        self._good = ""  # name of the trunk without which losses came out the same
         self._store: tuple[str, Store] | None = None  # by what its outputs depend on
 
     def find(self, model: PreTrainedModel, scorer: Scorer, rows: Sequence[Example]) -> None:
@@ -40,13 +41,13 @@ class Spared:
 
         Another copy of a model whose losses did is not asked again.
         """
-        before, self._trunk = self._trunk, None
+        self._trunk = None
         if not self._config.reuse:
             return
         trunk = Trunk(model, self._outputs)
         if trunk.depth == 0:
             return
-        if before is not None and before.name == trunk.name:
+        if trunk.name == self._good:
             self._trunk = trunk
             return
         batch = scorer.encode_training(rows[: self._config.batch_size])
@@ -59,7 +60,7 @@ class Spared:
                 "they are run each time"
             )
             return
-        self._trunk = trunk
+        self._trunk, self._good = trunk, trunk.name
         self._note(
             f"the first {trunk.depth} of {trunk.layers} layers do not move: a text runs through them once"
         )
@@ -79,7 +80,7 @@ class Spared:
         return self.reused(whole=True) if fits else contextlib.nullcontext()
 
     def leave(self) -> None:
-        """Spare nothing until the next `find`."""
+        """Spare nothing until the next `find`, and let the model go."""
         self._trunk = None
 
     def close(self) -> None:
