@@ -516,6 +516,16 @@ def trained(config: TrainConfig) -> tuple[dict[str, Any], str]:
     return train(config, Progress(out)), out.getvalue()
 
 
+def refusal(config: TrainConfig) -> str:
+    """What is said of a configuration that is refused."""
+    from justforward.errors import UserError
+    from justforward.settings import resolved
+
+    with pytest.raises(UserError) as caught:
+        resolved(config)
+    return str(caught.value)
+
+
 def lines_of(config: TrainConfig) -> list[dict[str, Any]]:
     """A run's metrics.jsonl, without what the clock says."""
     from justforward.folder import RunFolder

@@ -57,12 +57,12 @@ def hands(good: bool) -> int:
     return torch.get_num_threads() if good and not _turns else 1
 
 
-def spread(work: Callable[[Item], Given], items: Sequence[Item], hands: int) -> Iterator[Given]:
+def spread(work: Callable[[Item], Given], items: Sequence[Item], among: int) -> Iterator[Given]:
     """What some work gives for each item, in order, on so many threads (`hands`). Without gradients.
 
     Raises:
         What the work raises, for the first item that it does.
     """
-    if hands == 1:
+    if among == 1:
         return map(work, items)
     return workers().map(torch.no_grad()(work), items)

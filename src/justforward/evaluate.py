@@ -326,9 +326,9 @@ class Part:
     places: list[int]
 
 
-def in_parts(order: Sequence[int], batch_size: int, hands: int) -> tuple[int, list[Part]]:
+def in_parts(order: Sequence[int], batch_size: int, among: int) -> tuple[int, list[Part]]:
     """Places in batches, and each batch in parts for so many hands: how many batches there are, and the parts in order."""
-    size = -(-batch_size // hands)
+    size = -(-batch_size // among)
     starts = range(0, len(order), batch_size)
     parts = [
         Part(batch, list(order[at : min(at + size, start + batch_size)]))

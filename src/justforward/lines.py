@@ -34,10 +34,6 @@ class Lines:
         self.marks = [m for m in self.all if m["kind"] in ("validation", *KEPT)]
         self.validations = [m for m in self.marks if m["kind"] == "validation"]
 
-    def all_of(self, kind: str) -> list[Metric]:
-        """Those of a kind."""
-        return [m for m in self.all if m["kind"] == kind]
-
     @property
     def seconds(self) -> float:
         """Of all sessions of the run, loading and scoring included."""

@@ -107,7 +107,7 @@ class Session:
                 if self.log is None:
                     self.folder.make()
                 self._make_optimizer()
-            if self.depth and not self.lines.all_of("layers"):
+            if self.depth and self.depth.now(self.lines.all) is None:
                 self._choose_part(self.depth)
             self._gauge()
         except BaseException:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -146,12 +146,16 @@ def _sample(inner: Any) -> Tensor:
 def is_small(model: nn.Module) -> bool:
     """Whether passes of a model run best side by side (`alone`): on a CPU, layers of few weights, all of them plain float32."""
     layers = [*(stack_of(model) or ())]
-    weights = sum(p.numel() for layer in layers for p in layer.parameters())
     plain = all(
         p.device.type == "cpu" and p.dtype == torch.float32 and type(p) is nn.Parameter
         for p in model.parameters()
     )
-    return bool(layers) and plain and weights <= SMALL * len(layers)
+    return bool(layers) and plain and _are_light(layers)
+
+
+def _are_light(layers: Sequence[nn.Module]) -> bool:
+    weights = sum(p.numel() for layer in layers for p in layer.parameters())
+    return weights <= SMALL * len(layers)
 
 
 def _bytes(hidden: Tensor) -> bytes:
@@ -186,8 +190,7 @@ class Trunk:
             threading.local()
         )  # hidden: of this thread's call; running: it takes a text through the trunk
         self._whole = False
-        weights = sum(p.numel() for layer in self._layers for p in layer.parameters())
-        self._small = weights <= SMALL * max(1, self.layers) and self._model.device.type == "cpu"
+        self._small = _are_light(self._layers) and self._model.device.type == "cpu"
         self._tuple = 0  # values that the last layer of the trunk returns; 0: a bare tensor
         self.name = self._name(behind) if self.depth else ""
         self.store = store(self.name) if self.depth else None
