@@ -1,12 +1,13 @@
 """`justforward train` without a numeric option against plain MeZO at the best of twelve settings, on tasks and prompts.
 
-    python benchmarks/race/defaults.py --part grid --part again --part default      # goes on where it stopped
+    python benchmarks/race/defaults.py --part grid --part again --part default --part short    # goes on where it stopped
     python benchmarks/race/defaults.py --where smollm2-rte --part grid              # one place
     python benchmarks/race/defaults.py --table                                      # into docs/race.md
 
 Every run is the command itself, in this process. MeZO: weight space, the paper's rule, from the base model, the rate
 falling to 0 over the default's own 400 forwards of 8 rows; all weights, or those that a place's `plain` options name.
 Of the grid's seed 0 runs the one with the least validation loss is the tuned one; its own best loss is the goal.
+`short` is the default with an eighth of the forwards, of which half go into its start.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from report import DOCS, HERE, fill, number
 from justforward.cli import main as justforward
 from justforward.folder import value_of
 
+SHORT = ["--max-forwards=50"]
 PLAIN = ["--estimator=weight", "--rule=sgd", "--start=base", "--patience=0", "--keep=best"]
 RESULTS = HERE / "defaults.jsonl"
 Line = dict[str, Any]
@@ -38,7 +40,7 @@ Line = dict[str, Any]
 
 def points(grid: dict[str, list[float]]) -> list[tuple[float, float]]:
     """Rates and lengths of looks."""
-    return [(lr, eps) for lr in grid["lr"] for eps in grid["eps"]]
+    return [(lr, eps) for eps in grid["eps"] for lr in grid["lr"]]
 
 
 def setting(line: Line) -> tuple[float, float]:
@@ -98,6 +100,16 @@ def best(curve: list[list[float]]) -> float:
     return min((point[1] for point in curve), default=math.inf)
 
 
+def first(curve: list[list[float]], loss: float) -> list[float]:
+    """The first validation with at most this loss; nothing but infinities where there is none."""
+    return next((point for point in curve if point[1] <= loss), [math.inf] * 4)
+
+
+def of_setting(known: list[Line], top: Line) -> list[Line]:
+    """The runs of the grid, of all seeds, with a line's setting."""
+    return [k for k in known if k["kind"] == "grid" and setting(k) == setting(top)]
+
+
 def tuned(known: list[Line]) -> Line:
     """The setting of the grid with the least validation loss, of seed 0."""
     return min((k for k in known if k["kind"] == "grid" and k["seed"] == 0), key=lambda k: best(k["curve"]))  # fmt: skip
@@ -125,16 +137,54 @@ def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
             rows.append(f"| {name} | not run | | | {losses} | | | {tail}")
             continue
         top = tuned(here)
-        same = [k for k in here if k["kind"] == "grid" and setting(k) == setting(top)]  # fmt: skip
+        same = of_setting(here, top)
         goal = statistics.mean(best(k["curve"]) for k in same)
-        full = statistics.median(next(point[0] for point in k["curve"] if point[1] == best(k["curve"])) for k in same)  # fmt: skip
-        taken = [
-            next((point[0] for point in k["curve"] if point[1] <= goal), math.inf) for k in ours
-        ]
+        full = statistics.median(first(k["curve"], best(k["curve"]))[0] for k in same)
+        taken = [first(k["curve"], goal)[0] for k in ours]
         rows.append(
             f"| {name} | {top['lr']:g}, {top['eps']:g} | {', '.join(number(best(k['curve']), 3) for k in same)} | {full:g} | {losses} "
             f"| {', '.join(number(t, 0) for t in taken)} | {', '.join(number(t / full, 2) for t in taken)} | {tail}"
         )
+    return "\n".join(rows)
+
+
+def whole(where: dict[str, Any], forwards: float) -> float:
+    """MeZO's forwards as whole ones: a part of the layers for each look, and the rest once for each training row."""
+    if "rows" not in where:
+        return forwards
+    batch = 8
+    met = min(forwards / 2 * batch, where["rows"]) / batch
+    return float(where["moved"] * forwards + (1 - where["moved"]) * met)
+
+
+def shorter(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
+    """What the default needs with an eighth of the forwards to be where tuned MeZO ends."""
+    rows = [
+        "| model, task | loss to reach | MeZO: forwards (whole ones), seconds | short: forwards | of MeZO's, median | of its whole ones | seconds | of MeZO's | least loss |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    ratios: list[tuple[float, float, float]] = []
+    for name, where in plan["defaults"]["where"].items():
+        here = [line for line in known.values() if line["where"] == name]
+        ours = [k for k in here if k["kind"] == "short"]
+        if not ours or not any(k["kind"] == "grid" for k in here):
+            continue
+        same = of_setting(here, tuned(here))
+        goal = statistics.mean(best(k["curve"]) for k in same)
+        firsts = [first(k["curve"], best(k["curve"])) for k in same]
+        full, seconds = (statistics.median(point[i] for point in firsts) for i in (0, 3))
+        found = [first(k["curve"], goal) for k in ours]
+        taken, clock = ([point[i] for point in found] for i in (0, 3))
+        share, work, time_ = (statistics.median(t / of for t in ts) for ts, of in ((taken, full), (taken, whole(where, full)), (clock, seconds)))  # fmt: skip
+        ratios.append((share, work, time_))
+        rows.append(
+            f"| {name} | {goal:.3f} | {full:g} ({whole(where, full):.0f}), {seconds:.0f} "
+            f"| {', '.join(number(t, 0) for t in taken)} | {number(share, 3)} | {number(work, 3)} "
+            f"| {', '.join(number(t, 0) for t in clock)} | {number(time_, 2)} | {', '.join(number(best(k['curve']), 3) for k in ours)} |"
+        )
+    if ratios:
+        middle = [number(statistics.median(column), 3) for column in zip(*ratios, strict=True)]
+        rows.append(f"| median | | | | {middle[0]} | {middle[1]} | | {middle[2]} | |")
     return "\n".join(rows)
 
 
@@ -143,8 +193,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--part", action="append", choices=["grid", "default", "again"], default=[])
+    parser.add_argument(
+        "--part", action="append", choices=["grid", "default", "again", "short"], default=[]
+    )
     parser.add_argument("--where", action="append")
+    parser.add_argument(
+        "--points", type=int, default=12, help="so many of the grid, from its first"
+    )
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -154,10 +209,12 @@ def main() -> None:
         where = plan["defaults"]["where"][name]
         for part in given.part:
             todo: list[tuple[Line, list[str]]] = []
-            if part == "default":
-                todo = [({"kind": "default", "seed": seed}, []) for seed in where["seeds"]]
+            if part in ("default", "short"):
+                options = SHORT if part == "short" else []
+                seeds = where["seeds"] if part == "default" else [0, *where["again"]]
+                todo = [({"kind": part, "seed": seed}, options) for seed in seeds]
             else:
-                chosen, seeds = points(where["grid"]), [0]
+                chosen, seeds = points(where["grid"])[: given.points], [0]
                 if part == "again":  # the best one with the other seeds
                     here = [k for k in known.values() if k["where"] == name]
                     chosen, seeds = [setting(tuned(here))], where["again"]
@@ -179,7 +236,8 @@ def main() -> None:
                 print(name, line["kind"], line.get("lr"), line.get("eps"), line["seed"], line["code"], best(line["curve"]), line["seconds"], flush=True)  # fmt: skip
     if given.table:
         page = DOCS / "race.md"
-        page.write_text(fill(page.read_text(), "defaults", table(plan, known)))
+        text = fill(page.read_text(), "defaults", table(plan, known))
+        page.write_text(fill(text, "short", shorter(plan, known)))
 
 
 if __name__ == "__main__":
