@@ -8,7 +8,10 @@ import gc
 import io
 import os
 import signal
+import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,14 @@ from torch import Tensor, nn
 
 import justforward as jf
 from conftest import make_model
-from justforward import UserError
+from justforward import UserError, directions, ondisk
 from justforward.config import EvalConfig, ReplayConfig, TrainConfig
 from justforward.ondisk import keep_on_disk
+from justforward.pool import share
 from justforward.progress import Progress
 from justforward.rebuild import evaluate, rebuild
 from justforward.run import train
+from justforward.stored import settle
 from test_stored import RULES, batch_for, loss_of
 
 
@@ -55,8 +60,83 @@ def test_steps_have_the_bits_of_steps_in_memory(
     assert {p.name for p in tmp_path.iterdir()} == {"log"}  # the files have no names
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="says nothing to other systems")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_waits_until_its_tensor_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_little_memory_changes_no_bit(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that were used are let go of, steps are taken by the thread that reads ahead."""
+    base = make_model("llama", vocab_size=300).to(dtype)
+    batch = batch_for(base)
+    size = sum(p.numel() * p.element_size() for p in base.parameters())
+    forgotten: list[int] = []
+    monkeypatch.setattr(ondisk, "free", lambda: size // 2)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, *_: forgotten.append(start))
+    steps: list[str] = []
+
+    def noted(*given: Any) -> None:
+        steps.append(threading.current_thread().name)
+        share(*given)
+
+    monkeypatch.setattr(directions, "share", noted)
+    memory, disk = copy.deepcopy(base), moved(copy.deepcopy(base), tmp_path)
+    tensors = dict.fromkeys(disk.parameters())
+    forgotten.clear()
+    one = jf.MeZO(memory, lr=1e-2, rule="rms", estimator="activation")
+    other = jf.MeZO(disk, lr=1e-2, rule="rms", estimator="activation")
+    for _ in range(5):
+        assert one.step(loss_of(memory), batch) == other.step(loss_of(disk), batch)
+    assert any(name.startswith("justforward-disk-moves") for name in steps)
+    assert len(steps) > 3 * len(tensors)  # of the four steps that were needed, most
+    assert jf.fingerprint(disk) == jf.fingerprint(memory)
+    assert len(steps) == 5 * len(tensors)
+    assert 1 < len(set(forgotten)) < len(tensors)  # those at the beginning stay
+
+
+def test_a_step_that_is_waited_for_is_taken_once(tmp_path: Path) -> None:
+    base = make_model("llama", vocab_size=300)
+    memory, disk = copy.deepcopy(base), moved(copy.deepcopy(base), tmp_path)
+    batch = batch_for(base)
+    for model in (memory, disk):
+        opt = jf.MeZO(model, lr=1e-2, rule="rms", estimator="activation")
+        opt.step(loss_of(model), batch)
+    waiting = [p for p in disk.parameters() if p._jf_due is not None]
+    assert waiting
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(settle, waiting * 8))
+    assert jf.fingerprint(disk) == jf.fingerprint(memory)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing to fork with")
+def test_a_fork_waits_for_no_thread(tmp_path: Path) -> None:
+    model = moved(make_model("llama", vocab_size=300), tmp_path)
+    batch = batch_for(model)
+    opt = jf.MeZO(model, lr=1e-2, rule="rms", estimator="activation")
+    opt.step(loss_of(model), batch)
+    opt.step(loss_of(model), batch)
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)
+        for p in model.parameters():
+            p + 0.0
+        os._exit(0)
+    for _ in range(600):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done
+    assert status == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_waits_until_its_tensor_is_read(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ondisk, "AHEAD", 0)
     model = moved(make_model("llama", vocab_size=300).to(dtype), tmp_path)
     opt = jf.MeZO(model, lr=1e-2, rule="rms", estimator="activation")
     batch = batch_for(model)
@@ -101,7 +181,10 @@ def test_two_steps_may_wait_for_one_tensor(tmp_path: Path) -> None:
     assert not torch.equal(disk.idle.weight.detach(), base.idle.weight.detach())
 
 
-def test_ctrl_c_in_a_forward_leaves_no_step_half_done(tmp_path: Path) -> None:
+def test_ctrl_c_in_a_forward_leaves_no_step_half_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ondisk, "AHEAD", 0)
     base = make_model("llama", vocab_size=300)
     memory, disk = copy.deepcopy(base), moved(copy.deepcopy(base), tmp_path)
     batch = batch_for(base)

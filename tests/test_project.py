@@ -30,6 +30,7 @@ ROOMS = [
     "durable",
     "interrupts",
     "launched",
+    "memory",
     "noise",
     "pool",
     "stored",

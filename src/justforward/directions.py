@@ -344,19 +344,10 @@ class Weights:
     def _wait(self, i: int, call: Callable[[int, int], None]) -> None:
         """Call a kernel once its tensor is read, or asked for."""
         p: Any = self.tensors[i]
-        before = p._jf_due
-
-        def due() -> None:
-            with (
-                Shield()
-            ):  # this may be within the user's closure, which Ctrl-C may leave at any moment
-                p._jf_due = None
-                if before is not None:
-                    before()
-                share(call, 0, len(self.exponents[i]), _SMALLEST_SHARE)
-                p._jf_disk()
-
-        p._jf_due = due
+        with p._jf_turn:
+            if p._jf_due is None:
+                p._jf_due = _Waiting(p, len(self.exponents[i]))
+            p._jf_due.calls.append(call)
 
     def average(self, loss: Any) -> Any:
         """A closure's loss; over processes their mean, where each has parts of the weights alone."""
@@ -409,6 +400,26 @@ class Weights:
                     call(first, last)
 
         together(work, max(min(threads, len(self._shares[1])), 1))
+
+
+class _Waiting:
+    """Kernels that wait for one tensor in a file; called by whichever thread is the first to need it, or to have it read."""
+
+    def __init__(self, p: Any, tiles: int) -> None:
+        self._p, self._tiles = p, tiles
+        self.calls: list[Callable[[int, int], None]] = []
+
+    def __call__(self) -> None:
+        # this may be within the user's closure, which Ctrl-C may leave at any moment
+        with Shield(), self._p._jf_turn:
+            if self._p._jf_due is not self:  # another thread was at it
+                return
+            try:
+                for call in self.calls:
+                    share(call, 0, self._tiles, _SMALLEST_SHARE)
+            finally:
+                self._p._jf_due = None
+            self._p._jf_disk()
 
 
 def grid_floor(eps: float, family: Family) -> int:

@@ -228,7 +228,7 @@ def _assumed(dtype: str, device: Device) -> list[str]:
         out.append(
             f"{dtype} weights are computed with "
             + (
-                "in float32, one matrix, or 16 MiB of one, at a time"
+                "in float32, one matrix, or 4 MiB of one, at a time"
                 if device.kind == "cpu"
                 else f"in {dtype}"
             )

@@ -23,6 +23,7 @@ import torch
 from justforward.config import DeviceKind
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
+from justforward.memory import allowed
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{i}B": (1024 if i else 1000) ** power
@@ -191,9 +192,8 @@ def _memory(where: torch.device) -> int:
     if not hasattr(os, "sysconf"):
         raise UserError("the machine's memory cannot be found out here: give it with --memory")
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(ram, int(text)) if text.isdecimal() else ram
+    limit = allowed()  # of a container
+    return ram if limit is None else min(ram, limit)
 
 
 @cache

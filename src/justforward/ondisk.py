@@ -18,7 +18,11 @@ import mmap
 import os
 import sys
 import tempfile
+import threading
+import weakref
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +30,16 @@ import torch
 from torch import Tensor, nn
 
 from justforward.errors import UserError
-from justforward.stored import make_stored, plain
+from justforward.memory import free
+from justforward.stored import make_stored, plain, settle
 
+_LINUX = sys.platform == "linux"
 _PAGE = mmap.PAGESIZE
-AHEAD = 1 << 26  # bytes that are asked for while a tensor is computed with
-_WRITE = 2  # SYNC_FILE_RANGE_WRITE
+_PIECE = 1 << 22
+AHEAD = 1 << 27  # bytes that are read ahead of what is computed with
+# Linux, whose names Python does not know
+_POPULATE_READ, _POPULATE_WRITE = 22, 23  # madvise
+_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # sync_file_range
 
 
 def keep_on_disk(tensors: Iterable[nn.Parameter], folder: str | Path) -> int:
@@ -57,11 +66,29 @@ def keep_on_disk(tensors: Iterable[nn.Parameter], folder: str | Path) -> int:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    library = ctypes.CDLL(None)
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    library.sync_file_range.argtypes = [
+        ctypes.c_int,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_uint,
+    ]
+    return library
 
 
 class _Overlay:
-    """The file, and in which order what is in it is used."""
+    """The file, and in which order what is in it is used.
+
+    Pages are valid whatever happens here: what threads do beside the one that computes only says early what will be read,
+    and what will not be for long (on Linux; elsewhere the system is told no more than what comes next).
+
+    - One reads ahead: it has the next tensors' pages mapped, for writing where a step waits for them; another takes that step.
+    - One writes behind: what was used is taken out of the mapping, written, and forgotten. The system would let go of what was
+      used longest ago, which in a cycle is what is needed next, and would look for it while the model waits; and it
+      would take pages that are written out of the mapping one by one, each with an interrupt to the thread that computes, which costs
+      more than all else. Tensors at the cycle's beginning stay in memory, as many as half of what is free holds.
+    """
 
     def __init__(self, folder: str | Path, tensors: list[Tensor]) -> None:
         self._starts, self._sizes, self.size = [], [], 0
@@ -83,9 +110,23 @@ class _Overlay:
                 f"--offload is {str(folder)!r}: {self.size / 1e9:.3g} GB cannot be kept there: {error.strerror}: give a folder on a "
                 "local disk with that much room"
             ) from error
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._parameters: dict[int, weakref.ref[Any]] = {}
         self._next: dict[int, int] = {}
         self._last = self._front = -1
-        self._asked: set[int] = set()
+        self._asked: dict[int, Future[None]] = {}
+        room = free()
+        if room is None or self.size <= room:
+            self._ahead, self._left = AHEAD, self.size
+        else:
+            self._ahead, self._left = min(AHEAD, room // 4), room // 2
+        self._stays: dict[int, bool] = {}  # those that were used; while there is something left
+        self._behind: deque[int] = deque()  # begun to be written
+        self._process = os.getpid()
+        self._reads, self._moves, self._writes = (
+            ThreadPoolExecutor(1, f"justforward-disk-{what}")
+            for what in ("reads", "moves", "writes")
+        )
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -94,39 +135,93 @@ class _Overlay:
     def take(self, place: int, p: nn.Parameter) -> None:
         """Let a parameter be in the file."""
         old = plain(p)
+        # written and not copied into the mapping: so the system keeps pages in large pieces, and has blocks with numbers in
+        # them, both of which it is much quicker with
+        left, at = old.reshape(-1).view(torch.uint8).numpy().data, self._starts[place]
+        while left:
+            done = os.pwrite(self._file, left[:_PIECE], at)
+            at, left = at + done, left[done:]
         new = torch.frombuffer(
             self._map, dtype=old.dtype, count=old.numel(), offset=self._starts[place]
         )
-        new.copy_(old.reshape(-1))
         p.data = new.view(old.shape)
         make_stored(p)
         kept: Any = p
+        kept._jf_turn = threading.RLock()
         kept._jf_used = lambda: self._used(place)
         kept._jf_disk = lambda: self._written(place)
-        self._written(place)
+        self._parameters[place] = weakref.ref(p)
+        if _LINUX:
+            self._write(place)
 
     def _used(self, place: int) -> None:
-        """Learn what is used after what, and ask for what comes next."""
-        if place == self._last:
+        """Have what comes next read, and what came before let go; wait for this one."""
+        before = self._last
+        if place == before or os.getpid() != self._process:  # threads do not survive a fork
             return
-        if self._last >= 0:
-            self._next[self._last] = place
+        if place not in self._stays:
+            self._stays[place] = self._sizes[place] <= self._left
+            self._left -= self._sizes[place] if self._stays[place] else 0
         self._last = place
-        if place in self._asked:
-            self._asked.remove(place)
-        else:
-            self._asked, self._front = set(), place
-        left = AHEAD - sum(self._sizes[other] for other in self._asked)
+        if before >= 0:
+            self._next[before] = place
+            self._leave(before)
+        under_way = self._asked.pop(place, None)
+        if under_way is None:
+            self._asked, self._front = {}, place
+        left = self._ahead - sum(self._sizes[other] for other in self._asked)
         while left > 0:
             ahead = self._next.get(self._front)
             if ahead is None or ahead == place or ahead in self._asked:
-                return
-            self._map.madvise(mmap.MADV_WILLNEED, self._starts[ahead], self._sizes[ahead])
-            self._asked.add(ahead)
+                break
+            read = self._reads.submit(self._read, ahead)
+            self._asked[ahead] = self._moves.submit(self._move, ahead, read)
             self._front, left = ahead, left - self._sizes[ahead]
+        if under_way is not None:
+            under_way.result()
+
+    def _read(self, place: int) -> None:
+        """Have a tensor's pages mapped; for writing where a step waits for it."""
+        p = self._parameters[place]()
+        waits = p is not None and p._jf_due is not None
+        if not _LINUX or self._advise(place, _POPULATE_WRITE if waits else _POPULATE_READ):
+            self._map.madvise(mmap.MADV_WILLNEED, self._starts[place], self._sizes[place])
+
+    def _move(self, place: int, read: Future[None]) -> None:
+        """Take the step that waits for a tensor."""
+        read.result()
+        p = self._parameters[place]()
+        if p is not None:
+            settle(p)
 
     def _written(self, place: int) -> None:
-        """Begin to write it back, so that its pages can be forgotten when memory is short."""
-        if sys.platform == "linux":
-            start, size = (ctypes.c_int64(x) for x in (self._starts[place], self._sizes[place]))
-            _library().sync_file_range(self._file, start, size, _WRITE)
+        """Have a tensor written that a step has moved; one that is about to be used, or is, once it was."""
+        if place != self._last and place not in self._asked:
+            self._leave(place)
+
+    def _leave(self, place: int) -> None:
+        if _LINUX and os.getpid() == self._process:
+            self._writes.submit(self._write, place)
+
+    def _write(self, place: int) -> None:
+        """Begin to write what was used, and forget what is written."""
+        self._advise(place, mmap.MADV_DONTNEED)  # of a shared mapping: what is in the file stays
+        self._sync(place, _WRITE)
+        self._behind.append(place)
+        while sum(self._sizes[other] for other in self._behind) > self._ahead:
+            done = self._behind.popleft()
+            if self._stays.get(done, False):
+                continue
+            self._sync(done, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+            start, size = self._starts[done], self._sizes[done]
+            os.posix_fadvise(self._file, start, size, os.POSIX_FADV_DONTNEED)
+
+    def _sync(self, place: int, what: int) -> None:
+        start, size = self._starts[place], self._sizes[place]
+        _library().sync_file_range(self._file, start, size, what)
+
+    def _advise(self, place: int, what: int) -> int:
+        """0, or -1 where the system cannot."""
+        where = self._address + self._starts[place]
+        found: int = _library().madvise(where, self._sizes[place], what)
+        return found

@@ -30,7 +30,7 @@ from justforward.errors import UserError
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HALVES = (torch.bfloat16, torch.float16)
 # Matrices of more elements are widened a slice of rows at a time.
-SLICE = 1 << 22
+SLICE = 1 << 20
 
 _plain = torch._C.DisableTorchFunctionSubclass
 
@@ -340,9 +340,9 @@ def _graphed(x: Any, weight: Any) -> bool:
 
 
 def _use(p: Any) -> None:
-    settle(p)
     if p._jf_used is not None:
         p._jf_used()
+    settle(p)
 
 
 def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
