@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -406,10 +407,15 @@ class _Waiting:
     """Kernels that wait for one tensor in a file; called by whichever thread is the first to need it, or to have it read."""
 
     def __init__(self, p: Any, tiles: int) -> None:
-        self._p, self._tiles = p, tiles
+        self._p, self._tiles, self._process = p, tiles, os.getpid()
         self.calls: list[Callable[[int, int], None]] = []
 
     def __call__(self) -> None:
+        if os.getpid() != self._process:
+            raise UserError(
+                f"a step of a parameter of {tuple(self._p.shape)} waits until it is read, and belongs to the process that took it: "
+                "before another is forked, have it taken, by reading the weights or the optimizer's state_dict()"
+            )
         # this may be within the user's closure, which Ctrl-C may leave at any moment
         with Shield(), self._p._jf_turn:
             if self._p._jf_due is not self:  # another thread was at it
