@@ -115,13 +115,22 @@ def tuned(known: list[Line]) -> Line:
     return min((k for k in known if k["kind"] == "grid" and k["seed"] == 0), key=lambda k: best(k["curve"]))  # fmt: skip
 
 
+def whole(where: dict[str, Any], forwards: float) -> float:
+    """MeZO's forwards as whole ones: a part of the layers for each look, and the rest once for each training row."""
+    if "rows" not in where:
+        return forwards
+    batch = 8
+    met = min(forwards / 2 * batch, where["rows"]) / batch
+    return float(where["moved"] * forwards + (1 - where["moved"]) * met)
+
+
 def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
     """Goal, forwards to it, and how often the end is worse than the beginning."""
     rows = [
-        "| model, task | grid's best lr, eps | its loss (seeds) | forwards to it | default's loss (seeds) | forwards to MeZO's loss | ratio, each seed | test loss before, default after | accuracy | runs with a worse loss, accuracy |",
+        "| model, task | best lr, eps (of so many) | its loss (seeds) | forwards to it (whole ones) | default's loss (seeds) | forwards to MeZO's loss | ratio, each seed (of whole ones) | test loss before, default after | accuracy | runs with a worse loss, accuracy |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in plan["defaults"]["where"]:
+    for name, where in plan["defaults"]["where"].items():
         here = [line for line in known.values() if line["where"] == name]
         ours = [k for k in here if k["kind"] == "default"]
         worse = sum(1 for k in ours if k["after"] is None or k["after"][0] > k["before"][0])
@@ -141,20 +150,14 @@ def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
         goal = statistics.mean(best(k["curve"]) for k in same)
         full = statistics.median(first(k["curve"], best(k["curve"]))[0] for k in same)
         taken = [first(k["curve"], goal)[0] for k in ours]
+        tried = sum(1 for k in here if k["kind"] == "grid" and k["seed"] == 0)
+        work = whole(where, full)
         rows.append(
-            f"| {name} | {top['lr']:g}, {top['eps']:g} | {', '.join(number(best(k['curve']), 3) for k in same)} | {full:g} | {losses} "
-            f"| {', '.join(number(t, 0) for t in taken)} | {', '.join(number(t / full, 2) for t in taken)} | {tail}"
+            f"| {name} | {top['lr']:g}, {top['eps']:g} ({tried}) | {', '.join(number(best(k['curve']), 3) for k in same)} | {full:g} ({work:.0f}) | {losses} "
+            f"| {', '.join(number(t, 0) for t in taken)} "
+            f"| {', '.join(f'{number(t / full, 2)} ({number(t / work, 2)})' for t in taken)} | {tail}"
         )
     return "\n".join(rows)
-
-
-def whole(where: dict[str, Any], forwards: float) -> float:
-    """MeZO's forwards as whole ones: a part of the layers for each look, and the rest once for each training row."""
-    if "rows" not in where:
-        return forwards
-    batch = 8
-    met = min(forwards / 2 * batch, where["rows"]) / batch
-    return float(where["moved"] * forwards + (1 - where["moved"]) * met)
 
 
 def shorter(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
