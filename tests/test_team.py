@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 import justforward as jf
-from conftest import small_run
+from conftest import refusal, small_run
 from justforward import cli, launched
 from justforward.config import TrainConfig
 from justforward.evaluate import Scorer
@@ -80,6 +80,50 @@ def test_two_processes_do_what_one_does(config: TrainConfig, tmp_path: Path) -> 
     assert {p.name for p in Path(one.out).iterdir()} == {p.name for p in Path(two.out).iterdir()}
 
 
+@pytest.mark.parametrize("estimator", ["weight", "activation"])
+def test_one_process_with_parts_does_what_two_do(
+    estimator: Any, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    config = replace(config, rows_at_once=3, estimator=estimator)
+    first, _ = together(2, tmp_path, go, replace(config, out=str(tmp_path / "two")))
+    rows: list[int] = []
+    real = Scorer.losses
+
+    def losses(self: Scorer, batch: Any) -> Any:
+        found = real(self, batch)
+        rows.append(len(found))
+        return found
+
+    monkeypatch.setattr(Scorer, "losses", losses)
+    result = train(config, Progress(io.StringIO()))
+    assert [result["fingerprint"], result["steps"]] == first[0][:2]
+    assert kept(config.out)[1] == kept(str(tmp_path / "two"))[1]
+    both = 2 if estimator == "activation" else 1  # signs, in one forward
+    assert max(rows) == 3 * both
+    out = replace(config, rows_at_once=None, out=str(tmp_path / "whole"))
+    train(out, Progress(io.StringIO()))
+    assert max(rows) == config.batch_size * both
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"private": True, "target_epsilon": 8.0, "estimator": "weight"},
+            "--rows-at-once is 2: a step with --private",
+        ),
+        ({"looks": "one-point", "estimator": "weight"}, "a step with --looks one-point"),
+        ({"modified": "variance", "estimator": "weight"}, "a step with --modified sees all"),
+    ],
+)
+def test_a_step_that_sees_all_rows_is_not_divided(
+    given: dict[str, Any], said: str, config: TrainConfig
+) -> None:
+    assert said in refusal(replace(config, rows_at_once=2, **given))
+
+
 def broken(config: TrainConfig) -> list[Any]:
     """The third step has a loss that is no number, in process 1 alone."""
     real, calls = Scorer.losses, 0
@@ -116,12 +160,21 @@ def whole(config: TrainConfig) -> Any:
         return str(error)
 
 
-def test_an_objective_of_all_rows_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+def test_an_objective_of_all_rows_is_refused(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     function = tmp_path / "rewards.py"
     function.write_text("def share(predictions, references):\n    return 0.5\n")
     config = replace(config, objective=f"{function}:share", estimator="weight")
     for said in together(2, tmp_path, whole, config):
-        assert said.startswith("--objective is one number for all rows of a batch, and here"), said
+        assert said.startswith(
+            "--objective is one number for all rows of a batch, and here processes"
+        ), said
+    assert not Path(config.out).exists()
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(jf.UserError, match=r"here --rows-at-once divides the rows: .* leave that"):
+        train(replace(config, rows_at_once=2), Progress(io.StringIO()))
     assert not Path(config.out).exists()
 
 

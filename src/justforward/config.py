@@ -73,7 +73,7 @@ class TrainConfig:
         weight_decay: decoupled, times lr; skips biases and norms.
         lr_schedule: constant, or linear or cosine to 0 over max_forwards.
         batch_size: rows a step (with private on average).
-        rows_at_once: with torchrun, rows of a step that go through the model at once; then no bit depends on how many processes there are (more are faster, as long as there are enough parts for all).
+        rows_at_once: rows of a step that go through the model at once: fewer take less memory, and where it is given no bit of a step depends on how many processes there are (default all; with torchrun 1, where more are faster as long as there are enough parts for all).
         seed: of the directions and the order of the rows.
         tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), embeddings before it (prompt), the output head (head).
         start: with --tuner head or full: the output head from the base model, or from a linear probe of training rows (probe), or with full one of all that the upper layers compute, written into them (deep); for answers that are written, with full, the last layer's last linear map fitted to their tokens (last); auto: last or deep, probe or base, the first that task and model allow.
@@ -144,7 +144,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     lr_schedule: Schedule = "linear"
     batch_size: int = 8
-    rows_at_once: int = 1
+    rows_at_once: int | None = None
     seed: int = 0
     tuner: Tuner = "full"
     start: Start = "auto"

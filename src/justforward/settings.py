@@ -189,6 +189,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
             f"--layers is {config.layers}: it is for --tuner full or lora, and this is {config.tuner}: leave it out"
         )
     _check_auto_layers(config, rule)
+    _check_parts(config)
     return replace(
         config,
         template=task.template,
@@ -202,6 +203,25 @@ def resolved(config: TrainConfig) -> TrainConfig:
         or (None if start == "auto" else eval_every_of(start, config.max_forwards)),
         split_seed=config.seed if config.split_seed is None else config.split_seed,
     )
+
+
+def _check_parts(config: TrainConfig) -> None:
+    """Refuse a step in parts where these have to be seen together.
+
+    Raises:
+        UserError: naming the option that wants it.
+    """
+    if config.rows_at_once is None:
+        return
+    for option, given in (
+        ("private", config.private),
+        ("looks one-point", config.looks == "one-point"),
+        ("modified", config.modified is not None),
+    ):
+        if given:
+            raise UserError(
+                f"--rows-at-once is {config.rows_at_once}: a step with --{option} sees all its rows at once: leave one of them out"
+            )
 
 
 def usual_eps(config: TrainConfig) -> float:

@@ -1,4 +1,5 @@
 """A run in several processes: `torchrun -m justforward train ...`. Each has all rows and a model of its own; they divide the rows of a step.
+A single process that is told how many rows go through the model at once takes the very steps that several would.
 
 Process 0 keeps the run folder. The others do the same in a temporary one, so that every process can score, go back and
 go on by itself; what clocks or unlike machines decide, process 0 decides.
@@ -33,7 +34,7 @@ PATIENCE = 300.0
 
 
 class Team:
-    """What a run needs of the other processes; alone it takes steps as `MeZO.step` does.
+    """What a run needs of the other processes. Alone it takes steps as `MeZO.step` does, or a part of the rows at a time.
 
     Args:
         peers: the processes, if torchrun has started them.
@@ -43,15 +44,16 @@ class Team:
         self._peers = peers
         self._workers: Workers | None = None
 
-    def join(self, opt: MeZO, rows_at_once: int, data: str) -> None:
+    def join(self, opt: MeZO, rows_at_once: int | None, data: str) -> None:
         """Take this optimizer's steps from now on; `data` is the digest of the rows.
 
         Raises:
             UserError: the processes differ.
         """
-        if self._peers is not None:
+        if self._peers is not None or rows_at_once is not None:
+            size = 1 if rows_at_once is None else rows_at_once
             self._workers = Workers(
-                opt, rows_at_once=rows_at_once, data=data, timeout=PATIENCE, group=self._peers
+                opt, rows_at_once=size, data=data, timeout=PATIENCE, group=self._peers
             )
 
     def step(self, opt: MeZO, closure: Callable[[Any], Tensor], batch: Any) -> float:
@@ -66,9 +68,15 @@ class Team:
         def by_row(rows: Any) -> Tensor:
             found = closure(rows)
             if found.dim() == 0:
+                what = (
+                    "--rows-at-once divides the rows"
+                    if self._peers is None
+                    else "processes divide the rows"
+                )
+                other = "leave that out" if self._peers is None else "train without torchrun"
                 raise UserError(
-                    "--objective is one number for all rows of a batch, and here processes divide the rows: choose one that has a "
-                    "number for each, or train without torchrun"
+                    f"--objective is one number for all rows of a batch, and here {what}: choose one that has a "
+                    f"number for each, or {other}"
                 )
             return found
 

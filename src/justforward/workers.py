@@ -120,6 +120,8 @@ class Workers:
         }
         self._compare(settings, "at the start", "give all the same", START_SECONDS)
         self._catch_up()
+        if self.size == 1:
+            return
         whole = isinstance(opt.model, nn.Module)
         found = fingerprint(opt.model) if whole else self._fingerprint()  # type: ignore[arg-type]
         hint = "load the same base model in all, and resume logs of the same run"
@@ -160,7 +162,8 @@ class Workers:
             self._chain = zlib.crc32(
                 repr((step.coefficients, step.rule_state)).encode(), self._chain
             )
-            if self._check_every and self.opt.steps % self._check_every == 0:
+            alone = self.size == 1
+            if not alone and self._check_every and self.opt.steps % self._check_every == 0:
                 self.check()
         return step.loss
 
