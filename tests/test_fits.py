@@ -283,6 +283,21 @@ def test_advice_names_what_fits() -> None:
     none = plan(small("opt"), length=64, device=device(10), methods=SOME)
     assert all(row.largest_batch == row.largest_length == 0 for row in none.rows)
     assert any("whatever the batch" in line for line in none.advice)
+    disk = "--offload FOLDER, which keeps its weights on a disk"
+    assert not any(disk in line for line in none.advice)  # which is no GPU's
+    none = plan(small("opt"), length=64, device=device(10, "cpu"), methods=SOME)
+    for line in none.advice:
+        assert line.endswith(disk) is line.startswith(("MeZO, weight", "MeZO, activation")), line
+
+
+def test_a_step_that_does_not_fit_may_in_parts() -> None:
+    method = some("MeZO, activation space")
+    whole = plan(small("opt"), length=64, device=device(), methods=method, limits=False)
+    found = plan(small("opt"), length=64, device=device(whole.rows[0].memory - 1), methods=method)
+    (said,) = found.advice
+    largest = found.rows[0].largest_batch
+    assert 0 < largest < 8
+    assert f"--rows-at-once {largest}," in said
 
 
 def test_seconds_follow_the_device() -> None:

@@ -376,6 +376,7 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 def _advice(found: Forecast) -> list[str]:
     """What to change for what does not fit: less of the batch or the length, or the method nearest to it that fits."""
     out = []
+    cpu = found.device.kind == "cpu"
     possible = [row for row in found.rows if row.why_not is None]
     smallest = {row.method: row for row in possible}
     for row in possible:
@@ -383,7 +384,8 @@ def _advice(found: Forecast) -> list[str]:
             continue
         ways = []
         if row.largest_batch:
-            ways.append(f"a batch of {row.largest_batch}")
+            parts = "--rows-at-once" if row.method.startswith("MeZO") else "a batch of"
+            ways.append(f"{parts} {row.largest_batch}")
         if row.largest_length:
             ways.append(f"a length of {row.largest_length}")
         for name in _NEARER.get(row.method, ()):
@@ -399,6 +401,8 @@ def _advice(found: Forecast) -> list[str]:
                 if least > found.device.memory
                 else f"a device of {size(row.memory)}; a smaller batch and a smaller length together may do"
             )
+            if row.method in ("MeZO, weight space", "MeZO, activation space") and cpu:
+                ways.append("--offload FOLDER, which keeps its weights on a disk")
             if found.quantize is None and row.method.startswith(
                 ("MeZO, LoRA", "MeZO, prefix", "AdamW, LoRA", "evaluation")
             ):
