@@ -7,7 +7,7 @@
 Every run is the command itself, in this process. MeZO: weight space, the paper's rule, from the base model, the rate
 falling to 0 over the default's own 400 forwards of 8 rows; all weights, or those that a place's `plain` options name.
 Of the grid's seed 0 runs the one with the least validation loss is the tuned one; its own best loss is the goal.
-`short` is the default with an eighth of the forwards, of which half go into its start.
+`short` and `shorter` are the default with 50 and 24 forwards, of which half go into its start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from report import DOCS, HERE, fill, number
 from justforward.cli import main as justforward
 from justforward.folder import value_of
 
-SHORT = ["--max-forwards=50"]
+SHORT = {"short": 50, "shorter": 24}  # --max-forwards
 PLAIN = ["--estimator=weight", "--rule=sgd", "--start=base", "--patience=0", "--keep=best"]
 RESULTS = HERE / "defaults.jsonl"
 Line = dict[str, Any]
@@ -161,33 +161,41 @@ def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
 
 
 def shorter(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
-    """What the default needs with an eighth of the forwards to be where tuned MeZO ends."""
+    """What the default needs with few forwards to be where tuned MeZO ends."""
     rows = [
-        "| model, task | loss to reach | MeZO: forwards (whole ones), seconds | short: forwards | of MeZO's, median | of its whole ones | seconds | of MeZO's | least loss |",
+        "| model, task | loss to reach | MeZO: forwards (whole ones), seconds | `--max-forwards` | forwards | of MeZO's, median (of its whole ones) | seconds | of MeZO's, median | least loss |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    ratios: list[tuple[float, float, float]] = []
+    ratios: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in SHORT}
     for name, where in plan["defaults"]["where"].items():
         here = [line for line in known.values() if line["where"] == name]
-        ours = [k for k in here if k["kind"] == "short"]
-        if not ours or not any(k["kind"] == "grid" for k in here):
-            continue
-        same = of_setting(here, tuned(here))
-        goal = statistics.mean(best(k["curve"]) for k in same)
-        firsts = [first(k["curve"], best(k["curve"])) for k in same]
-        full, seconds = (statistics.median(point[i] for point in firsts) for i in (0, 3))
-        found = [first(k["curve"], goal) for k in ours]
-        taken, clock = ([point[i] for point in found] for i in (0, 3))
-        share, work, time_ = (statistics.median(t / of for t in ts) for ts, of in ((taken, full), (taken, whole(where, full)), (clock, seconds)))  # fmt: skip
-        ratios.append((share, work, time_))
-        rows.append(
-            f"| {name} | {goal:.3f} | {full:g} ({whole(where, full):.0f}), {seconds:.0f} "
-            f"| {', '.join(number(t, 0) for t in taken)} | {number(share, 3)} | {number(work, 3)} "
-            f"| {', '.join(number(t, 0) for t in clock)} | {number(time_, 2)} | {', '.join(number(best(k['curve']), 3) for k in ours)} |"
-        )
-    if ratios:
-        middle = [number(statistics.median(column), 3) for column in zip(*ratios, strict=True)]
-        rows.append(f"| median | | | | {middle[0]} | {middle[1]} | | {middle[2]} | |")
+        for kind, forwards in SHORT.items():
+            ours = [k for k in here if k["kind"] == kind]
+            if not ours or not any(k["kind"] == "grid" for k in here):
+                continue
+            same = of_setting(here, tuned(here))
+            goal = statistics.mean(best(k["curve"]) for k in same)
+            firsts = [first(k["curve"], best(k["curve"])) for k in same]
+            full, seconds = (statistics.median(point[i] for point in firsts) for i in (0, 3))
+            found = [first(k["curve"], goal) for k in ours]
+            taken, clock = ([point[i] for point in found] for i in (0, 3))
+            work = whole(where, full)
+            share, of_work, of_time = (
+                statistics.median(taken) / full,
+                statistics.median(taken) / work,
+                statistics.median(clock) / seconds,
+            )
+            ratios[kind].append((share, of_work, of_time))
+            losses = ", ".join(number(best(k["curve"]), 3) for k in ours)
+            rows.append(
+                f"| {name} | {goal:.3f} | {full:g} ({work:.0f}), {seconds:.0f} | {forwards} "
+                f"| {', '.join(number(t, 0) for t in taken)} | {number(share, 3)} ({number(of_work, 3)}) "
+                f"| {', '.join(number(t, 0) for t in clock)} | {number(of_time, 2)} | {losses} |"
+            )
+    for kind, found in ratios.items():
+        if found:
+            middle = [number(statistics.median(column), 3) for column in zip(*found, strict=True)]
+            rows.append(f"| median | | | {SHORT[kind]} | | {middle[0]} ({middle[1]}) | | {middle[2]} | |")  # fmt: skip
     return "\n".join(rows)
 
 
@@ -197,7 +205,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--part", action="append", choices=["grid", "default", "again", "short"], default=[]
+        "--part", action="append", choices=["grid", "default", "again", *SHORT], default=[]
     )
     parser.add_argument("--where", action="append")
     parser.add_argument(
@@ -212,8 +220,8 @@ def main() -> None:
         where = plan["defaults"]["where"][name]
         for part in given.part:
             todo: list[tuple[Line, list[str]]] = []
-            if part in ("default", "short"):
-                options = SHORT if part == "short" else []
+            if part == "default" or part in SHORT:
+                options = [f"--max-forwards={SHORT[part]}"] if part in SHORT else []
                 seeds = where["seeds"] if part == "default" else [0, *where["again"]]
                 todo = [({"kind": part, "seed": seed}, options) for seed in seeds]
             else:
