@@ -107,6 +107,23 @@ def test_a_step_that_is_waited_for_is_taken_once(tmp_path: Path) -> None:
     assert jf.fingerprint(disk) == jf.fingerprint(memory)
 
 
+def test_passes_may_go_side_by_side(tmp_path: Path) -> None:
+    base = make_model("llama", vocab_size=300)
+    memory, disk = copy.deepcopy(base), moved(copy.deepcopy(base), tmp_path)
+    batch = batch_for(base)
+    found = []
+    for model in (memory, disk):
+        opt = jf.MeZO(model, lr=1e-2, rule="rms", estimator="activation")
+        for _ in range(3):
+            opt.step(loss_of(model), batch)
+        go = torch.no_grad()(lambda _, model=model: loss_of(model)(batch))
+        with ThreadPoolExecutor(4) as threads:
+            found.append(list(threads.map(go, range(40))))
+    for here, there in zip(*found, strict=True):
+        assert torch.equal(here, there)
+    assert jf.fingerprint(disk) == jf.fingerprint(memory)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing to fork with")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 @pytest.mark.parametrize("waits", [False, True])

@@ -123,6 +123,7 @@ class _Overlay:
         self._stays: dict[int, bool] = {}  # those that were used; while there is something left
         self._behind: deque[int] = deque()  # begun to be written
         self._process = os.getpid()
+        self._turn = threading.Lock()  # passes may go side by side (`alone`)
         self._reads, self._moves, self._writes = (
             ThreadPoolExecutor(1, f"justforward-disk-{what}")
             for what in ("reads", "moves", "writes")
@@ -156,9 +157,16 @@ class _Overlay:
 
     def _used(self, place: int) -> None:
         """Have what comes next read, and what came before let go; wait for this one."""
-        before = self._last
-        if place == before or os.getpid() != self._process:  # threads do not survive a fork
+        if place == self._last or os.getpid() != self._process:  # threads do not survive a fork
             return
+        with self._turn:
+            under_way = self._follow(place)
+        if under_way is not None:
+            under_way.result()
+
+    def _follow(self, place: int) -> Future[None] | None:
+        """What has been asked for of a tensor that is used now, once all else is."""
+        before = self._last
         if place not in self._stays:
             self._stays[place] = self._sizes[place] <= self._left
             self._left -= self._sizes[place] if self._stays[place] else 0
@@ -177,8 +185,7 @@ class _Overlay:
             read = self._reads.submit(self._read, ahead)
             self._asked[ahead] = self._moves.submit(self._move, ahead, read)
             self._front, left = ahead, left - self._sizes[ahead]
-        if under_way is not None:
-            under_way.result()
+        return under_way
 
     def _read(self, place: int) -> None:
         """Have a tensor's pages mapped; for writing where a step waits for it."""
