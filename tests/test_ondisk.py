@@ -38,6 +38,22 @@ def moved(model: Any, folder: Path) -> Any:
     return model
 
 
+def both_after(steps: int, folder: Path) -> tuple[Any, Any, Any]:
+    """A model in memory and one in a file, after the same steps; and the batch."""
+    base = make_model("llama", vocab_size=300)
+    memory, disk = copy.deepcopy(base), moved(copy.deepcopy(base), folder)
+    batch = batch_for(base)
+    for model in (memory, disk):
+        opt = jf.MeZO(model, lr=1e-2, rule="rms", estimator="activation")
+        for _ in range(steps):
+            opt.step(loss_of(model), batch)
+    return memory, disk, batch
+
+
+def waiting_in(model: Any) -> list[Any]:
+    return [p for p in model.parameters() if p._jf_due is not None]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", RULES)
 def test_steps_have_the_bits_of_steps_in_memory(
@@ -94,13 +110,8 @@ def test_little_memory_changes_no_bit(
 
 
 def test_a_step_that_is_waited_for_is_taken_once(tmp_path: Path) -> None:
-    base = make_model("llama", vocab_size=300)
-    memory, disk = copy.deepcopy(base), moved(copy.deepcopy(base), tmp_path)
-    batch = batch_for(base)
-    for model in (memory, disk):
-        opt = jf.MeZO(model, lr=1e-2, rule="rms", estimator="activation")
-        opt.step(loss_of(model), batch)
-    waiting = [p for p in disk.parameters() if p._jf_due is not None]
+    memory, disk, _ = both_after(1, tmp_path)
+    waiting = waiting_in(disk)
     assert waiting
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(settle, waiting * 8))
@@ -108,14 +119,9 @@ def test_a_step_that_is_waited_for_is_taken_once(tmp_path: Path) -> None:
 
 
 def test_passes_may_go_side_by_side(tmp_path: Path) -> None:
-    base = make_model("llama", vocab_size=300)
-    memory, disk = copy.deepcopy(base), moved(copy.deepcopy(base), tmp_path)
-    batch = batch_for(base)
+    memory, disk, batch = both_after(3, tmp_path)
     found = []
     for model in (memory, disk):
-        opt = jf.MeZO(model, lr=1e-2, rule="rms", estimator="activation")
-        for _ in range(3):
-            opt.step(loss_of(model), batch)
         go = torch.no_grad()(lambda _, model=model: loss_of(model)(batch))
         with ThreadPoolExecutor(4) as threads:
             found.append(list(threads.map(go, range(40))))
@@ -166,7 +172,7 @@ def test_a_step_waits_until_its_tensor_is_read(
     opt = jf.MeZO(model, lr=1e-2, rule="rms", estimator="activation")
     batch = batch_for(model)
     opt.step(loss_of(model), batch)
-    waiting = [p for p in model.parameters() if p._jf_due is not None]
+    waiting = waiting_in(model)
     assert waiting
     first, second, third, fourth = waiting[:4]
     with torch.no_grad():
@@ -210,13 +216,8 @@ def test_ctrl_c_in_a_forward_leaves_no_step_half_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ondisk, "AHEAD", 0)
-    base = make_model("llama", vocab_size=300)
-    memory, disk = copy.deepcopy(base), moved(copy.deepcopy(base), tmp_path)
-    batch = batch_for(base)
-    for model in (memory, disk):
-        opt = jf.MeZO(model, lr=1e-2, rule="rms", estimator="activation")
-        opt.step(loss_of(model), batch)
-    waiting = [p for p in disk.parameters() if p._jf_due is not None]
+    memory, disk, batch = both_after(1, tmp_path)
+    waiting = waiting_in(disk)
     written = waiting[3]._jf_disk
     waiting[3]._jf_disk = lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.01), written())
     with pytest.raises(KeyboardInterrupt), torch.no_grad():

@@ -115,6 +115,16 @@ def tuned(known: list[Line]) -> Line:
     return min((k for k in known if k["kind"] == "grid" and k["seed"] == 0), key=lambda k: best(k["curve"]))  # fmt: skip
 
 
+def goal_of(here: list[Line]) -> tuple[list[Line], float, float, float] | None:
+    """Of a place's lines the tuned runs, the loss to reach, and their forwards and seconds to their least; None without a grid."""
+    if not any(k["kind"] == "grid" for k in here):
+        return None
+    same = of_setting(here, tuned(here))
+    firsts = [first(k["curve"], best(k["curve"])) for k in same]
+    full, seconds = (statistics.median(point[i] for point in firsts) for i in (0, 3))
+    return same, statistics.mean(best(k["curve"]) for k in same), full, seconds
+
+
 def whole(where: dict[str, Any], forwards: float) -> float:
     """MeZO's forwards as whole ones: a part of the layers for each look, and the rest once for each training row."""
     if "rows" not in where:
@@ -142,13 +152,12 @@ def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
         found = statistics.mean(k["after"][1] for k in ours if k["after"])
         tail = f"{before:.3f}, {statistics.mean(ends):.3f} | {right:.3f}, {found:.3f} | {worse}, {fewer} of {len(ours)} |"
         losses = ", ".join(number(best(k["curve"]), 3) for k in ours)
-        if not any(k["kind"] == "grid" for k in here):
+        aim = goal_of(here)
+        if aim is None:
             rows.append(f"| {name} | not run | | | {losses} | | | {tail}")
             continue
-        top = tuned(here)
-        same = of_setting(here, top)
-        goal = statistics.mean(best(k["curve"]) for k in same)
-        full = statistics.median(first(k["curve"], best(k["curve"]))[0] for k in same)
+        same, goal, full, _ = aim
+        top = same[0]
         taken = [first(k["curve"], goal)[0] for k in ours]
         tried = sum(1 for k in here if k["kind"] == "grid" and k["seed"] == 0)
         work = whole(where, full)
@@ -169,14 +178,12 @@ def shorter(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
     ratios: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in SHORT}
     for name, where in plan["defaults"]["where"].items():
         here = [line for line in known.values() if line["where"] == name]
+        aim = goal_of(here)
         for kind, forwards in SHORT.items():
             ours = [k for k in here if k["kind"] == kind]
-            if not ours or not any(k["kind"] == "grid" for k in here):
+            if aim is None or not ours:
                 continue
-            same = of_setting(here, tuned(here))
-            goal = statistics.mean(best(k["curve"]) for k in same)
-            firsts = [first(k["curve"], best(k["curve"])) for k in same]
-            full, seconds = (statistics.median(point[i] for point in firsts) for i in (0, 3))
+            _, goal, full, seconds = aim
             found = [first(k["curve"], goal) for k in ours]
             taken, clock = ([point[i] for point in found] for i in (0, 3))
             work = whole(where, full)
@@ -219,6 +226,8 @@ def main() -> None:
     for name in given.where or plan["defaults"]["where"]:
         where = plan["defaults"]["where"][name]
         for part in given.part:
+            if part != "default" and "grid" not in where:
+                continue  # the default alone, to see whether it ends worse
             todo: list[tuple[Line, list[str]]] = []
             if part == "default" or part in SHORT:
                 options = [f"--max-forwards={SHORT[part]}"] if part in SHORT else []

@@ -32,7 +32,7 @@ from justforward.prepare import use_threads
 from justforward.ranges import check_ranges
 from justforward.rehearse import METHODS, Method, Rehearsal, Settings, Stage
 from justforward.skeleton import Counts, Plan, build, count, read_plan, stand_in
-from justforward.stored import FORMATS
+from justforward.stored import FORMATS, SLICE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -228,7 +228,7 @@ def _assumed(dtype: str, device: Device) -> list[str]:
         out.append(
             f"{dtype} weights are computed with "
             + (
-                "in float32, one matrix, or 4 MiB of one, at a time"
+                f"in float32, one matrix, or {4 * SLICE >> 20} MiB of one, at a time"
                 if device.kind == "cpu"
                 else f"in {dtype}"
             )

@@ -11,7 +11,7 @@ from justforward.config import FREE, NOT_KEPT, PROBED, BaselineConfig, RankConfi
 from justforward.errors import UserError
 from justforward.ranges import check_ranges
 from justforward.tasks import Loss, Task, Truncation, parse_labels
-from justforward.variants import Blocks, Modified, check_variants, forwards_of
+from justforward.variants import Blocks, Modified, check_variants, forwards_of, undivided
 
 # How far to look, in units of z, unless asked otherwise. An answer changes only where a look is long enough to
 # change it: with 3e-3 hardly any of SmolLM2's do (README, objectives).
@@ -211,17 +211,11 @@ def _check_parts(config: TrainConfig) -> None:
     Raises:
         UserError: naming the option that wants it.
     """
-    if config.rows_at_once is None:
-        return
-    for option, given in (
-        ("private", config.private),
-        ("looks one-point", config.looks == "one-point"),
-        ("modified", config.modified is not None),
-    ):
-        if given:
-            raise UserError(
-                f"--rows-at-once is {config.rows_at_once}: a step with --{option} sees all its rows at once: leave one of them out"
-            )
+    whole = undivided(config.looks, config.modified, config.private)
+    if config.rows_at_once is not None and whole is not None:
+        raise UserError(
+            f"--rows-at-once is {config.rows_at_once}: a step with --{whole} sees all its rows at once: leave one of them out"
+        )
 
 
 def usual_eps(config: TrainConfig) -> float:

@@ -68,14 +68,11 @@ class Team:
         def by_row(rows: Any) -> Tensor:
             found = closure(rows)
             if found.dim() == 0:
-                what = (
-                    "--rows-at-once divides the rows"
-                    if self._peers is None
-                    else "processes divide the rows"
-                )
-                other = "leave that out" if self._peers is None else "train without torchrun"
+                who, other = "processes divide", "train without torchrun"
+                if self._peers is None:
+                    who, other = "--rows-at-once divides", "leave that out"
                 raise UserError(
-                    f"--objective is one number for all rows of a batch, and here {what}: choose one that has a "
+                    f"--objective is one number for all rows of a batch, and here {who} the rows: choose one that has a "
                     f"number for each, or {other}"
                 )
             return found

@@ -313,6 +313,12 @@ def check_variants(
         )
 
 
+def undivided(looks: str, modified: object, private: object) -> str | None:
+    """What makes an estimate see all its rows at once, if anything does: "private", "looks one-point" or "modified"."""
+    given = {"private": private, "looks one-point": looks == "one-point", "modified": modified}
+    return next((name for name, value in given.items() if value), None)
+
+
 def check_shared(
     looks: str, modified: Modified | None, private: object, sharded: bool = False
 ) -> None:
@@ -325,7 +331,7 @@ def check_shared(
         raise UserError(
             "look, Workers: of a model in shards each process has parts alone: call opt.step in all, its loss is their mean"
         )
-    if modified is not None or looks == "one-point" or private is not None:
+    if undivided(looks, modified, private):
         raise UserError(
             "look, combine: modified, one-point and private estimates cannot be shared by workers"
         )

@@ -100,7 +100,8 @@ class Workers:
         if not timeout > 0.0:
             raise UserError(f"timeout is {timeout!r}: it must be positive, in seconds")
         self._rows_at_once, self._populations = rows_at_once, populations
-        self._check_every, self._timeout = check_every, timeout
+        self._check_every = check_every if self.size > 1 else 0
+        self._timeout = timeout
         self._chain = 0  # checksum of the steps taken together
         settings = {
             "the version of justforward": justforward.__version__,
@@ -162,8 +163,7 @@ class Workers:
             self._chain = zlib.crc32(
                 repr((step.coefficients, step.rule_state)).encode(), self._chain
             )
-            alone = self.size == 1
-            if not alone and self._check_every and self.opt.steps % self._check_every == 0:
+            if self._check_every and self.opt.steps % self._check_every == 0:
                 self.check()
         return step.loss
 
