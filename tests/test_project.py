@@ -123,6 +123,7 @@ ROOMS = [
     "feed",
     "gauge",
     "depth",
+    "keeping",
     "outcome",
     "team",
     "session",

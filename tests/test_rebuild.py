@@ -313,7 +313,9 @@ def adapter(
     request: pytest.FixtureRequest, finished: tuple[TrainConfig, Result], tmp_path: Path
 ) -> tuple[TrainConfig, Result, Path]:
     """A run with each kind of adapter, and the folder that replay has made of it."""
-    config = replace(finished[0], tuner=request.param, out=str(tmp_path / "run"), max_forwards=8)
+    config = replace(
+        finished[0], tuner=request.param, out=str(tmp_path / "run"), max_forwards=8, keep="last"
+    )
     result = quiet(train, config)
     quiet(rebuild, ReplayConfig(config.out, str(tmp_path / "adapter")))
     return config, result, tmp_path / "adapter"

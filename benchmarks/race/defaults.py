@@ -65,7 +65,9 @@ def run(where: dict[str, Any], options: list[str], seed: int) -> Line:
 
 
 def read(folder: Path) -> Line:
-    """The curve of validations (forwards, loss, metric, seconds since the base was scored), and test figures before and after."""
+    """The curve of validations (forwards, loss, metric, seconds since the base was scored), their gains over the start (with standard
+    errors), test figures before and after, and the step that is kept.
+    """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     by: dict[str, list[Line]] = {}
     for line in lines:
@@ -82,8 +84,14 @@ def read(folder: Path) -> Line:
             [m["forwards"], *pair(m), round(m["seconds"] - begun, 1)]
             for m in by.get("validation", [])
         ],
+        "gains": [
+            [round(m["gain"], 4), round(m["gain_error"], 4)]
+            for m in by.get("validation", [])
+            if "gain" in m
+        ],
         "before": pair(by["before"][0]),
         "after": [round(after["loss"], 4), round(after["value"], 4)] if after else None,
+        "kept": [after["kept_step"], after["best_step"]] if after else None,
     }
 
 

@@ -108,7 +108,7 @@ class TrainConfig:
         train_size: rows to train on (default all the others).
         shots: with --task: rows of each label to train on; as many others choose the step.
         split_seed: of the split into train, validation and test (default seed).
-        keep: the step to keep: the best in validation (the task's first metric, then loss, then the earliest), or the last (default best, with private last).
+        keep: the step to keep: the best in validation (the task's first metric, then loss, then the earliest) of those whose gain over the start is above its standard error, or the last (default best, with private last).
         threads: CPU threads (default torch's choice).
         sync: when log and metrics are forced to the disk, against a failure of the machine: after so many seconds, each "step", or at the "end"; a process that is killed loses nothing of either.
         snapshot_every: steps between snapshots of the tuned weights in the run folder, so that --resume and replay need not begin at the base (default none: they cost a copy of these weights each, and a replay a fraction of the steps' time).

@@ -49,6 +49,8 @@ class Evaluation:
         metric: name of the task's first metric.
         value: that metric.
         metrics: all that the task reports, by name.
+        losses: of each row, in the order the rows were given.
+        rights: likewise 1 where it is answered rightly, 0 where not.
     """
 
     accuracy: float
@@ -59,6 +61,8 @@ class Evaluation:
     metric: str = "accuracy"
     value: float = math.nan
     metrics: dict[str, float] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    rights: list[float] = field(default_factory=list)
 
 
 class Scorer:
@@ -225,10 +229,10 @@ class Scorer:
                     predictions[i], losses[i] = name, loss
         metrics = figures(self.task, examples, predictions)
         count = len(examples)
-        right = sum(self._right(p, e) for p, e in zip(predictions, examples, strict=True))
+        rights = [self._right(p, e) for p, e in zip(predictions, examples, strict=True)]
         # fsum: the mean does not depend on the order of the batches
         return Evaluation(
-            accuracy=right / count,
+            accuracy=sum(rights) / count,
             loss=math.fsum(losses) / count,
             predictions=predictions,
             rows=count,
@@ -236,6 +240,8 @@ class Scorer:
             metric=self.task.metric,
             value=metrics[self.task.metric],
             metrics=metrics,
+            losses=losses,
+            rights=rights,
         )
 
     # ----------------------------------------------------------------------------------- private

@@ -4,7 +4,8 @@ config.yaml       the resolved TrainConfig
 environment.json  versions, machine, what base model and data were (by hash)
 trajectory.jfl    the log: base + log = the tuned model (`trajectory`)
 start.safetensors where tuning starts, with --tuner prefix or --start probe (`tuners`)
-metrics.jsonl     one object a step (kind "step", or without a loss "private"), validation ("validation"), the test before ("before"), and steps
+metrics.jsonl     one object a step (kind "step", or without a loss "private"), validation ("validation"; `keeping` says what it is told from chance by),
+                  the test before ("before"), and steps
                   taken back ("rewind": `step` of `taken` were kept, `lost` forwards were in vain; `validations` of them
                   were taken back, where the last of these is the reason), and with --layers auto which layers move from there
                   on ("layers": the `part` with that number, at `rate` times the rate before; `spreads`: what looks saw; `lost`: their forwards)
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -48,6 +50,7 @@ _NUMBERS = {
     "rewind": ("taken", "lost"),
     "layers": ("part", "rate", "lost"),
 }
+_ROWS = ("losses", "rights")  # of a validation, what there is of each row
 _ENVIRONMENT = {"data_sha256": str, "base_fingerprint": str, "versions": dict, "threads": int}
 _RESULT = {"status": str, "stopped_by": str, "seconds": (int, float), "rows": dict}
 _SCORES = ("accuracy", "loss", "before_accuracy", "before_loss", "kept_step", "validation_accuracy")
@@ -331,6 +334,10 @@ class RunFolder:
                 metric = json.loads(line)
                 for name in ("step", "forwards", "seconds", *_NUMBERS[metric["kind"]]):
                     metric[name] = metric[name] + 0  # a number
+                for name in _ROWS:
+                    math.fsum(metric.get(name, ()))
+                if "gain" in metric:
+                    math.fsum((metric["gain"], metric["gain_error"], *metric["turned"]))
                 metrics.append(metric)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(

@@ -81,12 +81,6 @@ def chosen_by(at: Metric) -> dict[str, Any]:
     }
 
 
-def worth_of(found: Evaluation) -> dict[str, float]:
-    """What a line of metrics.jsonl says of an evaluation."""
-    worth = {"accuracy": found.accuracy, "loss": found.loss}
-    return worth if found.metric == "accuracy" else {**worth, "value": found.value}
-
-
 @dataclass(frozen=True)
 class Turn:
     """Where a run goes back to: so many steps are kept, so many validations taken back, and why."""

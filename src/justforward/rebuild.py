@@ -13,6 +13,7 @@ from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder, best_step, check_new, row_hash
 from justforward.hub import HUB
+from justforward.keeping import step_kept
 from justforward.models import load_model, save_model
 from justforward.ondisk import keep_on_disk
 from justforward.playback import fingerprint
@@ -38,8 +39,8 @@ def kept_step(folder: RunFolder, config: TrainConfig) -> int:
         UserError: the log or the metrics are damaged.
     """
     steps = len(read_log(folder.log).steps)
-    best = best_step(folder.read_metrics()[0], steps) if config.keep == "best" else None
-    return best["step"] if best is not None else steps
+    kept = step_kept(config, folder.read_metrics()[0], steps)
+    return kept["step"] if kept is not None else steps
 
 
 def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:

@@ -190,10 +190,14 @@ def inspect_run(config: InspectConfig) -> Result:
             "torn_metric_bytes": torn,
         },
         "best_step": best["step"] if best else None,
-        "curve": [m for m in metrics if m["kind"] == "validation"],
+        "curve": [_without_rows(m) for m in metrics if m["kind"] == "validation"],
         "losses": [m["loss"] for m in metrics if m["kind"] == "step"],
         "last": last,
     }
+
+
+def _without_rows(validation: Metric) -> Metric:
+    return {name: value for name, value in validation.items() if name not in ("losses", "rights")}
 
 
 def _privacy(run: TrainConfig, log: Log) -> Result | None:

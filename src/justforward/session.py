@@ -30,6 +30,7 @@ from justforward.guard import (
     rewinds,
 )
 from justforward.interrupts import Shield
+from justforward.keeping import left_for, step_kept, worth_of
 from justforward.lines import Lines
 from justforward.models import load_model
 from justforward.ondisk import keep_on_disk
@@ -173,7 +174,9 @@ class Session:
                 self.progress.note(f"scoring {len(rows)} {_WHAT[kind]}")
                 found = self._evaluate(rows)
                 forwards = 0 if kind == "before" else forwards_until(self.config, 0)
-                self.lines.remember(self.lines.made(kind, 0, forwards, **self.team.agree_on(found)))
+                beside = self.lines.validations if kind == "validation" else None
+                worth = self.team.agree(worth_of(found, self.config, beside))
+                self.lines.remember(self.lines.made(kind, 0, forwards, **worth))
 
     def _repair(self, log: Log) -> None:
         """Score again what the last session did not live to write down."""
@@ -405,7 +408,7 @@ class Session:
         except UserError as error:
             raise UserError(f"step {step}: {error}, or start again with a lower --lr") from error
         self.progress.validation(forwards, found.metric, found.value, found.loss)
-        worth = self.team.agree_on(found)
+        worth: Metric = self.team.agree(worth_of(found, self.config, self.lines.validations))
         if self.budget is not None:
             self.progress.note(self.budget.spell(step))
             worth["epsilon"] = self.budget.spent(step)
@@ -414,11 +417,11 @@ class Session:
     def _finish(self) -> Result:
         """Close the log, go back to the best step if that is not the last, score the test rows."""
         config, steps = self.config, self.steps
-        reason = self._reason()
-        best = best_step(self.lines.validations, steps)
-        assert best is not None
+        rows, reason = self.splits.test, self._reason()
+        at = step_kept(config, self.lines.validations, steps)
+        assert at is not None
         assert reason is not None
-        kept = best["step"] if config.keep == "best" else steps
+        kept = at["step"]
         self._close()
         if kept != steps:
             self.opt, self.steps_taken = None, steps
@@ -427,11 +430,10 @@ class Session:
             replay(self.model, self.folder.log, kept, self.snapshots)
             if self.depth:
                 self._find_trunk()
-        rows = self.splits.test
-        self.progress.note(f"scoring {len(rows)} test rows with the model of step {kept}")
+        why = left_for(config, self.lines.validations, at)
+        self.progress.note(f"{why}scoring {len(rows)} test rows with the model of step {kept}")
         test = self._evaluate(rows)
         assert self.model is not None
-        at = next(m for m in self.lines.validations if m["step"] == kept)
         result = {
             **tested(test, fingerprint(self.model)),
             **self._so_far("finished", reason, steps),

@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any
 from justforward import launched
 from justforward.config import TrainConfig
 from justforward.errors import UserError
-from justforward.evaluate import Evaluation
 from justforward.optim import MeZO
-from justforward.outcome import worth_of
 from justforward.peers import START_SECONDS, Peers
 from justforward.progress import Progress
 from justforward.workers import Workers
@@ -84,11 +82,6 @@ class Team:
         if self._peers is None:
             return value
         return self._peers.decide(value, PATIENCE, "outside of a step")
-
-    def agree_on(self, found: Evaluation) -> dict[str, float]:
-        """What a line of metrics.jsonl says of an evaluation."""
-        agreed: dict[str, float] = self.agree(worth_of(found))
-        return agreed
 
 
 @contextlib.contextmanager
