@@ -104,6 +104,11 @@ def key(line: Line) -> tuple[Any, ...]:
     return tuple(line.get(k) for k in ("where", "kind", "lr", "eps", "seed"))
 
 
+def at(known: dict[tuple[Any, ...], Line], name: str) -> list[Line]:
+    """The lines of a place."""
+    return [line for line in known.values() if line["where"] == name]
+
+
 def best(curve: list[list[float]]) -> float:
     return min((point[1] for point in curve), default=math.inf)
 
@@ -149,8 +154,8 @@ def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, where in plan["defaults"]["where"].items():
-        here = [line for line in known.values() if line["where"] == name]
-        ours = [k for k in here if k["kind"] == "default"]
+        here, of = at(known, name), at(known, where.get("of", name))
+        ours = [k for k in of if k["kind"] == "default"]
         worse = sum(1 for k in ours if k["after"] is None or k["after"][0] > k["before"][0])
         fewer = sum(1 for k in ours if k["after"] is None or k["after"][1] < k["before"][1])
         ends = [k["after"][0] for k in ours if k["after"]]
@@ -185,10 +190,9 @@ def shorter(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
     ]
     ratios: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in SHORT}
     for name, where in plan["defaults"]["where"].items():
-        here = [line for line in known.values() if line["where"] == name]
-        aim = goal_of(here)
+        aim, of = goal_of(at(known, name)), at(known, where.get("of", name))
         for kind, forwards in SHORT.items():
-            ours = [k for k in here if k["kind"] == kind]
+            ours = [k for k in of if k["kind"] == kind]
             if aim is None or not ours:
                 continue
             _, goal, full, seconds = aim
@@ -234,6 +238,8 @@ def main() -> None:
     for name in given.where or plan["defaults"]["where"]:
         where = plan["defaults"]["where"][name]
         for part in given.part:
+            if part not in ("grid", "again") and "of" in where:
+                continue  # they are run there
             if part != "default" and "grid" not in where:
                 continue  # the default alone, to see whether it ends worse
             todo: list[tuple[Line, list[str]]] = []
@@ -244,8 +250,7 @@ def main() -> None:
             else:
                 chosen, seeds = points(where["grid"])[: given.points], [0]
                 if part == "again":  # the best one with the other seeds
-                    here = [k for k in known.values() if k["where"] == name]
-                    chosen, seeds = [setting(tuned(here))], where["again"]
+                    chosen, seeds = [setting(tuned(at(known, name)))], where["again"]
                 for lr, eps in chosen:
                     for seed in seeds:
                         line = {"kind": "grid", "lr": lr, "eps": eps, "seed": seed}
