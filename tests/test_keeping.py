@@ -203,10 +203,12 @@ def test_a_line_with_rows_that_are_no_numbers_is_damaged(tmp_path: Path) -> None
     (tmp_path / "run").mkdir()
     folder = RunFolder(tmp_path / "run")
     for bad in (
-        {"losses": [0.1, None]},
-        {"losses": 3},
+        {"losses": [0.1, None], "rights": [0, 1]},
+        {"losses": [0.1, 0.2]},
+        {"losses": 3, "rights": [1]},
         {"gain": 0.1},
         {"gain": 0.1, "gain_error": 0.1, "turned": None},
+        {"gain": 0.1, "gain_error": 0.1, "turned": [1]},
     ):
         folder.keep_metrics([line(0, accuracy=0.5, loss=1.0, **bad)])
         with pytest.raises(UserError, match=r"metrics.jsonl:1: damaged"):

@@ -50,7 +50,6 @@ _NUMBERS = {
     "rewind": ("taken", "lost"),
     "layers": ("part", "rate", "lost"),
 }
-_ROWS = ("losses", "rights")  # of a validation, what there is of each row
 _ENVIRONMENT = {"data_sha256": str, "base_fingerprint": str, "versions": dict, "threads": int}
 _RESULT = {"status": str, "stopped_by": str, "seconds": (int, float), "rows": dict}
 _SCORES = ("accuracy", "loss", "before_accuracy", "before_loss", "kept_step", "validation_accuracy")
@@ -334,10 +333,11 @@ class RunFolder:
                 metric = json.loads(line)
                 for name in ("step", "forwards", "seconds", *_NUMBERS[metric["kind"]]):
                     metric[name] = metric[name] + 0  # a number
-                for name in _ROWS:
-                    math.fsum(metric.get(name, ()))
+                if "losses" in metric:
+                    math.fsum((*metric["losses"], *metric["rights"]))
                 if "gain" in metric:
-                    math.fsum((metric["gain"], metric["gain_error"], *metric["turned"]))
+                    right, wrong = metric["turned"]
+                    math.fsum((metric["gain"], metric["gain_error"], right, wrong))
                 metrics.append(metric)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
