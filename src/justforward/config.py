@@ -325,7 +325,7 @@ class ReplayConfig:
     Args:
         run: the run folder.
         out: the model folder to make.
-        steps: how many steps: a number, "best", "last" (default: the step that the run keeps).
+        steps: how many steps: a number, "best" in validation whatever its gain, "last" (default: the step that the run keeps).
         model: the base model, if it is no longer where the run found it.
         merge: save the whole model with its LoRA added into the weights, instead of the adapter.
         offload: as for train.
