@@ -417,6 +417,12 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parse_size(text, "--memory")
 
 
+def test_a_number_alone_is_hardly_bytes() -> None:
+    with pytest.raises(UserError, match=r"--memory is '80', which is bytes: .* such as 80GB"):
+        parse_size("80", "--memory")
+    assert parse_size("1000000", "--memory") == 10**6
+
+
 def test_rates() -> None:
     assert parse_rate("2TB/s", "--bandwidth") == 2e12
     assert parse_rate("312 TFLOP/s", "--flops") == parse_rate("312T", "--flops") == 312e12

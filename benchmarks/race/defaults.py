@@ -188,7 +188,7 @@ def shorter(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
         "| model, task | loss to reach | MeZO: forwards (whole ones), seconds | `--max-forwards` | forwards | of MeZO's, median (of its whole ones) | seconds | of MeZO's, median | least loss |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    ratios: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in SHORT}
+    ratios: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for name, where in plan["defaults"]["where"].items():
         aim, of = goal_of(at(known, name)), at(known, where.get("of", name))
         for kind, forwards in SHORT.items():
@@ -204,17 +204,17 @@ def shorter(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
                 statistics.median(taken) / work,
                 statistics.median(clock) / seconds,
             )
-            ratios[kind].append((share, of_work, of_time))
+            where_moved = "all layers" if "of" in where else "last third"
+            ratios.setdefault((kind, where_moved), []).append((share, of_work, of_time))
             losses = ", ".join(number(best(k["curve"]), 3) for k in ours)
             rows.append(
                 f"| {name} | {goal:.3f} | {full:g} ({work:.0f}), {seconds:.0f} | {forwards} "
                 f"| {', '.join(number(t, 0) for t in taken)} | {number(share, 3)} ({number(of_work, 3)}) "
                 f"| {', '.join(number(t, 0) for t in clock)} | {number(of_time, 2)} | {losses} |"
             )
-    for kind, found in ratios.items():
-        if found:
-            middle = [number(statistics.median(column), 3) for column in zip(*found, strict=True)]
-            rows.append(f"| median | | | {SHORT[kind]} | | {middle[0]} ({middle[1]}) | | {middle[2]} | |")  # fmt: skip
+    for (kind, moved), each in sorted(ratios.items()):
+        middle = [number(statistics.median(column), 3) for column in zip(*each, strict=True)]
+        rows.append(f"| median, MeZO on {moved} | | | {SHORT[kind]} | | {middle[0]} ({middle[1]}) | | {middle[2]} | |")  # fmt: skip
     return "\n".join(rows)
 
 

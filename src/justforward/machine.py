@@ -31,6 +31,7 @@ _UNITS = {"": 1, "B": 1} | {
     for i in ("", "i")
 }
 _PREFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+LEAST_BARE = 1e6  # whoever gives fewer bytes without a unit means another one
 _SECONDS = 0.7  # of each measurement
 # What a process has in memory before its model: imports, a forward, a backward; then the kernels of the directions.
 _ALONE = """
@@ -92,6 +93,8 @@ def parse_size(text: str, option: str) -> int:
         raise UserError(
             f"{option} is {text!r}: it must be a size such as 80GB (10^9 bytes) or 80GiB (2^30)"
         )
+    if match[2] == "" and number < LEAST_BARE:
+        raise UserError(f"{option} is {text!r}, which is bytes: give a unit, such as {match[1]}GB")
     return int(number * _UNITS[match[2]])
 
 
