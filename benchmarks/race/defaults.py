@@ -129,12 +129,16 @@ def tuned(known: list[Line]) -> Line:
 
 
 def goal_of(here: list[Line]) -> tuple[list[Line], float, float, float] | None:
-    """Of a place's lines the tuned runs, the loss to reach, and their forwards and seconds to their least; None without a grid."""
+    """Of a place's lines the tuned runs, the loss to reach, and their forwards and seconds to their least; None without a grid,
+    or where MeZO's least loss is the base model's.
+    """
     if not any(k["kind"] == "grid" for k in here):
         return None
     same = of_setting(here, tuned(here))
     firsts = [first(k["curve"], best(k["curve"])) for k in same]
     full, seconds = (statistics.median(point[i] for point in firsts) for i in (0, 3))
+    if not full:
+        return None
     return same, statistics.mean(best(k["curve"]) for k in same), full, seconds
 
 
@@ -167,7 +171,9 @@ def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
         losses = ", ".join(number(best(k["curve"]), 3) for k in ours)
         aim = goal_of(here)
         if aim is None:
-            rows.append(f"| {name} | not run | | | {losses} | | | {tail}")
+            tried = sum(1 for k in here if k["kind"] == "grid" and k["seed"] == 0)
+            missing = f"no gain ({tried})" if tried else "not run"
+            rows.append(f"| {name} | {missing} | | | {losses} | | | {tail}")
             continue
         same, goal, full, _ = aim
         top = same[0]
