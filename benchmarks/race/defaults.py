@@ -170,6 +170,8 @@ def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
         tail = f"{before:.3f}, {statistics.mean(ends):.3f} | {right:.3f}, {found:.3f} | {worse}, {fewer} of {len(ours)} |"
         losses = ", ".join(number(best(k["curve"]), 3) for k in ours)
         aim = goal_of(here)
+        if aim is None and "of" in where:
+            continue
         if aim is None:
             tried = sum(1 for k in here if k["kind"] == "grid" and k["seed"] == 0)
             missing = f"no gain ({tried})" if tried else "not run"
