@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import small_run
+from conftest import small_run, trained
 from justforward.config import EvalConfig, InspectConfig, ReplayConfig, TrainConfig
 from justforward.errors import UserError
 from justforward.evaluate import Evaluation
@@ -24,7 +24,6 @@ from justforward.keeping import is_sure, left_for, step_kept, worth_of
 from justforward.progress import Progress
 from justforward.rebuild import evaluate, kept_step, rebuild
 from justforward.report import inspect_run
-from justforward.run import train
 
 PLAIN = TrainConfig(model="m", data="d", out="o", template="{text}", labels="0=a,1=b", keep="best")
 ROWS = st.lists(
@@ -175,12 +174,11 @@ def test_a_run_that_gains_nothing_keeps_its_start(
     rows = [f"{text},{names[i * i // 3 % 2]}" for i, text in enumerate(texts)]
     sentiment_csv.write_text("\n".join([head, *rows]) + "\n")
     config = small_run(model_folder, sentiment_csv, tmp_path / "run", lr=1e-2, seed=1, eval_every=2)
-    out = io.StringIO()
-    result = train(config, Progress(out))
+    result, said = trained(config)
     assert result["kept_step"] == 0 < result["best_step"]
     assert result["accuracy"] == result["before_accuracy"]
     assert result["loss"] == pytest.approx(result["before_loss"], abs=1e-6)  # the base on its grid
-    assert f"step {result['best_step']} is the best in validation, but" in out.getvalue()
+    assert f"step {result['best_step']} is the best in validation, but" in said
     folder = RunFolder(config.out)
     assert kept_step(folder, folder.read_config()) == 0
     quietly = Progress(io.StringIO())

@@ -170,17 +170,15 @@ def table(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
         tail = f"{before:.3f}, {statistics.mean(ends):.3f} | {right:.3f}, {found:.3f} | {worse}, {fewer} of {len(ours)} |"
         losses = ", ".join(number(best(k["curve"]), 3) for k in ours)
         aim = goal_of(here)
-        if aim is None and "of" in where:
-            continue
+        tried = sum(1 for k in here if k["kind"] == "grid" and k["seed"] == 0)
         if aim is None:
-            tried = sum(1 for k in here if k["kind"] == "grid" and k["seed"] == 0)
             missing = f"no gain ({tried})" if tried else "not run"
-            rows.append(f"| {name} | {missing} | | | {losses} | | | {tail}")
+            if "of" not in where:
+                rows.append(f"| {name} | {missing} | | | {losses} | | | {tail}")
             continue
         same, goal, full, _ = aim
         top = same[0]
         taken = [first(k["curve"], goal)[0] for k in ours]
-        tried = sum(1 for k in here if k["kind"] == "grid" and k["seed"] == 0)
         work = whole(where, full)
         rows.append(
             f"| {name} | {top['lr']:g}, {top['eps']:g} ({tried}) | {', '.join(number(best(k['curve']), 3) for k in same)} | {full:g} ({work:.0f}) | {losses} "
@@ -212,8 +210,8 @@ def shorter(plan: dict[str, Any], known: dict[tuple[Any, ...], Line]) -> str:
                 statistics.median(taken) / work,
                 statistics.median(clock) / seconds,
             )
-            where_moved = "all layers" if "of" in where else "last third"
-            ratios.setdefault((kind, where_moved), []).append((share, of_work, of_time))
+            moved = "last third" if "moved" in where else "all layers"
+            ratios.setdefault((kind, moved), []).append((share, of_work, of_time))
             losses = ", ".join(number(best(k["curve"]), 3) for k in ours)
             rows.append(
                 f"| {name} | {goal:.3f} | {full:g} ({work:.0f}), {seconds:.0f} | {forwards} "
@@ -246,12 +244,13 @@ def main() -> None:
     for name in given.where or plan["defaults"]["where"]:
         where = plan["defaults"]["where"][name]
         for part in given.part:
-            if part not in ("grid", "again") and "of" in where:
+            by_default = part == "default" or part in SHORT
+            if by_default and "of" in where:
                 continue  # they are run there
             if part != "default" and "grid" not in where:
                 continue  # the default alone, to see whether it ends worse
             todo: list[tuple[Line, list[str]]] = []
-            if part == "default" or part in SHORT:
+            if by_default:
                 options = [f"--max-forwards={SHORT[part]}"] if part in SHORT else []
                 seeds = where["seeds"] if part == "default" else [0, *where["again"]]
                 todo = [({"kind": part, "seed": seed}, options) for seed in seeds]
