@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +106,20 @@ def limited(limit: int) -> Path:
     return group
 
 
-def run(folder: Path, offload: bool, size: int, group: Path | None) -> dict[str, Any]:
-    """A fresh process, in the group if there is one."""
+def entering(group: Path | None) -> Callable[[], None]:
+    """What a new process does first, to be in the group if there is one."""
 
     def enter() -> None:
         if group is not None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
+    return enter
+
+
+def run(folder: Path, offload: bool, size: int, group: Path | None) -> dict[str, Any]:
+    """A fresh process, in the group if there is one."""
     command = [sys.executable, __file__, "--child", str(folder), str(int(offload)), str(size)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=entering(group))
     if done.returncode:
         sys.exit(f"the process with offload={offload} ended with {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

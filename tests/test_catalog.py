@@ -594,6 +594,9 @@ def test_declarations_refused(tmp_path: Path, change: dict[str, Any], said: str)
     assert "\n" not in str(caught.value)
 
 
+WHOLE = b"name: a\ntitle: b\nlabels: {a: X, b: Y}\nsplits:\n  test: t.csv\ntemplate: it {text}\n"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -605,6 +608,18 @@ def test_declarations_refused(tmp_path: Path, change: dict[str, Any], said: str)
         (b"name: a\nkind:\n  poem\n", "own.yml:2: kind is 'poem'"),
         (b"name: a\nlabels: {a: b}\nsplits:\n  test: a.csv\n  train: 7\n", "own.yml:5: splits: train is 7"),
         (b"name: a\nlabels: {a: b}\nfields:\n  x:\n    change: up\n", "own.yml:5: field x has the change 'up'"),
+        (WHOLE + b"metrics:\n  [bleu]\n", "own.yml:7: metric 'bleu' is unknown for kind"),
+        (WHOLE + b"positive: c\n", "own.yml:7: positive is 'c': it must be one of the labels (a, b)"),
+        (WHOLE + b"masked_template: it {text}\n", "own.yml:7: masked_template needs {mask}"),
+        (WHOLE + b"masked_template: '{text}{mask}{mask}'\n", "own.yml:7: template '{text}{mask}{mask}': {mask} stands there 2 times"),
+        (WHOLE + b"masked_template: '{text} {mask}'\nmasked_labels: {a: b, c: d}\n", "own.yml:8: label 'b' is in one of"),
+        (WHOLE + b"masked_template: '{text} {mask}'\nmasked_labels: {a: x, b: x}\n", "own.yml:8: labels: 'a' and 'b' have the same"),
+        (WHOLE.replace(b"{text}", b"{label}"), "own.yml:6: template 'it {label}': field 'label' is the label"),
+        (WHOLE.replace(b"it {text}", b"it {text} {mask}"), "own.yml:6: template has a {mask}"),
+        (WHOLE.replace(b"{a: X, b: Y}", b"{a: X}"), "own.yml:3: labels: 1 given"),
+        (WHOLE + b"kind: choice\n", "own.yml:3: labels are for kind"),
+        (b"name: a\ntemplate: it {x}\nkind: choice\nsplits: {test: t.csv}\n", "own.yml:3: kind 'choice' needs options"),
+        (b"name: a\ntemplate: it {x}\nkind: generation\nsplits: {test: t.csv}\n", "own.yml:3: kind 'generation' needs answers"),
         (b"name: \xff\n", "not UTF-8"),
         (b"name: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
     ],

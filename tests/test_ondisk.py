@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import justforward as jf
@@ -239,6 +240,33 @@ def test_what_is_tied_stays_tied_and_the_file_goes_with_the_model(tmp_path: Path
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == files
     assert keep_on_disk([], tmp_path) == 0
+
+
+def resident(file: Path) -> int:
+    """KiB of a file that are in this process's memory."""
+    found, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            here = line.endswith(str(file))
+        elif here and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
+def test_a_checkpoint_that_was_copied_takes_no_more_memory(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    values = {name: torch.randn(512, 512) for name in ("a", "b", "c", "d")}
+    save_file(values, file)
+    with file.open() as written:  # pages that are not yet written stay
+        os.fsync(written.fileno())
+    mapped = load_file(file)
+    model = nn.ParameterDict(mapped)
+    assert all(torch.equal(mapped[name], values[name]) for name in values)
+    assert resident(file) >= 4 * 1024
+    keep_on_disk([model[name] for name in ("a", "b", "c")], tmp_path)
+    assert 1024 <= resident(file) <= 1024 + 16  # d, and pages that two of them share
+    assert all(torch.equal(model[name], values[name]) for name in values)
+    assert all(torch.equal(mapped[name], values[name]) for name in values)  # read again
 
 
 def test_a_place_that_cannot_keep_them_is_named(

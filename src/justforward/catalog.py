@@ -311,7 +311,7 @@ def _declaration(path: Path, values: dict[Any, Any]) -> Declaration:
         hub=check.text("hub"),
         notes=check.text("notes") or "",
     )
-    _check_whole(declared)
+    _check_whole(declared, check)
     return declared
 
 
@@ -448,34 +448,43 @@ def _label(top: _Check, labels: dict[str, str]) -> tuple[LabelColumn, ...]:
     return tuple(columns)
 
 
-def _check_whole(declared: Declaration) -> None:
+def _at_fault(error: UserError, kind: ModelKind, check: _Check) -> str:
+    """The key that a `Task`'s message is about: its first word, or the masked models' own."""
+    word = str(error).partition(" ")[0].rstrip(":")
+    key = "metrics" if word == "metric" else word
+    own = f"masked_{key}"
+    return own if kind == "masked" and own in check.values else key
+
+
+def _check_whole(declared: Declaration, check: _Check) -> None:
     """What holds between the keys."""
-    where = declared.where
     if not declared.kinds:
         raise UserError(
-            f"{where}: template is missing: write one such as template: '{{text}} It was'"
+            f"{check.file}: template is missing: write one such as template: '{{text}} It was'"
         )
     masked = declared.masked_labels
     if masked is not None and set(masked) != set(declared.labels):
         odd = sorted(set(masked) ^ set(declared.labels))[0]
+        where = check.at("masked_labels")
         raise UserError(f"{where}: label {odd!r} is in one of labels and masked_labels only")
     for kind in declared.kinds:
         try:
             task = declared.task_for(kind)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{check.at(_at_fault(error, kind, check))}: {error}") from error
         if task.masked != (kind == "masked"):
             key = "masked_template" if kind == "masked" else "template"
             must = "needs {mask} where the answer stands" if kind == "masked" else "has a {mask}"
-            raise UserError(f"{where}: {key} {must}: {task.template!r}")
+            raise UserError(f"{check.at(key)}: {key} {must}: {task.template!r}")
     if (declared.options is not None) != (declared.kind == "choice"):
         must = "needs options" if declared.kind == "choice" else "has no options"
-        raise UserError(f"{where}: kind {declared.kind!r} {must}")
+        raise UserError(f"{check.at('kind')}: kind {declared.kind!r} {must}")
     if declared.kind != "classification":
         if declared.answers is None:
             raise UserError(
-                f"{where}: kind {declared.kind!r} needs answers: where they are in a row"
+                f"{check.at('kind')}: kind {declared.kind!r} needs answers: where they are in a row"
             )
         return
     if declared.answers is not None:
+        where = check.at("answers")
         raise UserError(f"{where}: kind 'classification' has no answers: give label and labels")
