@@ -381,14 +381,22 @@ def outer_tile(acc, start, size, columns, a, b, d0, d1):
 @kernel
 def look_outer(theta, exponents, first, last, columns, a, b, times):
     """`look` along a rank-one direction: theta += times * q * rint(a b^T / q); a: [1, rows], b: [1, columns]."""
-    acc = np.empty(TILE, np.float32)
     for tile in range(first, last):
-        part = theta[tile * TILE : min((tile + 1) * TILE, theta.size)]
-        outer_tile(acc, tile * TILE, part.size, columns, a, b, 0, 1)
         inverse = power(-i32(exponents[tile]))
         q = f32(times * power(i32(exponents[tile])))
-        for i in range(part.size):
-            part[i] = f32(part[i] + f32(rint(f32(acc[i] * inverse)) * q))
+        start, end = tile * TILE, min((tile + 1) * TILE, theta.size)
+        while start < end:
+            row = start // columns
+            column = start - row * columns
+            length = min(columns - column, end - start)
+            part, values, c = (
+                theta[start : start + length],
+                b[0, column : column + length],
+                a[0, row],
+            )
+            for i in range(length):
+                part[i] = f32(part[i] + f32(rint(f32(f32(c * values[i]) * inverse)) * q))
+            start += length
 
 
 def make_update_outer(FORM: int) -> Any:
