@@ -23,6 +23,7 @@ from justforward.alive import traced
 from justforward.config import TrainConfig
 from justforward.errors import UserError
 from justforward.fits import account_of, plan
+from justforward.fits import size as spelled
 from justforward.heap import LOST, Heap, taken
 from justforward.machine import Device, Overhead, parse_rate, parse_size
 from justforward.models import auto_class, kind_of
@@ -288,6 +289,20 @@ def test_advice_names_what_fits() -> None:
     none = plan(small("opt"), length=64, device=device(10, "cpu"), methods=SOME)
     for line in none.advice:
         assert line.endswith(disk) is line.startswith(("MeZO, weight", "MeZO, activation")), line
+
+
+def test_advice_names_half_the_memory_for_weights_where_they_then_fit() -> None:
+    def plan_in(memory: int, dtype: str) -> Any:
+        return plan(small("opt"), length=64, device=device(memory), methods=SOME, dtype=dtype)
+
+    row = plan_in(10, "float32").row("MeZO, weight space")
+    there = row.weights // 2 + row.kept + row.process
+    said = f"--dtype bfloat16, in which the weights take {spelled(row.weights // 2)}"
+    advised = [line for line in plan_in(there, "float32").advice if said in line]
+    assert {line.partition(":")[0] for line in advised} >= {"evaluation", "MeZO, weight space"}
+    assert all(line.startswith(("MeZO", "evaluation")) for line in advised)
+    for found in (plan_in(there - 1, "float32"), plan_in(there // 2, "bfloat16")):
+        assert not any("--dtype" in line for line in found.advice if line.startswith("MeZO, w"))
 
 
 def test_a_step_that_does_not_fit_may_in_parts() -> None:

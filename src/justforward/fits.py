@@ -401,6 +401,14 @@ def _advice(found: Forecast) -> list[str]:
                 if least > found.device.memory
                 else f"a device of {size(row.memory)}; a smaller batch and a smaller length together may do"
             )
+            half = row.weights // 2
+            if (
+                found.dtype == "float32"
+                and found.quantize is None
+                and row.method.startswith(("evaluation", "MeZO"))
+                and least - half <= found.device.memory
+            ):
+                ways.append(f"--dtype bfloat16, in which the weights take {size(half)}")
             if row.method in ("MeZO, weight space", "MeZO, activation space") and cpu:
                 ways.append("--offload FOLDER, which keeps its weights on a disk")
             if found.quantize is None and row.method.startswith(
