@@ -30,6 +30,7 @@ _D0 = u32(spec.DITHER_MULTIPLIER)
 _ZERO = f32(0.0)  # -0.0 + 0.0 is +0.0: a negative zero would not survive a look
 _POW_M24 = f32(2.0**-24)
 _UP, _DOWN = f32(2.0**112), f32(2.0**-112)
+_SIZE, _EXPONENT, _TWICE_BIAS = i32(0x7FFFFFFF), i32(0x7F800000), i32(254 << 23)
 
 # The grid: a tile's weights are integers n times q = 2^k with |n| <= 1.5 x 2^23; a look may add 2^22 and is
 # still exact, below 2^24. A tile that grows beyond is laid anew, on the next coarser grid.
@@ -77,7 +78,7 @@ def settle(part, exponents, tile, values, scale, lanes, word):
         u = f32(f32(i32(u32(h >> u32(8)))) * _POW_M24)
         moved = f32(part[i] + f32(floor(f32(f32(values[i] * inverse) + u)) * q))
         part[i] = moved
-        size = i32(as_int(moved) & i32(0x7FFFFFFF))
+        size = i32(as_int(moved) & _SIZE)
         largest = select(size > largest, size, largest)
     if as_float(largest) > f32(_LIMIT * q):
         while k < 100 and as_float(largest) > f32(_LIMIT * power(k)):
@@ -113,7 +114,8 @@ def narrow_float16(value):
 
 
 def _store(WIDE: Any, NARROW: Any, form: spec.Form) -> Any:
-    BITS, LEAST, LARGEST = i32(form.bits), i32(form.least), f32(form.largest)
+    LARGEST = f32(form.largest)
+    UNIT, LEAST = i32((form.bits - 127) * 2**23), i32((form.least + 127) * 2**23)
 
     @inline
     def open_tile(theta, tile, room):
@@ -128,27 +130,30 @@ def _store(WIDE: Any, NARROW: Any, form: spec.Form) -> Any:
     @inline
     def settle(part, flags, tile, values, scale, lanes, word):
         """part <- q floor(part / q + scale values / q + dither), within the largest number."""
-        held = i32(0)
+        largest = i32(0)
         for i in range(part.size):
             h = u32(lanes[i] + word)
             h = u32(u32(h ^ u32(h >> u32(16))) * _D0)
             u = f32(f32(i32(u32(h >> u32(8)))) * _POW_M24)
             move = f32(scale * values[i])
-            here = i32(as_int(part[i]) & i32(0x7FFFFFFF))
-            there = i32(as_int(f32(part[i] + move)) & i32(0x7FFFFFFF))
-            k = i32(i32(select(here > there, here, there) >> i32(23)) - BITS)
-            k = i32(select(k > LEAST, k, LEAST))
-            q, inverse = power(k), power(-k)
+            here = i32(as_int(part[i]) & _SIZE)
+            there = i32(as_int(f32(part[i] + move)) & _SIZE)
+            # q and 1 / q by their bits: powers of two, whose exponents stand where those of the weights do
+            unit = i32(i32(select(here > there, here, there) & _EXPONENT) - UNIT)
+            unit = i32(select(unit > LEAST, unit, LEAST))
+            q, inverse = as_float(unit), as_float(i32(_TWICE_BIAS - unit))
             n = f32(part[i] * inverse)
             whole = floor(n)
             rest = f32(f32(n - whole) + u)
             moved = f32(f32(whole + floor(f32(f32(move * inverse) + rest))) * q)
-            large = abs(moved) > LARGEST
-            held = i32(select(large, i32(1), held))
-            most = f32(select(moved > f32(0.0), LARGEST, f32(-LARGEST)))
-            part[i] = f32(select(large, most, moved))
-        if held != i32(0):
-            flags[tile] = 1
+            part[i] = moved
+            size = i32(as_int(moved) & _SIZE)
+            largest = select(size > largest, size, largest)
+        if largest > as_int(LARGEST):
+            for i in range(part.size):
+                if abs(part[i]) > LARGEST:
+                    flags[tile] = 1
+                    part[i] = LARGEST if part[i] > f32(0.0) else f32(-LARGEST)
 
     @inline
     def close_tile(theta, tile, part):
