@@ -47,6 +47,10 @@ class Hub:
             target=lambda: asyncio.run(attend(self.hall, server, self.at))
         )
         self.thread.start()
+        while (
+            not server.started and self.thread.is_alive()
+        ):  # until then the port refuses, and a relay does not ask twice
+            time.sleep(0.01)
 
     def stop(self) -> None:
         self.hall.closing = True
