@@ -1,11 +1,15 @@
-"""How much memory there is for this process: what its control groups allow it, and what is free (Linux)."""
+"""How much memory there is for this process: what its control groups allow it, and what is free; files' pages given back (Linux)."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
 from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
 PROCESSES = Path("/proc")
+_PAGEOUT = 21  # Linux's name for it, which Python does not know
 
 
 def allowed() -> int | None:
@@ -47,3 +51,29 @@ def _kilobytes(file: str, name: str) -> int | None:
         if key == name:
             return int(value.split()[0]) * 1024
     return None
+
+
+def mapped_files() -> list[tuple[int, int, str]]:
+    """Where files are in this process's memory: first address, the one behind the last, path; none where the system does not say."""
+    try:
+        maps = (PROCESSES / "self/maps").read_text(errors="replace")
+    except OSError:
+        return []
+    found = []
+    for line in maps.splitlines():
+        where, _, _, _, inode, *path = line.split(maxsplit=5)
+        if inode != "0":
+            start, _, end = where.partition("-")
+            found.append((int(start, 16), int(end, 16), path[0] if path else ""))
+    return found
+
+
+def give_back(start: int, end: int) -> None:
+    """Give back the memory of a mapped file's pages. Nothing is lost: the system reads them again where they are touched.
+
+    Where it cannot do this (an old kernel), they stay.
+    """
+    start -= start % mmap.PAGESIZE
+    with contextlib.suppress(AttributeError):
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)

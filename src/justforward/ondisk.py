@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from justforward.errors import UserError
-from justforward.memory import free
+from justforward.memory import free, give_back, mapped_files
 from justforward.stored import make_stored, plain, settle
 
 _LINUX = sys.platform == "linux"
@@ -38,7 +38,7 @@ _PAGE = mmap.PAGESIZE
 _PIECE = 1 << 22
 AHEAD = 1 << 27  # bytes that are read ahead of what is computed with
 # Linux, whose names Python does not know
-_PAGEOUT, _POPULATE_READ, _POPULATE_WRITE = 21, 22, 23  # madvise
+_POPULATE_READ, _POPULATE_WRITE = 22, 23  # madvise
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # sync_file_range
 
 
@@ -59,36 +59,15 @@ def keep_on_disk(tensors: Iterable[nn.Parameter], folder: str | Path) -> int:
     if not found:
         return 0
     overlay = _Overlay(folder, [plain(p) for p in found])
-    mapped = _mapped_files()
+    mapped = mapped_files()
     for place, p in enumerate(found):
         old = plain(p)
+        start, end = old.data_ptr(), old.data_ptr() + old.numel() * old.element_size()
         overlay.take(place, p)
-        _forget(old, mapped)
+        # a checkpoint stays mapped, and what was read of it in memory, as long as any part of it is used
+        if any(first <= start and end <= last for first, last, _ in mapped):
+            give_back(start, end)
     return overlay.size
-
-
-def _mapped_files() -> list[tuple[int, int]]:
-    """Where files are in this process's memory: first address and the one behind the last."""
-    if not _LINUX:
-        return []
-    found = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        where, _, _, _, inode, *_ = line.split()
-        if inode != "0":
-            start, _, end = where.partition("-")
-            found.append((int(start, 16), int(end, 16)))
-    return found
-
-
-def _forget(old: Tensor, mapped: list[tuple[int, int]]) -> None:
-    """Have the memory of a checkpoint's part given back: it stays mapped as long as any other part of the file is used.
-
-    Nothing is lost, whoever else has it: it is read again from its file where it is touched.
-    """
-    start, end = old.data_ptr(), old.data_ptr() + old.numel() * old.element_size()
-    if any(first <= start and end <= last for first, last in mapped):
-        start -= start % _PAGE
-        _library().madvise(start, end - start, _PAGEOUT)
 
 
 @functools.cache

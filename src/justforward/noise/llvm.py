@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_MADV_PAGEOUT = 21
+from justforward.memory import give_back, mapped_files
 
 
 def _llvm(name: str) -> Any:
@@ -93,10 +93,8 @@ def release_compiler() -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps") as maps:
-        library = ctypes.CDLL(None)
-        library.malloc_trim(0)  # glibc only
-        for line in maps:
-            if "llvmlite" in line:
-                start, end = (int(part, 16) for part in line.split()[0].split("-"))
-                library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc only
+    for start, end, path in mapped_files():
+        if "llvmlite" in path:
+            give_back(start, end)
