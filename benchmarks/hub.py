@@ -47,9 +47,8 @@ class Hub:
             target=lambda: asyncio.run(attend(self.hall, server, self.at))
         )
         self.thread.start()
-        while (
-            not server.started and self.thread.is_alive()
-        ):  # until then the port refuses, and a relay does not ask twice
+        # until then the port refuses, and a relay does not ask twice
+        while not server.started and self.thread.is_alive():
             time.sleep(0.01)
 
     def stop(self) -> None:

@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -22,9 +23,8 @@ from ondisk import entering, limited
 
 TIMES = 3
 ROW_BY_ROW, FROM_DISK = ", row by row", ", from disk"
-LIMIT = (
-    480 << 20
-)  # bytes for a process with its weights in a file; what it shares with others is not counted by the system
+# bytes for a process with its weights in a file; what it shares with others is not counted by the system
+LIMIT = 480 << 20
 
 
 def child(kind: str, dtype: str, rows: int, length: int) -> None:
@@ -70,12 +70,8 @@ def child(kind: str, dtype: str, rows: int, length: int) -> None:
 def peak(kind: str, dtype: str = "float32", rows: int = 8, length: int = 64) -> float:
     """Peak of a fresh process."""
     command = [sys.executable, __file__, "--child", kind, dtype, str(rows), str(length)]
-    group = limited(LIMIT) if FROM_DISK in kind else None
-    try:
+    with limited(LIMIT) if FROM_DISK in kind else nullcontext() as group:
         done = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=entering(group))  # fmt: skip
-    finally:
-        if group is not None:
-            group.rmdir()
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -104,8 +100,8 @@ def main() -> None:
     adamw = peak("adamw", **long)
     ways = ["", ROW_BY_ROW]
     try:
-        limited(LIMIT).rmdir()
-        ways.append(ROW_BY_ROW + FROM_DISK)
+        with limited(LIMIT):
+            ways.append(ROW_BY_ROW + FROM_DISK)
     except OSError as error:
         print(f"not measured: weights in a file, which needs a control group: {error}")
     kinds = [f"{kind}{how}" for how in ways for kind in ("weight", "activation")]

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,9 @@ def copy_seconds(folder: Path, size: int) -> float:
         return time.perf_counter() - start
 
 
-def limited(limit: int) -> Path:
-    """A new control group that may use so many bytes."""
+@contextmanager
+def limited(limit: int) -> Iterator[Path]:
+    """A control group that may use so many bytes, while it is needed."""
     old = GROUPS / "memory"
     group = (old if old.is_dir() else GROUPS) / f"justforward-{os.getpid()}"
     group.mkdir()
@@ -103,7 +104,10 @@ def limited(limit: int) -> Path:
     else:
         (group / "memory.max").write_text(str(limit))
         (group / "memory.swap.max").write_text("0")
-    return group
+    try:
+        yield group
+    finally:
+        group.rmdir()
 
 
 def entering(group: Path | None) -> Callable[[], None]:
@@ -137,14 +141,9 @@ def main() -> None:
         folder = Path(name)
         size = make(folder, given.layers)
         limit = size // 3
-        group = limited(limit)
-        try:
+        with limited(limit) as group:
             memory = run(folder, False, size, None)
             disk = run(folder, True, size, group)
-        finally:
-            group.rmdir()
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
     step = sum(disk["seconds"][1:]) / (STEPS - 1)
     found = {
         "bytes": size,

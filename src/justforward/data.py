@@ -192,14 +192,12 @@ def _table_rows(path: Path, text: str, suffix: str) -> Iterator[tuple[int, dict[
     for line, row in rows:
         if header is None:
             header = row
-            between = next(
-                (sign for sign in (";|\t" if suffix == ".csv" else ";|,") if sign in header[0]),
-                None,
-            )
+            signs, others = ("commas", ";|\t") if suffix == ".csv" else ("tabs", ";|,")
+            between = next((sign for sign in others if sign in header[0]), None)
             if len(header) == 1 and between is not None:
                 raise UserError(
                     f"{path}:{line}: the header is one column, {short(header[0])}: {suffix} has "
-                    f"{'commas' if suffix == '.csv' else 'tabs'} between columns, this file has {between!r}: save it so, or rename it"
+                    f"{signs} between columns, this file has {between!r}: save it so, or rename it"
                 )
             twice = [name for name in header if header.count(name) > 1]
             if twice:
