@@ -6,6 +6,8 @@ Both have the same bits, and take turns, step by step. Bytes are those that the 
 Linux counts them for each connection (TCP_INFO: what programs write, without the headers of TCP and IP), beside
 those of the messages themselves, which are 48 and 4 a row. Where a machine is busy with other work, the seconds that a
 process had of a core say more than those of the clock: the ratio of the slower worker's to the one worker's is given, too.
+What the machine allows is measured beside it: each process takes a step with its half of the work at the same time as the other,
+and neither hears of the other.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ def measure(rank: int, store: str, layers: int, rounds: int, out: Any) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    single = dist.new_group([0])
+    single = [dist.new_group([which]) for which in range(2)][rank]
     messages: list[int] = []
     Peers.swap = counted(messages)  # type: ignore[method-assign]
     model = make_model(layers)
@@ -109,22 +111,28 @@ def measure(rank: int, store: str, layers: int, rounds: int, out: Any) -> None:
         pair = Workers(
             jf.MeZO(model, lr=1e-12, num_samples=samples, **told), populations=populations, **kept
         )
-        alone = None
-        if rank == 0:
-            alone = Workers(
-                jf.MeZO(model, lr=1e-12, num_samples=samples, **told), group=single, **kept
-            )
-        seconds: dict[str, list[float]] = {"one": [], "two": [], "one, core": [], "two, core": []}
+        alone = Workers(jf.MeZO(model, lr=1e-12, num_samples=samples, **told), group=single, **kept)
+        # Its half of the work: half of the samples, or of the rows.
+        apart, half = alone, {name: value[: rows // 2] for name, value in batch.items()}
+        if populations > 1:
+            optimizer = jf.MeZO(model, lr=1e-12, num_samples=samples // populations, **told)
+            apart, half = Workers(optimizer, group=single, **kept), batch
+        seconds: dict[str, list[float]] = {
+            f"{who}{clock}": [] for who in ("one", "two", "apart") for clock in ("", ", core")
+        }
         bytes_sent: list[int] = []
         payload = 0
         for turn in range(rounds + 2):
-            for who in ("one", "two") if turn % 2 else ("two", "one"):
+            order = ("one", "two", "apart")
+            for who in order if turn % 2 else reversed(order):
                 dist.barrier()
                 start, core, before = time.perf_counter(), time.process_time(), sent()
                 if who == "two":
                     pair.step(losses, batch)
                     payload = messages[-1] + 4  # and its length
-                elif alone is not None:
+                elif who == "apart":
+                    apart.step(losses, half)
+                elif rank == 0:
                     alone.step(losses, batch)
                 if turn >= 2:
                     seconds[who].append(time.perf_counter() - start)
@@ -169,6 +177,8 @@ def main() -> None:
         name = f"{rows} x {length}, {kind}, {at_once} at once"
         name += f", {samples} samples divided" if populations > 1 else ""
         table.ratio(f"{name}: two workers / one", seconds["one"], seconds["two"], at_least=1.9)
+        longer = [max(pair) for pair in zip(seconds["apart"], others["apart"], strict=True)]
+        table.ratio(f"{name}: two that do not talk / one", seconds["one"], longer)
         slower = [max(pair) for pair in zip(seconds["two, core"], others["two, core"], strict=True)]
         table.ratio(
             f"{name}: the same of the seconds on a core", seconds["one, core"], slower, at_least=1.9
