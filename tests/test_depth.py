@@ -119,13 +119,20 @@ def test_the_part_that_sees_the_most_for_its_cost() -> None:
 
 def test_a_choice_counts_in_rate_forwards_and_flatness() -> None:
     def check(step: int, accuracy: float) -> dict[str, Any]:
-        return {"kind": "validation", "step": step, "accuracy": accuracy, "loss": 1.0}
+        return {
+            "kind": "validation",
+            "step": step,
+            "accuracy": accuracy,
+            "loss": 1.0,
+            "forwards": 4 * step,
+        }
 
     back = {"kind": "rewind", "step": 1, "taken": 3, "lost": 4, "flat": True}
     metrics = [line(1, lost=8), check(0, 0.5), check(1, 0.7), back, line(0, lost=6, rate=0.5), check(2, 0.6)]  # fmt: skip
     assert rate_factor(metrics) == 0.5  # going back for that lowers nothing
     assert lost_forwards(metrics) == 18
-    assert judged(metrics, 2) == [(0.7, 1.0), (0.6, 1.0)]  # from the best one on
+    config = small_run(Path("m"), Path("d"), Path("o"), eval_every=4)
+    assert judged(config, metrics, 2) == [(0.7, 1.0), (0.6, 1.0)]  # from the best one on
 
 
 # -------------------------------------------------------------------------------------------- runs

@@ -170,20 +170,25 @@ def test_where_to_turn_back_to(config: TrainConfig) -> None:
     assert turning(asked, [start, fifth, line(7, 0.1, 3.0, 14)], 7) is None
     aside = line(3, 0.9, 0.1, 6)
     assert turning(asked, [start, aside, fifth], 5) is None
-    # within the margin, and then not: both are taken back, and a limit's, too
+    # within the margin, and then not: both are taken back; a limit's does not count, so that patience sees none of it
     flat, limit = line(10, 0.6, 0.91, 20), line(12, 0.6, 0.91, 24)
     assert turning(asked, [start, fifth, flat], 10) is None
     found = turning(asked, [start, fifth, flat, limit, line(15, 0.6, 0.99, 30)], 15)
     assert found is not None
-    assert (found.step, found.validations) == (5, 3)
+    assert (found.step, found.validations) == (5, 2)
 
 
 def test_what_was_taken_back_is_no_better(config: TrainConfig) -> None:
     asked = resolved(replace(config, patience=3, max_forwards=1000))
     best = {"kind": "validation", "step": 0, "accuracy": 0.5, "loss": 1.0, "forwards": 0}
     back = {"kind": "rewind", "step": 0, "taken": 5, "lost": 10, "validations": 2}
-    other = {**best, "step": 5, "loss": 1.01}
-    assert judged([best, back, other], 5) == [(0.5, 1.0), *[(-math.inf, math.inf)] * 2, (0.5, 1.01)]
+    other = {**best, "step": 5, "loss": 1.01, "forwards": 20}
+    asked = replace(asked, eval_every=10)
+    assert judged(asked, [best, back, other], 5) == [
+        (0.5, 1.0),
+        *[(-math.inf, math.inf)] * 2,
+        (0.5, 1.01),
+    ]
     assert stop_reason(asked, 5, 10, 0.0, [best, back]) is None
     assert stop_reason(asked, 5, 10, 0.0, [best, back, other]) == "flat"
     assert stop_reason(asked, 5, 10, 0.0, [best, back, {**other, "accuracy": 0.6}]) is None
@@ -191,6 +196,8 @@ def test_what_was_taken_back_is_no_better(config: TrainConfig) -> None:
         k: v for k, v in back.items() if k != "validations"
     }  # by the step losses: it says nothing of validations
     assert stop_reason(asked, 5, 10, 0.0, [best, plain, other]) is None
+    # of a limit that was raised: not one that counts
+    assert stop_reason(asked, 5, 10, 0.0, [best, back, {**other, "forwards": 19}]) is None
 
 
 def test_a_log_is_cut(tmp_path: Path, tiny_gpt2: Any) -> None:

@@ -247,9 +247,9 @@ def test_layers_of_a_run_without_a_probe(config: TrainConfig) -> None:
 
 
 def test_patience(config: TrainConfig) -> None:
-    asked = resolved(replace(config, patience=2, max_forwards=1000))
+    asked = resolved(replace(config, patience=2, max_forwards=1000, eval_every=2))
     flat = [
-        {"kind": "validation", "step": i, "accuracy": 0.5, "loss": loss, "forwards": 0}
+        {"kind": "validation", "step": i, "accuracy": 0.5, "loss": loss, "forwards": 2 * i}
         for i, loss in enumerate((1.0, 0.8, 0.9, 0.85))
     ]
     assert stop_reason(asked, 3, 6, 0.0, flat[:3]) is None

@@ -11,7 +11,7 @@ from justforward.data import Splits
 from justforward.evaluate import Evaluation
 from justforward.folder import Metric, best_step, value_of
 from justforward.guard import is_worse, lost_forwards, rewinds
-from justforward.schedules import forwards_at, forwards_until, validation_due
+from justforward.schedules import forwards_until, was_due
 from justforward.tasks import Task
 
 Result = dict[str, Any]
@@ -90,6 +90,13 @@ class Turn:
     why: str
 
 
+def best_due(
+    config: TrainConfig, validations: Sequence[Metric], steps: int, parts: int = 1
+) -> Metric | None:
+    """The best validation up to a step (`best_step`) of those that were due."""
+    return best_step([m for m in validations if was_due(config, m, parts)], steps)
+
+
 def turning(
     config: TrainConfig, validations: Sequence[Metric], steps: int, parts: int = 1
 ) -> Turn | None:
@@ -105,18 +112,13 @@ def turning(
     if config.objective != "loss" or not validations or validations[-1]["step"] != steps:
         return None
 
-    def due(m: Metric) -> bool:
-        step, after = m["step"], m["forwards"]
-        before = after - (forwards_at(config, step - 1, parts) if step else 0)
-        return step == 0 or validation_due(config, before, after)
-
-    found = [m for m in validations if due(m)]
+    found = [m for m in validations if was_due(config, m, parts)]
     best = best_step(found, steps)
     if best is None or found[-1]["step"] != steps:
         return None
     last, had = ((value_of(m), float(m["loss"])) for m in (found[-1], best))
     if not is_worse(last, had):
         return None
-    taken_back = sum(1 for m in validations if m["step"] > best["step"])
+    taken_back = sum(1 for m in found if m["step"] > best["step"])
     why = f"the validation loss is {last[1]:.4f}, and was {had[1]:.4f} after step {best['step']}"
     return Turn(best["step"], taken_back, why)

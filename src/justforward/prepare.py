@@ -29,7 +29,7 @@ from justforward.hub import HUB, downloaded
 from justforward.playback import fingerprint
 from justforward.published import TEST_SIZE, Published, deal, read_published
 from justforward.quantised import library_version
-from justforward.schedules import forwards_at
+from justforward.schedules import forwards_at, was_due
 from justforward.settings import task_of
 from justforward.tasks import Task
 from justforward.trajectory import Log, read_log
@@ -151,8 +151,10 @@ def choose_tuned(model: torch.nn.Module, pattern: str | None) -> None:
         parameter.requires_grad_(name in tuned)
 
 
-def judged(metrics: Iterable[Metric], steps: int) -> list[tuple[float, float]]:
-    """Value and loss of each validation up to a step, in order; those that were taken back as worse than any number."""
+def judged(
+    config: TrainConfig, metrics: Iterable[Metric], steps: int, parts: int = 1
+) -> list[tuple[float, float]]:
+    """Value and loss of each validation up to a step that was due, in order; those that were taken back as worse than any number."""
     found: list[tuple[float, float]] = []
     for metric in metrics:
         if metric["kind"] == "rewind":
@@ -161,7 +163,11 @@ def judged(metrics: Iterable[Metric], steps: int) -> list[tuple[float, float]]:
             metric["kind"] == "layers" and found
         ):  # others move: a new beginning, from the best so far
             found = [max(found, key=lambda pair: (pair[0], -pair[1]))]
-        found += [(value_of(m), float(m["loss"])) for m in validated([metric], steps)]
+        found += [
+            (value_of(m), float(m["loss"]))
+            for m in validated([metric], steps)
+            if was_due(config, m, parts)
+        ]
     return found
 
 
@@ -182,7 +188,7 @@ def stop_reason(
         return "max_forwards"
     if config.max_minutes is not None and seconds >= 60.0 * config.max_minutes:
         return "max_minutes"
-    if config.patience and is_flat(judged(metrics, steps), config.patience):
+    if config.patience and is_flat(judged(config, metrics, steps, parts), config.patience):
         return "flat"
     return None
 

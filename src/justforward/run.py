@@ -182,9 +182,8 @@ def _reopen(
     if result is not None and result["status"] == "finished":
         steps, seconds, parts = len(log.steps), float(result["seconds"]), len(log.header["groups"])
         forwards = forwards_until(config, steps, parts) + lost_forwards(kept)
-        if stop_reason(config, steps, forwards, seconds, kept, parts) is not None:
-            progress.note(
-                f"{folder.path}: the run is finished ({result['stopped_by']}): nothing to do"
-            )
+        reason = stop_reason(config, steps, forwards, seconds, kept, parts)
+        if reason is not None:
+            progress.note(f"{folder.path}: the run is finished ({reason}): nothing to do")
             return log, kept, result
     return log, kept, None

@@ -120,3 +120,12 @@ def validation_due(config: TrainConfig, before: int, after: int) -> bool:
     """Whether a validation follows the step that took the forwards from `before` to `after`."""
     assert config.eval_every is not None
     return before // config.eval_every < after // config.eval_every
+
+
+def was_due(config: TrainConfig, validation: dict[str, Any], parts: int = 1) -> bool:
+    """Whether a validation's line is of one that was due, not one that a limit brought about: the limit may be raised, and
+    the run then has to go as one that never had it.
+    """
+    step, after = validation["step"], validation["forwards"]
+    before = after - (forwards_at(config, step - 1, parts) if step else 0)
+    return step == 0 or validation_due(config, before, after)

@@ -19,7 +19,7 @@ from justforward.durable import Pace, seconds_of
 from justforward.errors import NonFiniteLoss, UserError, memory_errors
 from justforward.evaluate import Evaluation, Scorer
 from justforward.feed import feed, objective_of
-from justforward.folder import Metric, RunFolder, best_step
+from justforward.folder import Metric, RunFolder
 from justforward.gauge import gauge, set_eps, settled
 from justforward.guard import (
     MOST_REWINDS,
@@ -34,7 +34,7 @@ from justforward.keeping import left_for, step_kept, worth_of
 from justforward.lines import Lines
 from justforward.models import load_model
 from justforward.ondisk import keep_on_disk
-from justforward.outcome import Interrupted, Result, chosen_by, figures, tested, turning
+from justforward.outcome import Interrupted, Result, best_due, chosen_by, figures, tested, turning
 from justforward.playback import fingerprint
 from justforward.prepare import Stop, check_model, keep_environment, stop_reason
 from justforward.progress import Progress
@@ -283,8 +283,8 @@ class Session:
             except NonFiniteLoss as error:
                 if not self._may_rewind():
                     raise
-                best = best_step(self.lines.validations, self.steps) or {"step": 0}
-                self._rewind(self.guard.best() or best["step"], str(error))
+                best = best_due(self.config, self.lines.validations, self.steps, self.parts)
+                self._rewind(self.guard.best() or (best["step"] if best else 0), str(error))
                 continue
             self.progress.step(self.forwards, loss)
             self._tell_stillness(loss)
@@ -376,7 +376,7 @@ class Session:
             spent = self.forwards + self.depth.cost(self.config, self.lines.all)
             if self._reason() != "flat" or spent >= self.config.max_forwards:
                 return False
-            best = best_step(self.lines.validations, self.steps)
+            best = best_due(self.config, self.lines.validations, self.steps, self.parts)
             if best is not None and best["step"] < self.steps:
                 self._rewind(best["step"], "validation is flat", flat=True)
         self._choose_part(self.depth)
