@@ -171,6 +171,18 @@ def test_validations_are_not_after_every_few_steps(start: Any, forwards: int, ev
         ({"template": "It was"}, "shows no field"),
         ({"template": "{text!r}"}, "is not a plain field"),
         ({"template": "{label}"}, "'label' is the label"),
+        ({"sample_schedule": "linear"}, "--sample-schedule is 'linear'.*--num-samples, which is 1"),
+        ({"cache": "c", "reuse": False}, "--cache is 'c': it keeps what --reuse gives"),
+        ({"keep_snapshots": 5}, "--keep-snapshots is 5: there are none without --snapshot-every"),
+        ({"temperature": 0.5}, "--temperature is 0.5: it is for an --objective on texts"),
+        (
+            {"temperature": 0.5, "objective": "accuracy"},
+            "--temperature is 0.5: it is for an --object",
+        ),
+        (
+            {"task": "sst2", "template": None, "labels": None, "label_field": "y"},
+            "--label-field is 'y': task 'sst2' says itself",
+        ),
     ],
 )
 def test_resolved_refuses(values: dict[str, Any], said: str) -> None:
@@ -265,7 +277,7 @@ def test_limits_may_change() -> None:
     old = resolved(config(lr_schedule="constant"))
     check_same(old, replace(old, max_minutes=1.0, target_accuracy=0.5, threads=1, out="o"), "run")
     check_same(old, replace(old, max_forwards=1000), "run")  # no schedule depends on it
-    linear = resolved(config(lr_schedule="constant", sample_schedule="linear"))
+    linear = resolved(config(lr_schedule="constant", sample_schedule="linear", num_samples=2))
     with pytest.raises(UserError, match=r"max-forwards.*, which sets the schedules"):
         check_same(linear, replace(linear, max_forwards=1000), "run")
 

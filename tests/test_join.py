@@ -81,6 +81,42 @@ def test_join_and_replay(
     assert "(each worker's own)" in capsys.readouterr().out
 
 
+def test_no_row_of_a_hub_is_taken_for_held_out(
+    tmp_path: Path,
+    model_folder: Path,
+    sentiment_csv: Path,
+    key: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, others = tmp_path / "run", tmp_path / "others.csv"
+    with running(run, model=str(model_folder), **OPTIONS) as hub:
+        assert join(hub, key, model_folder, sentiment_csv) == 0
+    close_all()
+    others.write_text(
+        "text,label\n" + "".join(f"another {i},{['neg', 'pos'][i % 2]}\n" for i in range(8))
+    )
+    capsys.readouterr()
+
+    def said(*given: str, code: int = 2) -> str:
+        assert main(list(given)) == code, given
+        return " ".join(capsys.readouterr().err.split())
+
+    score = ["eval", f"--run={run}"]
+    assert "was a hub's run, whose workers have the rows: give rows to score with --data" in said(
+        *score
+    )
+    trained_on = f"--data={sentiment_csv}"
+    assert "workers were trained on all of its rows: give others" in said(*score, trained_on)
+    assert "--split is 'test': the run was a hub's" in said(*score, trained_on, "--split=test")
+    for rows in (trained_on, f"--data={others}"):
+        told = said(*score, rows, *([] if rows != trained_on else ["--split=all"]), code=0)
+        assert "which rows its workers were trained on is not known here" in told
+    before = (run / "config.yaml").read_bytes()
+    for more in ([], [trained_on]):
+        assert "is a hub's run" in said("train", "--resume", f"--out={run}", *more)
+    assert (run / "config.yaml").read_bytes() == before
+
+
 def test_what_differs_is_named(
     tmp_path: Path,
     model_folder: Path,

@@ -103,6 +103,16 @@ def test_values_by_hand(kind: str, name: str, told: list[str], values: list[floa
     assert objective.score(rows(kind, 4), told) == pytest.approx(sum(values) / 4)
 
 
+@pytest.mark.parametrize("name", ["f1", "f1_macro", "matthews", "accuracy"])
+def test_a_metric_need_not_be_one_that_the_task_reports(name: str) -> None:
+    told = ["pos", "pos", "neg", "neg"]
+    bare = Objective(name, replace(CLASSES, metrics=("accuracy",)))
+    reported = Objective(name, replace(CLASSES, metrics=(name,)))
+    assert bare.score(rows("classification", 4), told) == reported.score(
+        rows("classification", 4), told
+    )
+
+
 def test_f1_is_of_the_whole_batch() -> None:
     objective = Objective("f1", CLASSES)
     values = objective.values(rows("classification", 4), ["pos", "pos", "neg", "neg"])

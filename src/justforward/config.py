@@ -22,6 +22,7 @@ Tuner = Literal["full", "lora", "prefix", "prompt", "head"]
 Start = Literal["auto", "base", "probe", "deep", "last"]
 PROBED = ("probe", "deep")  # the head starts as a probe of training rows
 FITTED = (*PROBED, "last")  # something is fitted to training rows before the first step
+WORKERS = "(each worker's own)"  # what a hub's config says of its data
 Prompting = Literal["both", "with", "without"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["int8", "bnb8", "bnb4", "gguf"]

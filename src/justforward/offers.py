@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from justforward.config import (
+    WORKERS,
     Dtype,
     Looks,
     Quantize,
@@ -18,7 +19,6 @@ from justforward.errors import UserError
 from justforward.settings import check_same, resolved
 from justforward.tasks import Loss, Truncation
 
-WORKERS = "(each worker's own)"  # what a hub's config says of its data
 CLIPPED = 10.0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from justforward.adapters import base_of, load_adapter
-from justforward.config import EvalConfig, ReplayConfig, TrainConfig
+from justforward.config import WORKERS, EvalConfig, ReplayConfig, TrainConfig
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
@@ -85,6 +85,10 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
         _offload(model, folder, config.offload)
         replay_log(model, folder.log, step, Snapshots(folder.snapshots, note))
     note(f"scoring {len(rows)} rows of {data} ({_SPLITS[split]})")
+    if split == "all" and run is not None and run.data == WORKERS:
+        note(
+            "note: which rows its workers were trained on is not known here: these may be among them"
+        )
     if dropped:
         note(f"{dropped} rows left out: the run was trained or validated on them")
     found = scorer.evaluate(rows, config.batch_size)
@@ -145,6 +149,10 @@ def _inputs(
         template = choose("template") if template is None else template
         labels = choose("labels") if labels is None else labels
     needed = {"model": choose("model"), "data": choose("data")}
+    if needed["data"] == WORKERS:
+        raise UserError(
+            f"{config.run} was a hub's run, whose workers have the rows: give rows to score with --data"
+        )
     if name is None:
         needed |= {"template": template, "labels": labels}
     for option, value in needed.items():
@@ -169,7 +177,7 @@ def _inputs(
         base or choose("model"),
         template,
         labels,
-        label_field=choose("label_field") or "label",
+        label_field=(config.label_field if name else choose("label_field")) or "label",
         truncation=choose("truncation") or "right",
         loss=choose("loss"),
     )
@@ -192,7 +200,21 @@ def _rows(
         if config.split not in (None, "all"):
             raise UserError(f"--split is {config.split!r}: splits are a run's: give --run")
         return "all", examples, 0
-    if digest == folder.read_environment()["data_sha256"]:
+    held = digest == folder.read_environment()["data_sha256"]
+    if run.data == WORKERS:  # which has set none aside
+        if config.split not in (None, "all"):
+            raise UserError(
+                f"--split is {config.split!r}: the run was a hub's, whose workers train on all of their rows: leave it out"
+            )
+        if held and config.split is None:
+            raise UserError(
+                f"{data}: the run's workers were trained on all of its rows: give others, or --split all to score these all "
+                "the same"
+            )
+        if isinstance(found, Published) and config.split is None:
+            return "task", scored_rows(found), 0
+        return "all", examples, 0
+    if held:
         split = config.split or "test"
         if split == "all":
             return split, examples, 0

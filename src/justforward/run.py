@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 
 from justforward.budget import with_delta
-from justforward.config import TrainConfig
+from justforward.config import WORKERS, TrainConfig
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
 from justforward.folder import Metric, RunFolder, check_new
@@ -71,6 +71,10 @@ def _open(config: TrainConfig, progress: Progress, team: Team) -> Session | Resu
     if config.resume:
         folder.check_run()
         old = folder.read_config()
+        if old.data == WORKERS:
+            raise UserError(
+                f"{folder.path}: is a hub's run, whose workers have the rows: continue it with serve --resume"
+            )
         filled = {
             name: getattr(old, name)
             for name in (

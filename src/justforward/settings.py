@@ -73,9 +73,14 @@ def make_task(
     """A declared task with template and labels of one's own where they are given, or one made of these alone.
 
     Raises:
-        UserError: as `Task` and `catalog.load`; or there is neither a name nor both of template and labels.
+        UserError: as `Task` and `catalog.load`; or there is neither a name nor both of template and labels, or a name and
+            a column of labels, which a declared task has of its own.
     """
     words = labels_of(labels) if labels else None
+    if name is not None and label_field != "label":
+        raise UserError(
+            f"--label-field is {label_field!r}: task {name!r} says itself where its labels are: leave it out"
+        )
     if name is not None:
         return catalog.load(name).task_for(
             catalog.kind_of(model),
@@ -147,6 +152,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
         raise UserError(
             f"--max-forwards is {config.max_forwards}: one step takes {first} forwards: give at least that"
         )
+    _check_of_use(config)
     if config.task is None and config.shots is not None:
         raise UserError(
             f"--shots is {config.shots}: it is for the rows of a --task: give --train-size"
@@ -154,6 +160,11 @@ def resolved(config: TrainConfig) -> TrainConfig:
     config = _privately(config)
     _check_gauge(config)
     task = task_of(config)
+    if config.temperature and (config.objective == "loss" or task.kind != "generation"):
+        raise UserError(
+            f"--temperature is {config.temperature}: it is for an --objective on texts that the model writes, and no step "
+            "has it write any: leave it out"
+        )
     whole = config.tuner in ("full", "head")
     if config.start in PROBED and (not whole or task.kind != "classification"):
         what = f"a task of kind {task.kind!r}" if whole else f"--tuner {config.tuner}"
@@ -203,6 +214,27 @@ def resolved(config: TrainConfig) -> TrainConfig:
         or (None if start == "auto" else eval_every_of(start, config.max_forwards)),
         split_seed=config.seed if config.split_seed is None else config.split_seed,
     )
+
+
+def _check_of_use(config: TrainConfig) -> None:
+    """Refuse what would change nothing, since something else is not as it has to be for that.
+
+    Raises:
+        UserError: naming both.
+    """
+    if config.sample_schedule != "constant" and config.num_samples == 1:
+        raise UserError(
+            f"--sample-schedule is {config.sample_schedule!r}: it goes from 1 to --num-samples, which is 1: give more, or "
+            "leave it out"
+        )
+    if config.cache is not None and not config.reuse:
+        raise UserError(
+            f"--cache is {config.cache!r}: it keeps what --reuse gives, and that is off: leave one of them out"
+        )
+    if config.keep_snapshots != TrainConfig.keep_snapshots and config.snapshot_every is None:
+        raise UserError(
+            f"--keep-snapshots is {config.keep_snapshots}: there are none without --snapshot-every: give that, or leave it out"
+        )
 
 
 def _check_parts(config: TrainConfig) -> None:
