@@ -82,6 +82,7 @@ def test_numbers_out_of_range_and_a_library_that_is_missing(
         ("rate", 0.0),
         ("rate", 1.1),
         ("answers", -1),
+        ("answers", 1.5),
         ("delta", 0.0),
         ("delta", 1.0),
         ("delta", math.nan),

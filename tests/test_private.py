@@ -343,6 +343,8 @@ def test_workers_would_exchange_what_has_no_noise() -> None:
         ({"noise_multiplier": math.nan}, "noise_multiplier is nan"),
         ({"clip": 0.0}, r"clip is 0\.0: it must be positive"),
         ({"clip": math.inf}, "clip is inf: it must be positive"),
+        ({"noise_multiplier": "1"}, "noise_multiplier is '1'"),
+        ({"clip": "1"}, "clip is '1'"),
     ],
 )
 def test_numbers_out_of_range(values: dict[str, Any], said: str) -> None:

@@ -136,6 +136,16 @@ HEAD = header(groups=2, rule_state=1)
 # ------------------------------------------------------------------------------------------ numbers
 
 
+def test_steps_are_the_same_by_what_a_log_says_of_them() -> None:
+    one = Step(3, (1.0,), rule_state=(2.0,), loss=float("nan"))
+    assert (
+        one
+        == Step(3, (1.0,), rule_state=(2.0,), loss=float("nan"))
+        == Step(3, (1.0,), rule_state=(2.0,), loss=1.0)
+    )
+    assert one != Step(3, (1.5,), rule_state=(2.0,))
+
+
 @given(x=st.floats(-(2.0**127), 2.0**127, width=32))
 @example(x=1.5 * 2.0**-143)
 @example(x=-0.0)

@@ -384,6 +384,7 @@ def test_a_message_has_64_bytes_and_4_a_row_at_most(
         ({"populations": 2}, None),
         ({"populations": 1.5}, "populations is 1.5"),
         ({"timeout": 0.0}, "timeout is 0.0: it must be positive"),
+        ({"timeout": "5"}, "timeout is '5': it must be positive"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], said: str | None) -> None:
@@ -399,6 +400,9 @@ def test_batches_that_do_not_fit() -> None:
         jf.UserError, match="the batch has 7 rows, and worker 0 has rows 0 to 7 of 8"
     ):
         workers.step(losses(net), batch(0), of=8)
+    for of in (0, -1, "4", 2.0):
+        with pytest.raises(jf.UserError, match=r"of is .*: it must be a whole number from 1"):
+            workers.step(losses(net), batch(0), of=of)  # type: ignore[arg-type]
     with pytest.raises(jf.UserError, match=r"first axes are \[2, 3\]"):
         workers.step(losses(net), [torch.zeros(2), torch.zeros(3)])
 

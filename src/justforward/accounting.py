@@ -116,7 +116,7 @@ def _check(noise: float, rate: float, answers: int, delta: float) -> None:
             f"{LEAST_NOISE} to {MOST_NOISE:g}",
         ),
         ("rate", rate, 0.0 < rate <= 1.0, "above 0 and at most 1"),
-        ("answers", answers, answers >= 0, "a whole number from 0"),
+        ("answers", answers, isinstance(answers, int) and answers >= 0, "a whole number from 0"),
         ("delta", delta, 0.0 < delta < 1.0, "between 0 and 1"),
     ):
         if not good:

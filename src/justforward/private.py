@@ -72,12 +72,13 @@ class Private:
                 raise UserError(
                     f"private: {name} is {number!r}: it must be a whole number, 1 to {most}"
                 )
-        if not LEAST_NOISE <= noise_multiplier <= MOST_NOISE:
+        real = isinstance(noise_multiplier, int | float)
+        if not real or not LEAST_NOISE <= noise_multiplier <= MOST_NOISE:
             raise UserError(
                 f"private: noise_multiplier is {noise_multiplier!r}: it must be {LEAST_NOISE} to {MOST_NOISE:g}; "
                 "less protects nobody"
             )
-        if clip is not None and not 1e-30 <= clip <= 1e30:
+        if clip is not None and not (isinstance(clip, int | float) and 1e-30 <= clip <= 1e30):
             raise UserError(f"private: clip is {clip!r}: it must be positive, 1e-30 to 1e30")
         self.rows, self.batch_size = rows, batch_size
         self.noise_multiplier, self.clip = float(noise_multiplier), clip

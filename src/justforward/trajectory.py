@@ -25,7 +25,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Step:
     scales: tuple[float, ...] = (1.0,)
     decays: tuple[float, ...] = (0.0,)
     rule_state: tuple[float, ...] = ()
-    loss: float = math.nan
+    loss: float = field(default=math.nan, compare=False)  # a NaN is unequal to itself
     projected_grads: tuple[float, ...] = ()
     forwards: int = 0
     norms: tuple[float, ...] = ()

@@ -97,7 +97,7 @@ class Workers:
             raise UserError(
                 f"populations is {populations}, with {self.size} workers: their number must be a multiple of it"
             )
-        if not timeout > 0.0:
+        if not isinstance(timeout, int | float) or not timeout > 0.0:
             raise UserError(f"timeout is {timeout!r}: it must be positive, in seconds")
         self._rows_at_once, self._populations = rows_at_once, populations
         self._check_every = check_every if self.size > 1 else 0
@@ -157,6 +157,10 @@ class Workers:
             NonFiniteLoss: in all workers, if it was in one. The weights are as before.
             UserError: a worker is gone, silent, has failed or differs, naming it; or as `MeZO.look`.
         """
+        if of is not None and (not isinstance(of, int) or of < 1):
+            raise UserError(
+                f"of is {of!r}: it must be a whole number from 1, the rows of the batch"
+            )
         with Shield() as shield:
             step = self._together(partial(shield.call, loss_fn), batch, of)
             self.opt.apply(step)
