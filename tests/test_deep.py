@@ -204,7 +204,7 @@ def config(tmp_path: Path, model_folder: Path, sentiment_csv: Path) -> TrainConf
     [
         ({"tuner": "head", "layers": None}, "writes to the upper layers .* and this is --tuner head"),
         ({"tune": "mlp"}, "and this is --tune 'mlp'"),
-        ({"tuner": "lora"}, "it fits the output head .* and this is --tuner lora"),
+        ({"tuner": "prefix", "layers": None}, "it fits the output head .* and this is --tuner prefix"),
     ],
 )  # fmt: skip
 def test_what_it_does_not_go_with(config: TrainConfig, options: Any, said: str) -> None:

@@ -178,7 +178,9 @@ def test_where_a_probe_cannot_be_the_base_starts(config: TrainConfig, options: A
     assert (kept.start, kept.probe_rows, kept.layers) == ("base", None, None)
 
 
-@pytest.mark.parametrize("options", [{"tuner": "lora"}, {"tune": "mlp"}])
+@pytest.mark.parametrize(
+    "options", [{"tuner": "prefix"}, {"tuner": "lora", "tune": "lora_A"}, {"tune": "mlp"}]
+)
 def test_what_is_asked_for_by_name_starts_from_the_base(config: TrainConfig, options: Any) -> None:
     assert resolved(replace(config, **options)).start == "base"
 

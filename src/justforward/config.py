@@ -77,12 +77,12 @@ class TrainConfig:
         rows_at_once: rows of a step that go through the model at once: fewer take less memory, and where it is given no bit of a step depends on how many processes there are (default all; with torchrun 1, where more are faster as long as there are enough parts for all).
         seed: of the directions and the order of the rows.
         tuner: what is tuned: the whole model (full), low-rank additions (lora), keys and values before the text (prefix), embeddings before it (prompt), the output head (head).
-        start: with --tuner head or full: the output head from the base model, or from a linear probe of training rows (probe), or with full one of all that the upper layers compute, written into them (deep); for answers that are written, with full, the last layer's last linear map fitted to their tokens (last); auto: last or deep, probe or base, the first that task and model allow.
+        start: with --tuner head, full or lora: the output head from the base model, or from a linear probe of training rows (probe), or with full or lora one of all that the upper layers compute, written into them (deep); for answers that are written, with full, the last layer's last linear map fitted to their tokens (last); auto: last or deep, probe or base, the first that task and model allow.
         probe_rows: rows that the probe, or the last map, is fitted on (default half of what max_forwards reads, up to 512, or a quarter if that is more; all if there are fewer).
         layers: the last layers are tuned and what is behind them, this share of all (default all, or where a whole model starts fitted to training rows a third, and a head that is a probe stays); auto: one third of the layers after the other, chosen by looks, another when validation is flat.
         lora_rank: rank of the additions.
         lora_alpha: their scale: alpha / sqrt(rank), which makes a look equally strong for every rank.
-        lora_targets: regular expression; linear maps whose name it finds get LoRA (default the attention's queries and values).
+        lora_targets: regular expression; linear maps whose name it finds get LoRA (default the attention's queries and values, with a deep start what writes to the residual stream, too).
         prefix_length: tokens of the prefix; it takes that much of the model's context.
         prompt_length: tokens of the prompt; likewise.
         tune: regular expression; of the tuner's parameters those whose name it finds are tuned (default all).

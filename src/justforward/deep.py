@@ -144,10 +144,22 @@ def silent_directions(stream: Stream, norm: Norm, seen: Features, count: int) ->
     """[hidden, count], orthonormal: where the stream holds little and the upper layers read little.
 
     Args:
+        stream, norm, seen: as for `loudness`.
+        count: how many.
+    """
+    vectors: Tensor = torch.linalg.eigh(loudness(stream, norm, seen))[1]
+    return vectors[:, :count].float().contiguous()
+
+
+@torch.no_grad()
+def loudness(stream: Stream, norm: Norm, seen: Features, heard: float = READ) -> Tensor:
+    """[hidden, hidden] float64, positive: of a direction, how much the stream holds there and how strongly it is read.
+
+    Args:
         stream: the upper layers.
         norm: what is behind them.
         seen: of some rows, what leaves each of these layers.
-        count: how many.
+        heard: how much being read counts, against what is held.
     """
     width = seen.features.shape[1]
     held = torch.zeros(width, width)
@@ -159,11 +171,10 @@ def silent_directions(stream: Stream, norm: Norm, seen: Features, count: int) ->
         for linear in maps:
             weight = matrix_of(linear).float().cpu() * scale.cpu()
             read += weight.T @ weight / len(weight)
-    total = held / held.trace() + READ * read / read.trace().clamp_min(1e-12)
+    total = held / held.trace() + heard * read / read.trace().clamp_min(1e-12)
     if norm.centred:  # the mean is taken off what is written there
         total += 1.0 / width
-    vectors: Tensor = torch.linalg.eigh(total.double())[1]
-    return vectors[:, :count].float().contiguous()
+    return total.double()
 
 
 def _safe(scale: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ def _open(config: TrainConfig, progress: Progress, team: Team) -> Session | Resu
                 "validation_size",
                 "probe_rows",
                 "layers",
+                "lora_targets",
                 "start",
                 "target_delta",
                 "backoff",

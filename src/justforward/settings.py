@@ -166,14 +166,15 @@ def resolved(config: TrainConfig) -> TrainConfig:
             "has it write any: leave it out"
         )
     whole = config.tuner in ("full", "head")
-    if config.start in PROBED and (not whole or task.kind != "classification"):
-        what = f"a task of kind {task.kind!r}" if whole else f"--tuner {config.tuner}"
+    able = whole or (config.tuner, config.start) == ("lora", "deep")
+    if config.start in PROBED and (not able or task.kind != "classification"):
+        what = f"a task of kind {task.kind!r}" if able else f"--tuner {config.tuner}"
         raise UserError(
             f"--start is {config.start!r}: it fits the output head (--tuner head or full) to labels that rows share, and this is "
             f"{what}: leave it out"
         )
-    if config.start == "deep" and (config.tuner != "full" or config.tune is not None):
-        what = "--tuner head" if config.tuner != "full" else f"--tune {config.tune!r}"
+    if config.start == "deep" and (config.tuner == "head" or config.tune is not None):
+        what = "--tuner head" if config.tuner == "head" else f"--tune {config.tune!r}"
         raise UserError(
             f"--start is 'deep': it writes to the upper layers (--layers says to how many), and this is {what}: "
             "choose --start probe"
@@ -188,7 +189,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
                 "leave it out"
             )
     start = config.start
-    fits = {"classification": whole, "generation": config.tuner == "full"}.get(task.kind, False)
+    tuners = {"classification": ("full", "head", "lora"), "generation": ("full",)}
+    fits = config.tuner in tuners.get(task.kind, ())
     if start == "auto" and (not fits or config.tune is not None):
         start = "base"
     if config.probe_rows is not None and start == "base":

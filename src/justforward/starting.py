@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from justforward.added import added_hindrance, start_added, written_by
 from justforward.config import PROBED, Layers, TrainConfig
 from justforward.data import Example, Splits
 from justforward.deep import MOST_ROWS, deep_hindrance, start_deep
@@ -23,6 +24,7 @@ from justforward.prepare import choose_tuned
 from justforward.settings import eval_every_of, task_of
 from justforward.spared import Spared
 from justforward.trunk import rest_below, stack_of
+from justforward.tuners import find_targets
 
 THIRD = 0.333  # of the layers are tuned behind what was fitted
 
@@ -78,9 +80,9 @@ def decided_start(
     count = given or min(len(train), share_of(config.max_forwards * config.batch_size))
     layers = config.layers
     one_stack = stack_of(scorer.model) is not None
-    if config.tuner == "full" and config.tune is None and layers is None and one_stack:
+    if config.tuner in ("full", "lora") and config.tune is None and layers is None and one_stack:
         layers = THIRD
-    start = config.start
+    start, lora = config.start, config.tuner == "lora"
     if task_of(config).kind == "generation":
         why = last_hindrance(scorer, train[0])
         if why is not None and start == "last":
@@ -95,22 +97,55 @@ def decided_start(
         if why is not None and start == "deep":
             raise UserError(f"--start is 'deep': {why}: choose --start base")
         if why is not None:
-            note(f"the head starts as the base has it, not as a linear probe: {why}")
+            what = "LoRA starts at nothing" if lora else "head starts as the base has it"
+            note(f"the {what}, not as a linear probe: {why}")
             return replace(config, start="base", probe_rows=None)
         if start == "auto":
-            start = "deep" if config.tuner == "full" and layers is not None else "probe"
+            deep = lora or (config.tuner == "full" and layers is not None)
+            start = "deep" if deep else "probe"
     if start == "deep":
         count = count if given else min(count, MOST_ROWS)
-        why = deep_hindrance(scorer, train[0], share_fitted(layers))
+        share = share_fitted(layers)
+        if lora:
+            targets, why = _targets(config, scorer, train[0], share)
+            config = replace(config, lora_targets=targets)
+        else:
+            why = deep_hindrance(scorer, train[0], share)
         if why is None and count > MOST_ROWS:
             why = f"{count} rows are more than the {MOST_ROWS} that it can be fitted on"
         if why is not None and config.start == "deep":
-            raise UserError(f"--start is 'deep': {why}: choose --start probe")
+            raise UserError(
+                f"--start is 'deep': {why}: choose --start {'base' if lora else 'probe'}"
+            )
+        if why is not None and lora:
+            note(f"the LoRA starts at nothing, not as a probe of the upper layers: {why}")
+            return replace(config, start="base", probe_rows=None)
         if why is not None:
             note(f"the head alone starts as a linear probe, not the upper layers, too: {why}")
             start = "probe"
     rows = rows_to_fit(train, count, config.batch_size, config.seed)
     return replace(config, start=start, probe_rows=given or len(rows), layers=layers)
+
+
+def _targets(
+    config: TrainConfig, scorer: Scorer, row: Example, share: float
+) -> tuple[str | None, str | None]:
+    """What --lora-targets comes to where LoRA starts as a probe: with the maps that write it; and why it cannot start so."""
+    given = config.lora_targets
+    why = added_hindrance(scorer, row, share, config.lora_rank)
+    if why is not None:
+        return given, why
+    ends = {name.split(".")[-1] for name in find_targets(scorer.model, given)}
+    writers = written_by(scorer, row, share)
+    missing = [name for name in writers if name not in ends]
+    if given is not None:
+        said = (
+            f"--lora-targets leaves out {missing[0]}, which writes to the residual stream"
+            if missing
+            else None
+        )
+        return given, said
+    return rf"\.({'|'.join(sorted({*ends, *writers}))})$", None
 
 
 def share_fitted(layers: Layers | None) -> float:
@@ -131,8 +166,8 @@ def begin(
     spared: Spared,
     or_base: bool,
 ) -> dict[str, Tensor]:
-    """Fit the output head's rows of the label words to training rows (`start_head`), or upper layers, too (`start_deep`);
-    or the last map to answers that are written (`start_last`).
+    """Fit the output head's rows of the label words to training rows (`start_head`), or upper layers, too (`start_deep`), or their
+    LoRA alone (`start_added`); or the last map to answers that are written (`start_last`).
 
     Each training row is seen once here, in batches, which is faster than text by text as the trunk is run; it is run so
     where its outputs are kept for other runs.
@@ -168,17 +203,20 @@ def begin(
         note(f"fitting a linear probe on the hidden states of {len(rows)} rows")
         if config.start == "deep":
             assert config.layers is not None
-            found = start_deep(
-                scorer, rows, splits.validation, size, share_fitted(config.layers), inside, or_base
-            )
+            make = start_added if config.tuner == "lora" else start_deep
+            share = share_fitted(config.layers)
+            found = make(scorer, rows, splits.validation, size, share, inside, or_base)
         else:
             found = start_head(scorer, rows, splits.validation, size, inside, or_base)
+    lora = config.tuner == "lora"
     if found.kept:
         note(
-            f"the head stays as it is, which is better: validation accuracy {found.accuracy:.1%}, {found.forwards} forwards"
+            f"the {'model' if lora else 'head'} stays as it is, which is better: validation accuracy {found.accuracy:.1%}, "
+            f"{found.forwards} forwards"
         )
         return found.rows
     what = "head and upper layers start" if "to" in found.rows else "the head starts"
+    what = "the LoRA starts" if lora else what
     note(
         f"{what} as a linear probe: C = {found.probe.c:g}, validation accuracy {found.accuracy:.1%}, "
         f"{found.forwards} forwards"

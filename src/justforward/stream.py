@@ -65,7 +65,10 @@ def find_stream(model: nn.Module, ids: Tensor, share: float) -> Stream | None:
     if stack is None:
         return None
     layers = list(stack)[first_above(stack, share) :]
-    maps = [[m for m in layer.modules() if _is_linear(m)] for layer in layers]
+    maps = [
+        [m for name, m in layer.named_modules() if _is_linear(m) and ".lora_" not in name]
+        for layer in layers
+    ]
     enters: dict[int, Tensor] = {}
     leaves: dict[int, Tensor] = {}
     with ExitStack() as hooks:
@@ -85,13 +88,18 @@ def find_stream(model: nn.Module, ids: Tensor, share: float) -> Stream | None:
         if found is None:
             return None
         writers |= {names[id(module)]: module for module in found}
-        others = [m for m in linear if m not in found and matrix_of(m).shape[1] == width]
+        others = [m for m in linear if m not in found and _inputs(m) == width]
         readers.append((others, _scale_before(layer, width)))
     return Stream(layers, writers, readers)
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or _is_transposed(module)
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _inputs(linear: Any) -> int:
+    """How many a linear map has, however its matrix is kept."""
+    return int(linear.nx if _is_transposed(linear) else linear.in_features)
 
 
 @contextmanager
@@ -205,7 +213,11 @@ def writing_too(
     """
 
     def adds(v: Tensor) -> Any:
-        return lambda module, args, output: output + (args[0] @ v.T) @ to.T
+        def added(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            said: Tensor = (args[0] @ v.T.to(args[0])) @ to.T.to(args[0])
+            return output + said
+
+        return added
 
     handles = [writers[name].register_forward_hook(adds(v)) for name, v in what.items()]
     try:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from justforward import noise
+from justforward import lowrank, noise
 from justforward.config import FITTED, PROBED, TrainConfig
 from justforward.errors import UserError
 from justforward.folder import write_whole
@@ -66,7 +65,7 @@ def attach(
             came from training rows.
     """
     if config.tuner == "lora":
-        return _lora(model, config)
+        return _lora(model, config, start)
     if config.tuner in ("prefix", "prompt") and is_seq2seq(model):
         raise UserError(
             f"--tuner is {config.tuner!r}: a {model.config.model_type} model is an encoder-decoder, and a {config.tuner} "
@@ -82,18 +81,23 @@ def attach(
             mine = {id(parameter) for parameter in head.parameters()}
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in mine)
-    if config.start in FITTED and start is not None:
-        if not start.exists():
-            raise UserError(
-                f"{start}: is missing: the run started from what was fitted to training rows, which is kept there: copy it "
-                "again"
-            )
-        tensors = _read_start(start, "copy it again")
+    if start is not None and (tensors := _fitted(config, start)):
         if config.start in PROBED:
             _check_rows(tensors, model, start)
             put_rows(model, tensors)
         _write_maps(model, tensors, start)
     return model
+
+
+def _fitted(config: TrainConfig, start: Path | None) -> dict[str, Tensor]:
+    """What was fitted to training rows, of a run that has begun with that."""
+    if config.start not in FITTED or start is None:
+        return {}
+    if not start.exists():
+        raise UserError(
+            f"{start}: is missing: the run started from what was fitted to training rows, which is kept there: copy it again"
+        )
+    return _read_start(start, "copy it again")
 
 
 def keep_start(
@@ -141,7 +145,7 @@ def _wrapped(model: PreTrainedModel, settings: Any) -> Any:
 # ------------------------------------------------------------------------------------------- LoRA
 
 
-def _lora(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
+def _lora(model: PreTrainedModel, config: TrainConfig, start: Path | None) -> PreTrainedModel:
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
@@ -159,19 +163,11 @@ def _lora(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
         task_type=_task_type(model),
     )
     tuned = _wrapped(model, settings)
-    layers = [module for module in tuned.modules() if hasattr(module, "lora_A")]
-    for stream, layer in enumerate(layers):
-        _start_lora(layer.lora_A["default"].weight, layer.lora_B["default"].weight, config, stream)
+    lowrank.draw(tuned, config.seed)
+    if tensors := _fitted(config, start):
+        lowrank.put(tuned, tensors, start)
     whole: PreTrainedModel = tuned
     return whole
-
-
-@torch.no_grad()
-def _start_lora(a: Tensor, b: Tensor, config: TrainConfig, stream: int) -> None:
-    """A normal with the variance that LoRA is usually started with, 1 / (3 inputs); B = 0."""
-    z = noise.normal(config.seed, stream, 0, a.numel()).view(a.shape)
-    a.copy_(z.mul_(1.0 / math.sqrt(3.0 * a.shape[1])))
-    b.zero_()
 
 
 def find_targets(model: PreTrainedModel, pattern: str | None) -> list[str]:
