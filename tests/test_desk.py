@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import justforward
 from justforward import Sight, UserError, fingerprint, read_log, replay
 from justforward.desk import Desk, Reply, Waiting
-from justforward.line import Line, SessionLost, greet
+from justforward.line import HubGone, Line, SessionLost, greet
 from justforward.serve import open_run
 from justforward.wire import REPLAY, Order, Turn, seal, zipped
 from justforward.worker import joined
@@ -482,6 +482,72 @@ def test_a_hub_that_is_not_there() -> None:
     ):
         Line(Down(), KEY, 2.0, notes.append).open()
     assert notes == ["the hub does not answer: waiting for it"]
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_proxy_that_says_later_is_asked_again(
+    tmp_path: Path, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("justforward.line.time.sleep", lambda seconds: None)
+
+    class Proxy(DeskLink):
+        """Every third message meets a hub that is away."""
+
+        def post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
+            if len(self.sent) % 3 == 2:
+                self.sent.append((kind, raw))
+                return status, b"<html>Bad Gateway</html>"
+            return super().post(kind, raw)
+
+    desk = open_desk(tmp_path / "run")
+    made, own, log = worker(Proxy(desk))
+    assert made.run(log) == desk.conductor.steps == 20
+    fresh = Party({"config": desk.conductor.info()["config"], "private": False}).model
+    replay(fresh, desk.conductor.folder.log)
+    assert fingerprint(fresh) == fingerprint(own.model)
+
+
+@pytest.mark.parametrize("status", [200, 400, 404, 409, 413])
+def test_what_is_said_without_the_proof_and_not_for_later_is_an_error(
+    tmp_path: Path, status: int
+) -> None:
+    class Proxy(DeskLink):
+        def post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
+            return (status, b"<html>") if kind == "run" else super().post(kind, raw)
+
+    with pytest.raises(UserError, match=f"not the proof of the key .status {status}."):
+        greet(Line(Proxy(open_desk(tmp_path / "run")), KEY, 5.0))
+
+
+def test_a_proxy_whose_hub_stays_away_is_named_with_what_it_says() -> None:
+    class Proxy(Down):
+        def post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
+            return 502, b"Bad Gateway"
+
+    with pytest.raises(HubGone, match=r"does not answer .status 502: Bad Gateway., for 0 s now"):
+        Line(Proxy(), KEY, 0.0).open()
+
+
+@pytest.mark.parametrize("before", ["run", "log", "join"])
+def test_a_hub_that_is_started_anew_while_a_worker_begins(tmp_path: Path, before: str) -> None:
+    """The model is loaded once."""
+    desk = open_desk(tmp_path / "run")
+    ask(desk, "first")
+
+    class Restarted(DeskLink):
+        def post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
+            if kind == before and self.desk is desk:
+                kill(self.desk)
+                self.desk = open_desk(tmp_path / "run", resume=True)
+            return super().post(kind, raw)
+
+    link = Restarted(desk)
+    made, own, log = worker(link)
+    built: list[bool] = []
+    made._build = lambda path, resume: built.append(resume) or own.build(path, resume)
+    assert made.run(log) == 20
+    assert link.desk is not desk
+    assert built == [True]
 
 
 def test_what_answers_is_no_hub() -> None:

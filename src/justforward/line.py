@@ -22,10 +22,15 @@ from justforward.wire import PROOF, PROTOCOL, SESSION, seal, unseal_reply
 
 PATIENCE = 40.0  # seconds that a reply may take; the hub keeps nobody waiting for longer than 10
 _POLL = 0.05
+_GREETINGS = 3  # the hub may be started anew in between
 
 
 class Unreachable(Exception):
     """The hub is not there; it may be, later."""
+
+
+class HubGone(UserError):
+    """The hub has not answered for as long as it was to be waited for."""
 
 
 class SessionLost(Exception):
@@ -156,15 +161,12 @@ class Line:
         """Begin a session.
 
         Raises:
-            UserError: what answers is no hub, or of another run than before, or nothing answers.
+            UserError: what answers is no hub, or of another run than before.
+            HubGone: nothing answers.
         """
-        status, body = self._post("hello", b"")
+        status, body = self._post("hello", b"", lambda status, body: status == 200)
         if status != 200 or len(body) != 16 + SESSION:
-            raise UserError(
-                "what answers there is no hub of this version: check the address"
-                if status != 503
-                else "the hub has too many connections: try again later"
-            )
+            raise UserError("what answers there is no hub of this version: check the address")
         if self._run and body[:16] != self._run:
             raise UserError("the hub there has another run now: join that one from the start")
         self._run, self._session, self._counter = body[:16], body[16:], 0
@@ -174,13 +176,17 @@ class Line:
 
         Raises:
             SessionLost: it does not know the session: `open` another.
-            UserError: it refuses, saying why; or nothing answers.
+            UserError: it refuses, saying why.
+            HubGone: nothing answers.
         """
         self._counter += 1
         raw = seal(self.key, self._run, kind, self._session, self._counter, payload)
         # The same bytes again are answered again, and counted once.
-        status, body = self._post(kind, raw)
-        own = unseal_reply(self.key, raw[-PROOF:], status, body)
+        proof = raw[-PROOF:]
+        status, body = self._post(
+            kind, raw, lambda status, body: unseal_reply(self.key, proof, status, body) is not None
+        )
+        own = unseal_reply(self.key, proof, status, body)
         if own is None:
             if status == 401:
                 raise SessionLost(body.decode(errors="replace")[:200])
@@ -197,15 +203,20 @@ class Line:
         """`call`, of a reply that is JSON."""
         return json.loads(self.call(kind, payload))
 
-    def _post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
+    def _post(
+        self, kind: str, raw: bytes, proved: Callable[[int, bytes], bool]
+    ) -> tuple[int, bytes]:
+        """The reply; goes on trying while nothing answers, or what does is not the hub and says "later"."""
         pause, since, said = 0.1, time.monotonic(), False
         while True:
             try:
-                found = self.link.post(kind, raw)
+                status, body = self.link.post(kind, raw)
+                if not proved(status, body) and _later(status):
+                    raise Unreachable(f"status {status}: {body[:200].decode(errors='replace')}")
             except Unreachable as error:
                 waited = time.monotonic() - since
                 if waited + pause > self.wait:
-                    raise UserError(
+                    raise HubGone(
                         f"the hub does not answer ({_short(str(error))}), for {waited:.0f} s now: check that it runs"
                     ) from None
                 if not said and waited > 0.5:
@@ -214,7 +225,12 @@ class Line:
                 time.sleep(pause)
                 pause = min(2.0 * pause, 2.0)
             else:
-                return found
+                return status, body
+
+
+def _later(status: int) -> bool:
+    """Whether who says so may not say it again: a proxy whose hub is away, a hub that has too much to do."""
+    return status in (408, 429) or status >= 500
 
 
 def greet(line: Line) -> dict[str, Any]:
@@ -223,11 +239,14 @@ def greet(line: Line) -> dict[str, Any]:
     Raises:
         UserError: the key is not the hub's, or the hub is of another version.
     """
-    line.open()
-    try:
-        told: dict[str, Any] = line.ask("run")
-    except SessionLost:
-        raise UserError("the hub does not take this key: check that it is the hub's") from None
+    told: dict[str, Any] | None = None
+    for _ in range(_GREETINGS):
+        line.open()
+        with contextlib.suppress(SessionLost):
+            told = line.ask("run")
+            break
+    if told is None:
+        raise UserError("the hub does not take this key: check that it is the hub's")
     for what, theirs, ours in (
         ("protocol", told["protocol"], PROTOCOL),
         ("version of justforward", told["version"], justforward.__version__),

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import justforward
 from justforward.errors import NonFiniteLoss, UserError
@@ -24,6 +24,7 @@ from justforward.wire import DONE, PROTOCOL, REPLAY, History, Order, Turn, Work,
 
 _REPLAYS = 3  # one after the other: then something is wrong that a replay does not mend
 _TRIES = 5
+_T = TypeVar("_T")
 _LOST = "the hub takes no message of this worker: is its key the hub's?"
 
 
@@ -69,6 +70,7 @@ class Worker:
         self._note = note or (lambda text: None)
         self.opt: MeZO | None = None
         self._history = History()
+        self._header: dict[str, Any] = {}
         self._weights: bytes | None = None
         self._replays = self._replayed_at = 0
 
@@ -99,15 +101,23 @@ class Worker:
 
     # -------------------------------------------------------------------------------------- begin
 
+    def _surely(self, ask: Callable[[], _T]) -> _T:
+        """Ask, in another session where the hub has forgotten this one: it was started anew, or this worker was away for long."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(SessionLost):
+                return ask()
+            self.line.open()
+        raise UserError(_LOST)
+
     def _begin(self, folder: Path, log_bytes: int) -> None:
-        """Base, and the log as far as it goes; then join."""
+        """Base, and the log as far as it goes; then join. Loading takes long, and is done once whatever becomes of the session."""
         path = folder / "trajectory.jfl"
         if self.opt is not None:
             self.opt.close()
             self.opt = None  # before a second model is there
         path.unlink(missing_ok=True)
         if log_bytes:
-            path.write_bytes(self._download())
+            path.write_bytes(self._surely(self._download))
         try:
             self.opt = self._build(path, bool(log_bytes))
         except UserError as error:  # this copy is gone before anybody reads of it
@@ -117,7 +127,8 @@ class Worker:
         self._weights = None
         if log.steps:
             self._note(f"replayed {len(log.steps)} steps")
-        self._join(log.header)
+        self._header = log.header
+        self._surely(self._join)
 
     def _download(self) -> bytes:
         whole = b""
@@ -125,25 +136,15 @@ class Worker:
             whole += part
         return whole
 
-    def _join(self, header: dict[str, Any]) -> None:
+    def _join(self) -> None:
         said = {
             "name": self.name,
             "protocol": PROTOCOL,
             "version": justforward.__version__,
-            "header": header,
+            "header": self._header,
             "rows": self.rows.digest,
         }
-        self._header = header
         self.line.call("join", zipped(said))
-
-    def _again(self) -> None:
-        """The hub has forgotten this session: it was started anew, or this worker was away for long."""
-        for _ in range(_TRIES):
-            with contextlib.suppress(SessionLost):
-                self.line.open()
-                self._join(self._header)
-                return
-        raise UserError(_LOST)
 
     # ----------------------------------------------------------------------------------- taking part
 
@@ -154,7 +155,8 @@ class Worker:
             try:
                 order = Order.unpack(self.line.call("turn", said.pack()))
             except SessionLost:
-                self._again()
+                self.line.open()
+                self._surely(self._join)
                 said = replace(said, sights=(), blank=())  # nobody there has asked for them
                 continue
             if order.says == REPLAY:
@@ -179,13 +181,9 @@ class Worker:
         self._note(
             "the hub says that these weights differ: starting again from the base and the log"
         )
-        for _ in range(_TRIES):
-            with contextlib.suppress(SessionLost):
-                self.line.open()
-                self._begin(folder, self.line.ask("run")["log"])
-                self._replayed_at = self.opt.steps
-                return
-        raise UserError(_LOST)
+        told = self._surely(lambda: self.line.ask("run"))
+        self._begin(folder, told["log"])
+        self._replayed_at = self.opt.steps
 
     def _move(self, order: Order) -> None:
         assert self.opt is not None
