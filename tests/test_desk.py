@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import justforward
-from justforward import Sight, UserError, fingerprint, read_log, replay
+from justforward import Sight, Step, UserError, fingerprint, read_log, replay
 from justforward.desk import Desk, Reply, Waiting
 from justforward.line import HubGone, Line, SessionLost, greet
 from justforward.serve import open_run
@@ -139,6 +140,58 @@ def test_a_hub_that_was_killed_goes_on_from_its_log(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == list(range(1, made.opt.steps + 1))
 
 
+class Kill(BaseException):
+    """As if the process ended there."""
+
+
+@pytest.mark.parametrize("error", [Kill(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("file", ["hub.json", "environment.json", "trajectory.jfl"])
+def test_a_hub_that_dies_or_has_no_room_while_the_first_worker_joins(
+    tmp_path: Path, file: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no run then, and the next worker, with other rows, begins it; or it goes on."""
+    desk = open_desk(tmp_path / "run")
+    rename, left = Path.replace, [file]
+
+    def fails(path: Path, to: Path) -> Path:
+        if to.name in left:
+            left.clear()
+            raise error
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    made, _, log = worker(DeskLink(desk), "first")
+    with pytest.raises(Kill if isinstance(error, Kill) else UserError):
+        made.run(log)
+    assert left == []
+    if isinstance(error, Kill):
+        kill(desk)
+        desk = open_desk(tmp_path / "run", resume=True)
+    made, own, log = worker(DeskLink(desk, now=1.0), "second", digest="e" * 64)
+    assert made.run(log) == 20
+    desk.conductor.close()
+    folder = desk.conductor.folder
+    folder.check_run()
+    assert folder.read_environment()["data_sha256"] == "e" * 64
+    fresh = Party({"config": desk.conductor.info()["config"], "private": False}).model
+    assert replay(fresh, folder.log) == 20
+    assert fingerprint(fresh) == fingerprint(own.model)
+    assert not [*folder.path.glob(".*.*")]
+
+
+def test_a_hub_that_has_no_room_for_its_first_files_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise UserError("cannot be written: No space left on device")
+
+    monkeypatch.setattr("justforward.conductor.write_whole", full)
+    with pytest.raises(UserError, match="No space left"):
+        open_desk(tmp_path / "run")
+    monkeypatch.undo()
+    open_desk(tmp_path / "run")
+
+
 def test_a_joiner_replays_the_log(tmp_path: Path) -> None:
     desk = open_desk(tmp_path / "run")
     first, own, log = worker(DeskLink(desk))
@@ -205,8 +258,8 @@ def test_a_worker_whose_weights_differ_is_named_and_replays(tmp_path: Path) -> N
     flipped: list[int] = []
     made._note = notes.append
 
-    def flip(order: Order) -> None:
-        apply(order)
+    def flip(steps: Sequence[Step]) -> None:
+        apply(steps)
         # several steps may come at once
         if made.opt.steps >= 2 and not flipped:
             flipped.append(made.opt.steps)
@@ -232,6 +285,26 @@ def test_a_worker_with_another_history_replays(tmp_path: Path) -> None:
     for turn in (Turn(0, b"another!"), Turn(5, bytes(8))):
         assert Order.unpack(made.line.call("turn", turn.pack())).says == REPLAY
     assert desk.conductor.status()["members"][0]["replays"] == 2
+
+
+def test_a_worker_that_others_have_left_behind_reads_the_log_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not told that its weights differ, nor does it load its base again."""
+    monkeypatch.setattr("justforward.conductor.MOST_BEHIND", 4)
+    desk = open_desk(tmp_path / "run")
+    slow, own, link = ask(desk, "slow")
+    notes: list[str] = []
+    slow._note, slow._build = notes.append, lambda path, resume: pytest.fail("it is built again")
+    fast, other, log = worker(DeskLink(desk), "fast")
+    assert fast.run(log) == 20
+    link.now = 1.0
+    assert slow._take_part(tmp_path) == 20
+    assert fingerprint(own.model) == fingerprint(other.model)
+    members = {m["name"]: m for m in desk.conductor.status()["members"]}
+    assert members["slow"]["replays"] == members["slow"]["strikes"] == 0
+    assert notes == ["20 steps behind: taking them from the hub's log"]
+    assert [*tmp_path.iterdir()] == [tmp_path / "run"]
 
 
 # ------------------------------------------------------------------------------------- let in or not

@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from hypothesis import strategies as st
 
 from justforward import UserError, fingerprint, read_log, replay
 from justforward.desk import Desk
-from justforward.line import FolderLink, HttpLink, Line
-from justforward.serve import Hall, attend, listen, open_folder, open_run, serve
-from justforward.wire import seal
+from justforward.line import FolderLink, HttpLink, HubGone, Line
+from justforward.serve import Hall, attend, hold_folder, listen, open_folder, open_run, serve
+from justforward.wire import Order, seal
 from parties import (
     KEY,
     Party,
@@ -132,6 +134,137 @@ def test_files_in_a_folder_do_what_a_port_does(tmp_path: Path) -> None:
     fresh = Party({"config": hub.desk.conductor.info()["config"], "private": False}).model
     replay(fresh, hub.desk.conductor.folder.log)
     assert fingerprint(fresh) == fingerprint(own.model)
+
+
+def test_a_folder_that_is_away_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    place, away = tmp_path / "mail", tmp_path / "away"
+    with running(tmp_path / "run", place) as hub:
+        place.rename(away)
+        until(lambda: hub.notes)
+        away.rename(place)
+        made, _, log = worker(FolderLink(place))
+        assert made.run(log) == 20
+    said = [note for note in hub.notes if note.startswith("--folder")]
+    assert said == [
+        f"--folder {place}: cannot be read: No such file or directory: waiting for it",
+        f"--folder {place}: is there again",
+    ]
+
+
+def test_what_nobody_takes_from_a_folder_is_removed(tmp_path: Path) -> None:
+    place = tmp_path / "mail"
+    open_folder(place)
+    hall = Hall(open_desk(tmp_path / "run"), print)
+    name = f"turn-{'0' * 32}"
+    stale = [place / "out" / name, place / "out" / f".{name}", place / "in" / f".{name}"]
+    others = [place / "out" / "notes.txt", place / "in" / name, place / "in" / ".notes"]
+    for file in (*stale, *others):
+        file.touch()
+    now = time.monotonic()
+    hall.sweep(place, now + 100.0)
+    fresh = place / "out" / f"turn-{'1' * 32}"
+    fresh.touch()
+    hall.sweep(place, now + 650.0)
+    assert all(file.exists() for file in (*stale, *others, fresh))
+    hall.sweep(place, now + 750.0)
+    assert not any(file.exists() for file in stale)
+    assert all(file.exists() for file in (*others, fresh))
+
+
+def test_two_hubs_on_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUSTFORWARD_KEY", "k" * 16)
+    place = tmp_path / "mail"
+    notes: list[str] = []
+    with hold_folder(place, notes.append):
+        open_folder(place)
+        request = place / "in" / f"turn-{'0' * 32}"
+        request.touch()
+        with pytest.raises(UserError, match="another hub is at work in it: stop that one"):
+            serve(serve_config(tmp_path / "second", folder=str(place)))
+        assert request.exists()
+        assert not (tmp_path / "second").exists()
+    hold_folder(place, notes.append).close()  # the first one is gone
+    assert notes == []
+
+    def cannot(file: Any) -> bool:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("justforward.serve.claim", cannot)
+    hold_folder(place, notes.append).close()
+    assert notes == [
+        f"--folder {place}: cannot be locked: Operation not supported: see to it that no other hub uses it"
+    ]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be used: File exists"):
+        hold_folder(tmp_path / "file", notes.append)
+
+
+def test_one_that_looks_when_the_run_ends_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are taken over while it looks, and the hub has no farewell for others."""
+    monkeypatch.setattr("justforward.serve.FAREWELL", 0.0)
+    with running(tmp_path / "run", deadline=0.05, max_forwards=4) as hub:
+        slow, own, log = worker(HttpLink(hub.url), "slow")
+        losses, begun, over = own.losses, threading.Event(), threading.Event()
+
+        def looks(rows: Any) -> Any:
+            begun.set()
+            assert over.wait(30)
+            return losses(rows)
+
+        slow.rows = replace(slow.rows, losses=looks)
+        taken: list[int] = []
+        thread = threading.Thread(target=lambda: taken.append(slow.run(log)))
+        thread.start()
+        assert begun.wait(30)
+        fast, other, log = worker(HttpLink(hub.url), "fast")
+        assert fast.run(log) == 2
+        time.sleep(0.5)
+        assert hub.thread.is_alive()
+        over.set()
+        thread.join(30)
+        assert taken == [2]
+        assert fingerprint(own.model) == fingerprint(other.model)
+        hub.thread.join(30)
+        assert not hub.thread.is_alive()
+    assert "there is no further step: slow is still looking and will be told" in hub.notes
+
+
+def test_one_that_was_killed_while_it_looked_is_waited_for_at_the_end_for_a_while_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("justforward.serve.LOOKING", 0.3)
+    with running(tmp_path / "run", deadline=0.05, max_forwards=4) as hub:
+        killed, _, log = worker(HttpLink(hub.url), "killed")
+        with tempfile.TemporaryDirectory() as folder:
+            killed._begin(Path(folder), log)
+            assert Order.unpack(killed.line.call("turn", killed._turn().pack())).work is not None
+            assert killed.opt is not None
+            killed.opt.close()
+            killed.line.link.close()
+        fast, _, log = worker(HttpLink(hub.url), "fast")
+        assert fast.run(log) == 2
+        hub.thread.join(5)
+        assert not hub.thread.is_alive()
+
+
+def test_a_worker_whose_hub_is_gone_says_that_the_run_may_be_over(tmp_path: Path) -> None:
+    with running(tmp_path / "run") as hub:
+        made, own, log = worker(HttpLink(hub.url), wait=0.3)
+        losses = own.losses
+
+        def ends(rows: Any) -> Any:
+            if hub.desk.conductor.steps == 3:
+                hub.stop()
+            return losses(rows)
+
+        made.rows = replace(made.rows, losses=ends)
+        with pytest.raises(
+            HubGone,
+            match="check that it runs, or, where the run is over, that it has this worker's 3 steps",
+        ):
+            made.run(log)
 
 
 def test_one_that_waits_and_hangs_up_is_not_counted_on(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import justforward
 from justforward import noise
 from justforward.config import TrainConfig
+from justforward.durable import sync_folder
 from justforward.errors import UserError
-from justforward.folder import RunFolder, write_whole
+from justforward.folder import RunFolder, write_whole, writing
 from justforward.groups import family_of
 from justforward.playback import short
 from justforward.prepare import environment_now
@@ -28,9 +29,9 @@ from justforward.schedules import forwards_at, forwards_until, learning_rate, sa
 from justforward.settings import kept_values
 from justforward.trajectory import Step, Writer, read_log
 from justforward.variants import settings_of
-from justforward.wire import DONE, PROTOCOL, REPLAY, History, Order, Turn
+from justforward.wire import BEHIND, DONE, PROTOCOL, REPLAY, History, Order, Turn
 
-MOST_BEHIND = 256  # steps; a worker that is further behind starts again from the log
+MOST_BEHIND = 256  # steps; a worker that is further behind reads them from the log
 KEPT_HASHES = 4
 
 
@@ -91,10 +92,14 @@ class Conductor:
         else:
             folder.lock()
         self.kept: dict[str, Any] = {**kept, "protocol": PROTOCOL, "terms": asdict(terms)}
-        folder.write_config(config)
-        self._write_state()
-        if folder.log.exists():
-            self._go_on()
+        try:
+            folder.write_config(config)
+            self._write_state()
+            if folder.log.exists():
+                self._go_on()
+        except BaseException:
+            folder.unmake()  # of one that was there: lets go of it
+            raise
         self.rounds = Rounds(terms.plan, self.steps, lambda step: samples_at(config, step), now)
 
     @property
@@ -206,28 +211,37 @@ class Conductor:
         }
 
     def _found(self, header: dict[str, Any], rows: str | None) -> None:
-        writer = Writer.create(self.folder.log, header)
+        """The log is the last of the run's files: where this fails or is killed before, the next worker founds the run."""
+        draft = self.folder.log.with_name(f".{self.folder.log.name}.new")
+        draft.unlink(missing_ok=True)
         try:
-            self.header = read_log(self.folder.log).header
-        except UserError as error:
-            writer.close()
-            self.folder.log.unlink()
-            raise UserError(f"what it tunes makes no log: {error}") from None
-        self._writer = writer
-        self.kept["rows_sha256"] = rows
-        self._write_state()
-        self.folder.write_environment(
-            {
-                **environment_now(self.config.quantize),
-                "base_fingerprint": header["base"],
-                "data_sha256": rows or "",
-            }
-        )
+            Writer.create(draft, header).close()
+            try:
+                found = read_log(draft).header
+            except UserError as error:
+                raise UserError(f"what it tunes makes no log: {error}") from None
+            self.kept["rows_sha256"] = rows
+            self._write_state()
+            self.folder.write_environment(
+                {
+                    **environment_now(self.config.quantize),
+                    "base_fingerprint": found["base"],
+                    "data_sha256": rows or "",
+                }
+            )
+            with writing(self.folder.log):
+                draft.replace(self.folder.log)
+                sync_folder(self.folder.path)
+        finally:
+            draft.unlink(missing_ok=True)
+        self._writer = Writer.resume(read_log(self.folder.log))
+        self.header = found
 
     # -------------------------------------------------------------------------------------- turns
 
     def turn(self, worker: int, turn: Turn, now: float) -> Order | None:
         """What a worker is told that says this; None: nothing yet."""
+        self.rounds.heard(worker)
         place = 8 * turn.step
         if turn.step > self.steps or self._digests[place : place + 8] != turn.history:
             self._to_replay.add(worker)
@@ -255,8 +269,10 @@ class Conductor:
         if self.failed is not None:
             self.told.add(worker)
             raise UserError(f"the run cannot go on: {self.failed}")
-        if worker in self._to_replay or self.steps - step > len(self.recent):
+        if worker in self._to_replay:
             return Order(REPLAY)
+        if self.steps - step > len(self.recent):
+            return Order(BEHIND)
         taken = tuple(self.recent)[len(self.recent) - (self.steps - step) :]
         if self.finished:
             self.told.add(worker)
@@ -362,7 +378,10 @@ def read_kept(folder: RunFolder) -> tuple[dict[str, Any], Terms]:
         protocol = kept["protocol"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{folder.path}: no hub's folder: {_state(folder).name}: {said}") from None
+        raise UserError(
+            f"{folder.path}: no hub's folder: {_state(folder).name}: {said}: check the path; what is left of a hub that was "
+            "killed before it listened can only be removed"
+        ) from None
     if protocol != PROTOCOL:
         raise UserError(
             f"{folder.path}: made with protocol {protocol}, this version has {PROTOCOL}: use the version that made it"

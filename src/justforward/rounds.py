@@ -94,6 +94,7 @@ class Rounds:
         self.step = step
         self.attempt = 0
         self.members: dict[int, Member] = {}
+        self.looking: dict[int, float] = {}  # worker that was asked and not heard since: when
         self._samples = samples
         self._parts: list[_Part] = []
         self._took: deque[float] = deque(maxlen=16)
@@ -118,9 +119,14 @@ class Rounds:
     def leave(self, worker: int) -> None:
         """A worker goes: what it has not answered is for others at once."""
         self.members[worker].alive = False
+        self.looking.pop(worker, None)
         for part in self._parts:
             if part.by is None and part.asked.pop(worker, None) is not None:
                 part.gone = self.plan.private
+
+    def heard(self, worker: int) -> None:
+        """A worker says something: it is not looking any more."""
+        self.looking.pop(worker, None)
 
     def strike(self, worker: int) -> None:
         """A worker sent what is no answer; after three of them it is not listened to any more."""
@@ -150,6 +156,7 @@ class Rounds:
                 part.asked[worker] = now
         if not mine:
             return None
+        self.looking[worker] = now
         parts = tuple((part.rows.start, len(part.rows)) for part in mine)
         return Work(self.step, self.attempt, self.of, self.samples, parts)
 
@@ -177,9 +184,13 @@ class Rounds:
             return free[: -(-len(self._parts) // max(1, len(self._alive())))]
         return [part for part in self._parts if part.by is None and self._overdue(part, now)]
 
+    @property
+    def usual(self) -> float:
+        """Seconds that parts take."""
+        return statistics.median(self._took) if self._took else 0.0
+
     def _limit(self) -> float:
-        usual = statistics.median(self._took) if self._took else 0.0
-        return self.plan.patience if self.plan.private else self.plan.patience + 2.0 * usual
+        return self.plan.patience if self.plan.private else self.plan.patience + 2.0 * self.usual
 
     def _overdue(self, part: _Part, now: float) -> bool:
         return all(now - asked > self._limit() for asked in part.asked.values())

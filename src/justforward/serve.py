@@ -15,10 +15,11 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from justforward.conductor import Conductor, Terms, read_kept
 from justforward.desk import Desk, Reply, Waiting
+from justforward.durable import claim
 from justforward.errors import UserError
 from justforward.folder import RunFolder, check_new
 from justforward.line import put
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 TICK = 0.1  # seconds between two looks at the clock
 FAREWELL = 10.0  # seconds in which workers are told that there is no further step
+LOOKING = 60.0  # seconds since it was asked in which one that looks is waited for then, on top of twice what parts take
 BODY = 30.0  # seconds in which a message must have come
 _STALE = 600.0  # seconds after which a reply in a folder that nobody took is removed
 _NAME = re.compile(r"([a-z]+)-[0-9a-f]{32}")
@@ -55,7 +57,8 @@ class Hall:
         self.closing = False
         self._changed = asyncio.Event()
         self._shown: dict[int, tuple[Any, ...]] = {}
-        self._said = time.monotonic()
+        self._said = self._swept = time.monotonic()
+        self._left: dict[Path, float] = {}  # files that nobody took, and when they were seen first
 
     def stir(self) -> None:
         """Something has changed: let all who wait look."""
@@ -99,17 +102,27 @@ class Hall:
                 self.stir()
             self._tell()
         self.stir()
-        until = time.monotonic() + FAREWELL
-        while not self.closing and time.monotonic() < until:
-            if {
-                n for n, m in self.conductor.rounds.members.items() if m.alive
-            } <= self.conductor.told:
-                await asyncio.sleep(2 * TICK)  # the last replies are on their way
-                break
+        end = time.monotonic()
+        looking = [name for name, looks in self._owed(end, end) if looks]
+        if looking:
+            self.note(f"there is no further step: {', '.join(looking)} is still looking and will be told")  # fmt: skip
+        while not self.closing and self._owed(time.monotonic(), end):
             await asyncio.sleep(TICK)
+        await asyncio.sleep(2 * TICK)  # the last replies are on their way
         self._tell(last=True)
         self.closing = True
         self.stir()
+
+    def _owed(self, now: float, end: float) -> list[tuple[str, bool]]:
+        """Names of those that are still to be told that it has ended, and whether they look; those that take too long are not."""
+        rounds, patience = self.conductor.rounds, LOOKING + 2.0 * self.conductor.rounds.usual
+        looking = {n for n, asked in rounds.looking.items() if now - asked < patience}
+        return [
+            (member.name, number in looking)
+            for number, member in rounds.members.items()
+            if number not in self.conductor.told
+            and (number in looking or (member.alive and now - end < FAREWELL))
+        ]
 
     def _tell(self, last: bool = False) -> None:
         """Who has come and gone, and whose scalars are odd; every ten seconds how far it is."""
@@ -173,20 +186,48 @@ class Hall:
     # -------------------------------------------------------------------------------------- folder
 
     async def folder(self, path: Path) -> None:
-        """Answer messages that are files in `in/`, until the hall closes."""
+        """Answer messages that are files in `in/`, until the hall closes. A folder that is away for a while is waited for."""
         waiting: set[asyncio.Task[None]] = set()
+        away = False
         while not self.closing:
-            for file in sorted((path / "in").iterdir()):
-                found = _NAME.fullmatch(file.name)
-                if found is None or file.is_symlink() or not file.is_file():
-                    continue
-                task = asyncio.ensure_future(self._file(file, path / "out", found[1]))
+            files: list[tuple[Path, str]] = []
+            try:
+                files = _mail(path / "in")
+                self.sweep(path, time.monotonic())
+                if away:
+                    self.note(f"--folder {path}: is there again")
+                away = False
+            except OSError as error:
+                if not away:
+                    self.note(f"--folder {path}: cannot be read: {error.strerror}: waiting for it")
+                away = True
+            for file, kind in files:
+                task = asyncio.ensure_future(self._file(file, path / "out", kind))
                 waiting.add(task)
                 task.add_done_callback(waiting.discard)
                 await asyncio.sleep(0)
             await asyncio.sleep(TICK / 2)
         if waiting:
             await asyncio.wait(waiting, timeout=2.0)
+
+    def sweep(self, path: Path, now: float) -> None:
+        """Remove what nobody took: replies to workers that are gone, files that they have not written to their end.
+
+        Their age is by this machine's clock, from when they were seen first: the folder's machine may have another.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        if now - self._swept < _STALE / 10:
+            return
+        self._swept = now
+        there = [file for file in (path / "out").iterdir() if _ours(file)]
+        there += [file for file in (path / "in").iterdir() if file.name[:1] == "." and _ours(file)]
+        self._left = {file: self._left.get(file, now) for file in there}
+        for file, since in self._left.items():
+            if now - since > _STALE:
+                with contextlib.suppress(OSError):
+                    file.unlink()
 
     async def _file(self, file: Path, out: Path, kind: str) -> None:
         with contextlib.suppress(OSError):
@@ -217,6 +258,40 @@ async def _body(receive: Any, most: int) -> bytes | None:
             return whole
 
 
+def _mail(path: Path) -> list[tuple[Path, str]]:
+    """Messages that are there, with their kinds."""
+    found = [(file, _NAME.fullmatch(file.name)) for file in sorted(path.iterdir())]
+    return [(f, name[1]) for f, name in found if name and not f.is_symlink() and f.is_file()]
+
+
+def _ours(file: Path) -> bool:
+    """Whether it is a message, or a part of one."""
+    return _NAME.fullmatch(file.name.removeprefix(".")) is not None
+
+
+def hold_folder(path: Path, note: Callable[[str], None]) -> IO[bytes]:
+    """Keep other hubs off a shared folder for as long as what is returned is open.
+
+    Raises:
+        UserError: another hub is at work in it, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".hub").open("ab")
+    except OSError as error:
+        raise UserError(f"--folder {path}: cannot be used: {error.strerror}") from None
+    try:
+        if claim(lock):
+            return lock
+    except OSError as error:  # not every shared folder can; a hub can be without
+        note(f"--folder {path}: cannot be locked: {error.strerror}: see to it that no other hub uses it")  # fmt: skip
+        return lock
+    lock.close()
+    raise UserError(
+        f"--folder {path}: another hub is at work in it: stop that one or choose another --folder"
+    )
+
+
 def open_folder(path: Path) -> None:
     """Make the two folders, without what is left in them of a hub before.
 
@@ -227,7 +302,7 @@ def open_folder(path: Path) -> None:
         for part in (path / "in", path / "out"):
             part.mkdir(parents=True, exist_ok=True)
             for file in part.iterdir():
-                if _NAME.fullmatch(file.name.removeprefix(".")) and file.is_file():
+                if _ours(file) and file.is_file():
                     file.unlink()
     except OSError as error:
         raise UserError(f"--folder {path}: cannot be used: {error.strerror}") from None
@@ -365,24 +440,26 @@ def serve(config: ServeConfig, progress: Progress | None = None) -> Result:
     note = (progress or Progress()).note
     key = read_key(config.key_file)
     at: socket.socket | Path
+    held: socket.socket | IO[bytes]
     if config.folder is not None:
         at = Path(config.folder)
-        open_folder(at)
+        held = hold_folder(at, note)
         where = f"--folder {config.folder}"
     else:
         check_installed()
-        at = listen(config.host, config.port)
+        at = held = listen(config.host, config.port)
         host = f"[{config.host}]" if ":" in config.host else config.host
         where = f"http://{host}:{at.getsockname()[1]}"
     try:
+        if isinstance(at, Path):
+            open_folder(at)
         conductor = open_run(config)
         try:
             _serve(config, Desk(key, conductor, config.most_workers), at, where, note)
         finally:
             conductor.close()
     finally:
-        if not isinstance(at, Path):
-            at.close()
+        held.close()
     if conductor.failed is not None:
         raise UserError(f"{config.out}: the run cannot go on: {conductor.failed}")
     status = conductor.status()

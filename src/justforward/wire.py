@@ -252,7 +252,7 @@ class Turn:
         return cls(step, history, attempt, tuple(sights), tuple(blank), weights)
 
 
-GO, DONE, REPLAY = range(3)
+GO, DONE, REPLAY, BEHIND = range(4)
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,8 @@ class Order:
     """What the hub says: the steps that the worker has not taken yet, and what to look at then.
 
     Attributes:
-        says: GO; DONE: there is no further step; REPLAY: start again from the base and the log.
+        says: GO; DONE: there is no further step; REPLAY: start again from the base and the log; BEHIND: there are too many
+            steps to be told here, read the log on.
         steps: to take now.
         work: to look at after them; None: ask again.
     """

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 import justforward
 from justforward.errors import NonFiniteLoss, UserError
-from justforward.line import Line, SessionLost
+from justforward.line import HubGone, Line, SessionLost
 from justforward.optim import MeZO
 from justforward.playback import fingerprint
 from justforward.sights import Sight, merged
-from justforward.trajectory import read_log
-from justforward.wire import DONE, PROTOCOL, REPLAY, History, Order, Turn, Work, zipped
+from justforward.trajectory import Step, read_log
+from justforward.wire import BEHIND, DONE, PROTOCOL, REPLAY, History, Order, Turn, Work, zipped
 
 _REPLAYS = 3  # one after the other: then something is wrong that a replay does not mend
 _TRIES = 5
@@ -81,12 +81,18 @@ class Worker:
             log_bytes: what the hub says its log has.
 
         Raises:
-            UserError: the hub refuses this worker, or does not answer any more.
+            UserError: the hub refuses this worker.
+            HubGone: it does not answer any more; the run may be over.
         """
         with tempfile.TemporaryDirectory(prefix="justforward-") as folder:
             try:
                 self._begin(Path(folder), log_bytes)
                 return self._take_part(Path(folder))
+            except HubGone as error:
+                taken = self.opt.steps if self.opt is not None else 0
+                raise HubGone(
+                    f"{error}, or, where the run is over, that it has this worker's {taken} steps: its folder holds the run"
+                ) from None
             finally:
                 self._leave()
                 if self.opt is not None:
@@ -163,7 +169,11 @@ class Worker:
                 self._replay(folder)
                 said = self._turn()
                 continue
-            self._move(order)
+            if order.says == BEHIND:
+                self._catch_up(folder)
+                said = self._turn()
+                continue
+            self._move(order.steps)
             if order.says == DONE:
                 return self.opt.steps
             said = self._look(order.work) if order.work is not None else self._turn()
@@ -185,17 +195,34 @@ class Worker:
         self._begin(folder, told["log"])
         self._replayed_at = self.opt.steps
 
-    def _move(self, order: Order) -> None:
+    def _catch_up(self, folder: Path) -> None:
+        """Others have taken more steps meanwhile than an order holds: these weights are right, and are moved on by the log."""
         assert self.opt is not None
-        for step in order.steps:
+        path = folder / "hub.jfl"
+        path.write_bytes(self._surely(self._download))
+        try:
+            steps = read_log(path).steps
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), "the hub's log")) from None
+        finally:
+            path.unlink()
+        self._note(f"{len(steps) - self.opt.steps} steps behind: taking them from the hub's log")
+        self._move(steps)
+
+    def _move(self, steps: Sequence[Step]) -> None:
+        assert self.opt is not None
+        before = self.opt.steps
+        for step in steps:
             if step.index < self.opt.steps:
                 continue  # of a reply to a message that was sent twice
             self.opt.apply(step)
             self._history.add(step)
-            self._weights = None
-            if self.opt.steps % self.hash_every == 0:
-                assert self.opt.model is not None
-                self._weights = bytes.fromhex(fingerprint(self.opt.model))
+        if self.opt.steps == before:
+            return
+        self._weights = None
+        if self.opt.steps % self.hash_every == 0:
+            assert self.opt.model is not None
+            self._weights = bytes.fromhex(fingerprint(self.opt.model))
 
     def _turn(self) -> Turn:
         assert self.opt is not None
