@@ -6,7 +6,7 @@ import errno
 import json
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import justforward
-from justforward import Sight, Step, UserError, fingerprint, read_log, replay
+from justforward import Sight, UserError, fingerprint, read_log, replay
 from justforward.desk import Desk, Reply, Waiting
 from justforward.line import HubGone, Line, SessionLost, greet
 from justforward.serve import open_run
-from justforward.wire import REPLAY, Order, Turn, seal, zipped
+from justforward.wire import DONE, REPLAY, Order, Turn, seal, zipped
 from justforward.worker import joined
 from parties import (
     KEY,
@@ -258,8 +258,8 @@ def test_a_worker_whose_weights_differ_is_named_and_replays(tmp_path: Path) -> N
     flipped: list[int] = []
     made._note = notes.append
 
-    def flip(steps: Sequence[Step]) -> None:
-        apply(steps)
+    def flip(order: Order) -> None:
+        apply(order)
         # several steps may come at once
         if made.opt.steps >= 2 and not flipped:
             flipped.append(made.opt.steps)
@@ -457,6 +457,71 @@ def test_a_client_that_sends_rubbish_is_struck_off_and_the_others_go_on(tmp_path
     said = {"name": "bad", "protocol": 1, "version": justforward.__version__}
     with pytest.raises(UserError, match="bad: it sent what is no answer"):
         line.call("join", zipped({**said, "header": good._header, "rows": "d" * 64}))
+
+
+def test_one_that_is_struck_off_has_no_say_about_weights(tmp_path: Path) -> None:
+    desk = open_desk(tmp_path / "run", hash_every=5)
+    bad, _, _ = ask(desk, "bad")
+    for _ in range(3):
+        with pytest.raises(UserError):
+            bad.line.call("turn", b"rubbish")
+    good, _, log = worker(DeskLink(desk), "good")
+    said, conductor = good._turn, desk.conductor
+
+    def lies_first() -> Turn:
+        turn = said()
+        if turn.weights is not None:
+            lie = replace(turn, weights=bytes(32))
+            with pytest.raises(UserError, match="not listened to"):
+                conductor.turn(0, lie, 1.0)
+        return turn
+
+    good._turn = lies_first
+    assert good.run(log) == 20
+    assert [m["replays"] for m in conductor.status()["members"]] == [0, 0]
+
+
+@pytest.mark.parametrize("how", ["leaves", "is struck off", "says another", "at another step"])
+def test_weights_that_are_not_compared(tmp_path: Path, how: str) -> None:
+    """Of one that goes, of other steps than those that are agreed; and what a worker says first counts."""
+    desk = open_desk(tmp_path / "run", hash_every=5)
+    conductor = desk.conductor
+    good, _, log = worker(DeskLink(desk), "good")
+    assert good.run(log) == 20
+    other, _, _ = ask(desk, "other")
+    step = 13 if how == "at another step" else 10
+    history = bytes(conductor._digests[8 * step : 8 * step + 8])
+    honest, lie = (Turn(step, history, weights=weights * 32) for weights in (b"h", b"l"))
+    conductor.turn(1, honest if how == "says another" else lie, 1.0)
+    if how == "leaves":
+        other.line.call("leave")
+    elif how == "says another":
+        conductor.turn(1, lie, 1.0)
+    while how == "is struck off" and not conductor.rounds.dropped(1):
+        conductor.strike(1)
+    order = conductor.turn(0, honest, 1.0)
+    assert order is not None
+    assert order.says == DONE
+    assert [m["replays"] for m in conductor.status()["members"]] == [0, 0]
+
+
+def test_an_old_connection_that_ends_late_is_not_the_worker_going(tmp_path: Path) -> None:
+    """It has sent the same message again on a new one, as it does where a reply was lost."""
+    desk = open_desk(tmp_path / "run", workers=2)
+    made, _, link = ask(desk)
+    raw = seal(KEY, desk.conductor.run, "turn", made.line._session, 9, made._turn().pack())
+    first, second = (desk.receive("turn", raw, link.now + after) for after in (1.0, 2.0))
+    assert isinstance(first, Waiting)
+    assert isinstance(second, Waiting)
+    ask(desk, "second")
+    work = desk.conductor.order(0, 0, 3.0)
+    assert work is not None
+    member = desk.conductor.rounds.members[0]
+    desk.hung_up(first)
+    assert member.alive
+    assert desk.conductor.order(0, 0, 3.0) == work
+    desk.hung_up(second)
+    assert not member.alive
 
 
 def test_nan_is_no_answer_and_an_outlier_is_drawn_in_and_named(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ ROOMS = [
     "desk",
     "line",
     "worker",
+    "mail",
     "serve",
     "spared",
     "starting",

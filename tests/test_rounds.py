@@ -183,6 +183,24 @@ def test_one_that_leaves_is_not_waited_for() -> None:
     assert work.parts == ((0, 2), (2, 2))
 
 
+@pytest.mark.parametrize("plan", [SHARED, PRIVATE], ids=["shared", "private"])
+def test_an_answer_of_rows_that_were_taken_away_counts_and_is_no_strike(plan: Plan) -> None:
+    simulation = Simulation(plan)
+    simulation.rounds.join(1, "b")
+    simulation.look(0)
+    simulation.rounds.leave(0)  # its connection seemed to have ended
+    while simulation.mail:
+        _, attempt, sight = simulation.mail.pop()
+        assert simulation.rounds.take(0, attempt, sight, 1.0)
+    assert simulation.rounds.members[0].alive
+    simulation.look(1)
+    while simulation.mail:
+        simulation.deliver(0, keep=False)
+    assert len(simulation.log) == 1
+    if plan is SHARED:
+        assert simulation.log == alone(1)
+
+
 def test_private_rows_have_places_of_their_own_and_a_deadline() -> None:
     simulation = Simulation(PRIVATE)
     for worker in range(3):

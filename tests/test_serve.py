@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
 import json
 import signal
 import socket
@@ -24,7 +26,8 @@ from hypothesis import strategies as st
 from justforward import UserError, fingerprint, read_log, replay
 from justforward.desk import Desk
 from justforward.line import FolderLink, HttpLink, HubGone, Line
-from justforward.serve import Hall, attend, hold_folder, listen, open_folder, open_run, serve
+from justforward.mail import Mail, hold_folder, open_folder
+from justforward.serve import Hall, attend, listen, open_run, serve
 from justforward.wire import Order, seal
 from parties import (
     KEY,
@@ -154,19 +157,19 @@ def test_a_folder_that_is_away_for_a_moment_is_waited_for(tmp_path: Path) -> Non
 def test_what_nobody_takes_from_a_folder_is_removed(tmp_path: Path) -> None:
     place = tmp_path / "mail"
     open_folder(place)
-    hall = Hall(open_desk(tmp_path / "run"), print)
+    now = time.monotonic()
+    mail = Mail(place, print, now)
     name = f"turn-{'0' * 32}"
     stale = [place / "out" / name, place / "out" / f".{name}", place / "in" / f".{name}"]
     others = [place / "out" / "notes.txt", place / "in" / name, place / "in" / ".notes"]
     for file in (*stale, *others):
         file.touch()
-    now = time.monotonic()
-    hall.sweep(place, now + 100.0)
+    assert mail.requests(now + 100.0) == [(place / "in" / name, "turn")]
     fresh = place / "out" / f"turn-{'1' * 32}"
     fresh.touch()
-    hall.sweep(place, now + 650.0)
+    mail.requests(now + 650.0)
     assert all(file.exists() for file in (*stale, *others, fresh))
-    hall.sweep(place, now + 750.0)
+    mail.requests(now + 750.0)
     assert not any(file.exists() for file in stale)
     assert all(file.exists() for file in (*others, fresh))
 
@@ -189,7 +192,7 @@ def test_two_hubs_on_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def cannot(file: Any) -> bool:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("justforward.serve.claim", cannot)
+    monkeypatch.setattr("justforward.mail.claim", cannot)
     hold_folder(place, notes.append).close()
     assert notes == [
         f"--folder {place}: cannot be locked: Operation not supported: see to it that no other hub uses it"
@@ -333,6 +336,101 @@ def test_a_body_that_is_too_large_is_not_read(open_hub: Running) -> None:
         connection.sendall(b"POST /turn HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
         connection.sendall(bytes(1 << 16))
         assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+
+
+@contextlib.contextmanager
+def sending(hub: Running, kind: str, beginning: bytes, whole: int) -> Iterator[socket.socket]:
+    """A connection that has sent the beginning of a message."""
+    host, port = hub.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        head = f"POST /{kind} HTTP/1.1\r\nHost: x\r\nContent-Length: {whole}\r\n\r\n"
+        connection.sendall(head.encode() + beginning)
+        yield connection
+
+
+@pytest.mark.parametrize("session", ["none", "old"])
+def test_a_long_message_without_a_session_is_not_read_to_its_end(
+    open_hub: Running, session: str
+) -> None:
+    line = Line(HttpLink(open_hub.url), KEY, 1.0)
+    line.open()
+    beginning, said = bytes(1 << 15), b"no such session"
+    if session == "old":
+        line._counter = 5
+        line.call("run")
+        beginning, said = line._session + bytes(1 << 15), b"an old message"
+    with sending(open_hub, "join", beginning, 1 << 20) as connection:
+        got = connection.recv(4096)
+        while said not in got:
+            more = connection.recv(4096)
+            assert more
+            got += more
+        assert got.startswith(b"HTTP/1.1 401")
+    line.link.close()
+
+
+def test_all_that_is_being_read_has_a_bound_and_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("justforward.serve.SMALL", 64)
+    monkeypatch.setattr("justforward.serve.READING", 1 << 15)
+    with running(tmp_path / "run") as hub:
+        line = Line(HttpLink(hub.url), KEY, 1.0)
+        line.open()
+        beginning = line._session + bytes(30000)
+        with sending(hub, "join", beginning, 1 << 20):
+            until(lambda: hub.hall._reading > 29000)
+            with sending(hub, "join", beginning, 1 << 20) as second:
+                assert second.recv(4096).startswith(b"HTTP/1.1 503")
+            until(lambda: hub.hall._reading < 31000)
+            line.call("run")  # a short one is taken
+        until(lambda: hub.hall._reading == 0)
+        line.link.close()
+        made, _, log = worker(HttpLink(hub.url))
+        assert made.run(log) == 20
+        assert hub.hall._reading == 0
+
+
+@contextlib.contextmanager
+def answering(reply: bytes) -> Iterator[str]:
+    """The address of what gives this answer to the first who asks."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(reply)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        thread.join(10)
+
+
+def test_a_reply_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("justforward.line.MOST_REPLY", 1000)
+    for head in (b"Content-Length: 1000000000\r\n", b""):
+        reply = b"HTTP/1.1 200 OK\r\n" + head + b"\r\n" + bytes(100000)
+        with answering(reply) as url:
+            link = HttpLink(url)
+            with pytest.raises(UserError, match="no hub: its reply is longer than 16 MiB"):
+                Line(link, KEY, 1.0).open()
+            link.close()
+    open_folder(tmp_path)
+    monkeypatch.setattr("justforward.line.secrets.token_hex", lambda size: "0" * 32)
+    (tmp_path / "out" / f"hello-{'0' * 32}").write_bytes(bytes(1003))
+    with pytest.raises(UserError, match="no hub: its reply is longer than 16 MiB"):
+        Line(FolderLink(tmp_path), KEY, 1.0).open()
+
+
+def test_a_reply_is_not_unpacked() -> None:
+    packed = gzip.compress(bytes(1 << 20))
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(packed)}\r\n\r\n"
+    with answering(head.encode() + packed) as url:
+        link = HttpLink(url)
+        assert link.post("hello", b"") == (200, packed)
+        link.close()
 
 
 def test_a_hub_that_is_told_to_stop_stops(tmp_path: Path) -> None:

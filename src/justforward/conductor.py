@@ -240,17 +240,22 @@ class Conductor:
     # -------------------------------------------------------------------------------------- turns
 
     def turn(self, worker: int, turn: Turn, now: float) -> Order | None:
-        """What a worker is told that says this; None: nothing yet."""
+        """What a worker is told that says this; None: nothing yet.
+
+        Raises:
+            UserError: it is not listened to any more, or the run cannot go on.
+        """
         self.rounds.heard(worker)
+        self._check(worker)
         place = 8 * turn.step
         if turn.step > self.steps or self._digests[place : place + 8] != turn.history:
             self._to_replay.add(worker)
-        elif turn.weights is not None:
+        elif turn.weights is not None and turn.step % self.terms.hash_every == 0:
             self._compare(worker, turn.step, turn.weights)
         if worker in self._to_replay:
             self._to_replay.discard(worker)
             self.rounds.members[worker].replays += 1
-            self.rounds.leave(worker)
+            self.leave(worker)
             return Order(REPLAY)
         try:
             for sight in turn.sights:
@@ -258,14 +263,13 @@ class Conductor:
             for first, count in turn.blank if turn.step == self.steps else ():
                 self.rounds.take_blank(worker, turn.attempt, range(first, first + count), now)
         except UserError:
-            self.rounds.strike(worker)
+            self.strike(worker)
         self.tick(now)
         return self.order(worker, turn.step, now)
 
     def order(self, worker: int, step: int, now: float) -> Order | None:
         """What a worker that has taken so many steps is told; None: nothing yet."""
-        if self.rounds.dropped(worker):
-            raise UserError("this worker is not listened to any more: it sent what is no answer")
+        self._check(worker)
         if self.failed is not None:
             self.told.add(worker)
             raise UserError(f"the run cannot go on: {self.failed}")
@@ -280,9 +284,27 @@ class Conductor:
         work = self.rounds.work(worker, now)
         return Order(steps=taken, work=work) if taken or work is not None else None
 
+    def _check(self, worker: int) -> None:
+        if self.rounds.dropped(worker):
+            raise UserError("this worker is not listened to any more: it sent what is no answer")
+
+    def leave(self, worker: int) -> None:
+        """A worker goes: its rows are for others, and its weights are compared with nobody's."""
+        self.rounds.leave(worker)
+        for here in self._hashes.values():
+            here.pop(worker, None)
+
+    def strike(self, worker: int) -> None:
+        """A worker sent what is no answer; after three of them it is as one that has left."""
+        self.rounds.strike(worker)
+        if self.rounds.dropped(worker):
+            self.leave(worker)
+
     def _compare(self, worker: int, step: int, weights: bytes) -> None:
-        """Whoever has other weights than most is to replay; without a majority, all that differ."""
+        """Whoever has other weights than most is to replay; without a majority, all that differ. What a worker said first counts."""
         here = self._hashes.setdefault(step, {})
+        if worker in here:
+            return
         here[worker] = weights
         while len(self._hashes) > KEPT_HASHES:
             del self._hashes[min(self._hashes)]

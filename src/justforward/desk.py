@@ -18,7 +18,9 @@ from hashlib import sha256
 from justforward.conductor import Conductor
 from justforward.errors import UserError
 from justforward.wire import (
+    COUNTER,
     ENVELOPE,
+    PROOF,
     SESSION,
     Letter,
     Order,
@@ -61,6 +63,7 @@ class Waiting:
     step: int
     proof: bytes
     until: float
+    number: int = 0  # of its requests
 
 
 class Desk:
@@ -78,6 +81,7 @@ class Desk:
         self._issued = 0
         self._sessions: dict[bytes, _Session] = {}
         self._numbers: dict[str, int] = {}
+        self._turns: dict[int, int] = {}  # of each worker, how often it has asked
         self._kinds: dict[str, Callable[[_Session, Letter, float], bytes | Waiting]] = {
             "run": self._run,
             "log": self._log,
@@ -101,6 +105,21 @@ class Desk:
         rises = 4 * plan.rows * config.num_samples
         sizes = {"log": _OFFSET.size, "join": MOST_HEADER, "turn": 256 + 60 * plan.rows + rises}
         return ENVELOPE + sizes.get(kind, 0)
+
+    def check_head(self, kind: str, head: bytes, now: float) -> None:
+        """Turn away a long message by its beginning, where this alone shows that it is none.
+
+        Raises:
+            Refused: its session was not made here, or it is older than another.
+        """
+        if kind == "hello" or len(head) < ENVELOPE - PROOF:
+            return
+        session, counter = head[:SESSION], COUNTER.unpack_from(head, SESSION)[0]
+        known = self._sessions.get(session)
+        if known is None:
+            self._check_new(session, now)
+        elif counter < known.counter:
+            raise Refused(401, "an old message")
 
     def receive(self, kind: str, raw: bytes, now: float) -> Reply | Waiting:
         """Answer a message, or say who waits for an answer."""
@@ -133,6 +152,11 @@ class Desk:
             return None
         return self._sealed(waiting.proof, 200, (order or Order()).pack())
 
+    def hung_up(self, waiting: Waiting) -> None:
+        """One who waits has gone, unless it has asked again since: then an old connection has ended late."""
+        if self._turns.get(waiting.worker) == waiting.number:
+            self.conductor.leave(waiting.worker)
+
     def _sealed(self, proof: bytes, status: int, body: bytes) -> Reply:
         return Reply(status, seal_reply(self.key, proof, status, body))
 
@@ -154,14 +178,17 @@ class Desk:
                 raise Refused(401, "an old message")
             known.counter, known.proof, known.heard = letter.counter, letter.proof, now
             return known
-        at, tag = letter.session[:8], letter.session[8:]
+        self._check_new(letter.session, now)
+        self._make_room(now)
+        self._sessions[letter.session] = session = _Session(letter.counter, letter.proof, now)
+        return session
+
+    def _check_new(self, session: bytes, now: float) -> None:
+        at, tag = session[:8], session[8:]
         age = now - struct.unpack("<Q", at)[0] / 1e6
         good = hmac.new(self._boot, at, sha256).digest()[: SESSION - 8]
         if not hmac.compare_digest(tag, good) or age > FRESH:
             raise Refused(401, "no such session")
-        self._make_room(now)
-        self._sessions[letter.session] = session = _Session(letter.counter, letter.proof, now)
-        return session
 
     def _make_room(self, now: float) -> None:
         """Forget sessions of nobody; those that could begin anew are kept, so that nothing old is taken for new."""
@@ -217,18 +244,19 @@ class Desk:
 
     def _turn(self, session: _Session, letter: Letter, now: float) -> bytes | Waiting:
         worker = self._worker(session)
+        self._turns[worker] = number = self._turns.get(worker, 0) + 1
         try:
             turn = Turn.unpack(letter.payload)
         except UserError as error:
-            self.conductor.rounds.strike(worker)
+            self.conductor.strike(worker)
             raise Refused(400, str(error)) from None
         order = self.conductor.turn(worker, turn, now)
         if order is None:
-            return Waiting(worker, turn.step, letter.proof, now + HOLD)
+            return Waiting(worker, turn.step, letter.proof, now + HOLD, number)
         return order.pack()
 
     def _leave(self, session: _Session, letter: Letter, now: float) -> bytes:
-        self.conductor.rounds.leave(self._worker(session))
+        self.conductor.leave(self._worker(session))
         session.worker = None
         return b""
 

@@ -21,6 +21,9 @@ from justforward.errors import UserError
 from justforward.wire import PROOF, PROTOCOL, SESSION, seal, unseal_reply
 
 PATIENCE = 40.0  # seconds that a reply may take; the hub keeps nobody waiting for longer than 10
+# The largest that a hub gives: 256 steps of as many scalars as a log takes, a status of thousands of workers.
+MOST_REPLY = 1 << 24
+_TOO_LONG = f"what answers there is no hub: its reply is longer than {MOST_REPLY >> 20} MiB: check the address"
 _POLL = 0.05
 _GREETINGS = 3  # the hub may be started anew in between
 
@@ -82,13 +85,26 @@ class HttpLink:
 
     def post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
         """See `Link`."""
+        whole = bytearray()
         try:
             reply = self._pool.urlopen(
-                "POST", f"{self._prefix.rstrip('/')}/{kind}", body=raw, headers=self._headers
+                *("POST", f"{self._prefix.rstrip('/')}/{kind}"),
+                body=raw,
+                headers=self._headers,
+                preload_content=False,
             )
+            try:
+                # As it comes: nobody was asked to compress it, and what is compressed has no bound.
+                for part in reply.stream(1 << 16, decode_content=False):
+                    whole += part
+                    if len(whole) > MOST_REPLY:
+                        reply.close()
+                        raise UserError(_TOO_LONG)
+            finally:
+                reply.release_conn()
         except self._errors as error:
             raise Unreachable(str(error)) from None
-        return reply.status, reply.data
+        return reply.status, bytes(whole)
 
     def close(self) -> None:
         """See `Link`."""
@@ -120,7 +136,10 @@ class FolderLink:
                 if time.monotonic() > until:
                     raise Unreachable("there was no reply")
                 time.sleep(_POLL)
-            found = reply.read_bytes()
+            with reply.open("rb") as opened:
+                found = opened.read(MOST_REPLY + 3)
+            if len(found) > MOST_REPLY + 2:
+                raise UserError(_TOO_LONG)
             return struct.unpack_from("<H", found)[0], found[2:]
         except (OSError, struct.error) as error:
             raise Unreachable(str(error)) from None

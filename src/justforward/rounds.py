@@ -74,6 +74,9 @@ class Member:
 class _Part:
     rows: range
     asked: dict[int, float] = field(default_factory=dict)  # worker: when
+    taken_away: set[int] = field(
+        default_factory=set
+    )  # workers that were asked, and are not counted on any more
     sight: Sight | None = None
     by: int | None = None  # who answered
     gone: bool = False  # nobody will: a client with rows of its own has left
@@ -122,6 +125,7 @@ class Rounds:
         self.looking.pop(worker, None)
         for part in self._parts:
             if part.by is None and part.asked.pop(worker, None) is not None:
+                part.taken_away.add(worker)
                 part.gone = self.plan.private
 
     def heard(self, worker: int) -> None:
@@ -237,7 +241,12 @@ class Rounds:
         return self._answered(worker, parts, now)
 
     def _asked_for(self, worker: int, rows: set[int]) -> list[_Part]:
-        parts = [part for part in self._parts if worker in part.asked and rows & set(part.rows)]
+        """The parts that these rows are. What was taken away from a worker meanwhile is an answer as good as any."""
+        parts = [
+            part
+            for part in self._parts
+            if (worker in part.asked or worker in part.taken_away) and rows & set(part.rows)
+        ]
         if not parts or set().union(*(part.rows for part in parts)) != rows:
             raise UserError(f"an answer of rows {sorted(rows)[:8]}: not those that were asked for")
         return parts
@@ -245,8 +254,9 @@ class Rounds:
     def _answered(self, worker: int, parts: list[_Part], now: float) -> bool:
         new = [part for part in parts if part.by is None]
         for part in new:
-            part.by = worker
-            self._took.append(now - part.asked[worker])
+            part.by, part.gone = worker, False
+            if worker in part.asked:
+                self._took.append(now - part.asked[worker])
         self.members[worker].alive = True
         self.members[worker].answers += len(new)
         return bool(new)

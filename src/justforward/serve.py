@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import socket
 import struct
 import time
@@ -19,17 +18,17 @@ from typing import IO, TYPE_CHECKING, Any
 
 from justforward.conductor import Conductor, Terms, read_kept
 from justforward.desk import Desk, Reply, Waiting
-from justforward.durable import claim
 from justforward.errors import UserError
 from justforward.folder import RunFolder, check_new
 from justforward.line import put
+from justforward.mail import Mail, hold_folder, open_folder
 from justforward.offers import CLIPPED, ServeConfig, run_config
 from justforward.prepare import stop_signals
 from justforward.progress import Progress
 from justforward.ranges import check_ranges
 from justforward.rounds import Plan
 from justforward.trajectory import MOST_COEFFICIENTS
-from justforward.wire import Refused, read_key
+from justforward.wire import ENVELOPE, Refused, read_key
 
 if TYPE_CHECKING:
     import uvicorn
@@ -39,8 +38,8 @@ TICK = 0.1  # seconds between two looks at the clock
 FAREWELL = 10.0  # seconds in which workers are told that there is no further step
 LOOKING = 60.0  # seconds since it was asked in which one that looks is waited for then, on top of twice what parts take
 BODY = 30.0  # seconds in which a message must have come
-_STALE = 600.0  # seconds after which a reply in a folder that nobody took is removed
-_NAME = re.compile(r"([a-z]+)-[0-9a-f]{32}")
+SMALL = 1 << 14  # bytes of a message that are read whoever sends it
+READING = 1 << 25  # bytes beyond these of all messages that are being read
 
 
 class Hall:
@@ -57,8 +56,8 @@ class Hall:
         self.closing = False
         self._changed = asyncio.Event()
         self._shown: dict[int, tuple[Any, ...]] = {}
-        self._said = self._swept = time.monotonic()
-        self._left: dict[Path, float] = {}  # files that nobody took, and when they were seen first
+        self._said = time.monotonic()
+        self._reading = 0  # bytes of messages that have not come whole
 
     def stir(self) -> None:
         """Something has changed: let all who wait look."""
@@ -88,7 +87,7 @@ class Hall:
                 await asyncio.wait(both, timeout=0.25, return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()
                 if hung_up is not None and hung_up.done():
-                    self.conductor.rounds.leave(waiting.worker)
+                    self.desk.hung_up(waiting)
                     return None
         finally:
             if hung_up is not None:
@@ -173,7 +172,7 @@ class Hall:
         try:
             if scope["method"] != "POST":
                 raise Refused(405, "POST only")
-            raw = await asyncio.wait_for(_body(receive, self.desk.limit(kind)), BODY)
+            raw = await asyncio.wait_for(self._body(receive, kind), BODY)
         except Refused as error:
             return Reply(error.status, str(error).encode())
         except TimeoutError:
@@ -183,25 +182,42 @@ class Hall:
         reply = self.receive(kind, raw)
         return await self.answer(reply, receive()) if isinstance(reply, Waiting) else reply
 
+    async def _body(self, receive: Any, kind: str) -> bytes | None:
+        """What is sent; None where the other side has hung up before its end.
+
+        What has no right session is read no further than `SMALL`; beyond it all that is being read shares `READING`.
+
+        Raises:
+            Refused: it is too large, or no message, or there is no room for it now.
+        """
+        most, whole, counted = self.desk.limit(kind), bytearray(), 0
+        try:
+            while True:
+                message: dict[str, Any] = await receive()
+                if message["type"] != "http.request":
+                    return None
+                whole += message.get("body", b"")
+                if len(whole) > most:
+                    raise Refused(413, "too large")
+                if not message.get("more_body", False):
+                    return bytes(whole)
+                if len(whole) > SMALL:
+                    self.desk.check_head(kind, bytes(whole[:ENVELOPE]), time.monotonic())
+                    more = len(whole) - SMALL - counted
+                    if self._reading + more > READING:
+                        raise Refused(503, "too much is being read: try again later")
+                    counted, self._reading = counted + more, self._reading + more
+        finally:
+            self._reading -= counted
+
     # -------------------------------------------------------------------------------------- folder
 
     async def folder(self, path: Path) -> None:
         """Answer messages that are files in `in/`, until the hall closes. A folder that is away for a while is waited for."""
         waiting: set[asyncio.Task[None]] = set()
-        away = False
+        mail = Mail(path, self.note, time.monotonic())
         while not self.closing:
-            files: list[tuple[Path, str]] = []
-            try:
-                files = _mail(path / "in")
-                self.sweep(path, time.monotonic())
-                if away:
-                    self.note(f"--folder {path}: is there again")
-                away = False
-            except OSError as error:
-                if not away:
-                    self.note(f"--folder {path}: cannot be read: {error.strerror}: waiting for it")
-                away = True
-            for file, kind in files:
+            for file, kind in mail.requests(time.monotonic()):
                 task = asyncio.ensure_future(self._file(file, path / "out", kind))
                 waiting.add(task)
                 task.add_done_callback(waiting.discard)
@@ -209,25 +225,6 @@ class Hall:
             await asyncio.sleep(TICK / 2)
         if waiting:
             await asyncio.wait(waiting, timeout=2.0)
-
-    def sweep(self, path: Path, now: float) -> None:
-        """Remove what nobody took: replies to workers that are gone, files that they have not written to their end.
-
-        Their age is by this machine's clock, from when they were seen first: the folder's machine may have another.
-
-        Raises:
-            OSError: the folder cannot be read.
-        """
-        if now - self._swept < _STALE / 10:
-            return
-        self._swept = now
-        there = [file for file in (path / "out").iterdir() if _ours(file)]
-        there += [file for file in (path / "in").iterdir() if file.name[:1] == "." and _ours(file)]
-        self._left = {file: self._left.get(file, now) for file in there}
-        for file, since in self._left.items():
-            if now - since > _STALE:
-                with contextlib.suppress(OSError):
-                    file.unlink()
 
     async def _file(self, file: Path, out: Path, kind: str) -> None:
         with contextlib.suppress(OSError):
@@ -242,70 +239,6 @@ class Hall:
                 reply = await self.answer(reply)
             assert reply is not None
             put(out / file.name, struct.pack("<H", reply.status) + reply.body)
-
-
-async def _body(receive: Any, most: int) -> bytes | None:
-    """What is sent; None where the other side has hung up before its end."""
-    whole = b""
-    while True:
-        message: dict[str, Any] = await receive()
-        if message["type"] != "http.request":
-            return None
-        whole += bytes(message.get("body", b""))
-        if len(whole) > most:
-            raise Refused(413, "too large")
-        if not message.get("more_body", False):
-            return whole
-
-
-def _mail(path: Path) -> list[tuple[Path, str]]:
-    """Messages that are there, with their kinds."""
-    found = [(file, _NAME.fullmatch(file.name)) for file in sorted(path.iterdir())]
-    return [(f, name[1]) for f, name in found if name and not f.is_symlink() and f.is_file()]
-
-
-def _ours(file: Path) -> bool:
-    """Whether it is a message, or a part of one."""
-    return _NAME.fullmatch(file.name.removeprefix(".")) is not None
-
-
-def hold_folder(path: Path, note: Callable[[str], None]) -> IO[bytes]:
-    """Keep other hubs off a shared folder for as long as what is returned is open.
-
-    Raises:
-        UserError: another hub is at work in it, or it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".hub").open("ab")
-    except OSError as error:
-        raise UserError(f"--folder {path}: cannot be used: {error.strerror}") from None
-    try:
-        if claim(lock):
-            return lock
-    except OSError as error:  # not every shared folder can; a hub can be without
-        note(f"--folder {path}: cannot be locked: {error.strerror}: see to it that no other hub uses it")  # fmt: skip
-        return lock
-    lock.close()
-    raise UserError(
-        f"--folder {path}: another hub is at work in it: stop that one or choose another --folder"
-    )
-
-
-def open_folder(path: Path) -> None:
-    """Make the two folders, without what is left in them of a hub before.
-
-    Raises:
-        UserError: they cannot be made.
-    """
-    try:
-        for part in (path / "in", path / "out"):
-            part.mkdir(parents=True, exist_ok=True)
-            for file in part.iterdir():
-                if _ours(file) and file.is_file():
-                    file.unlink()
-    except OSError as error:
-        raise UserError(f"--folder {path}: cannot be used: {error.strerror}") from None
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -19,7 +19,7 @@ from justforward.line import HubGone, Line, SessionLost
 from justforward.optim import MeZO
 from justforward.playback import fingerprint
 from justforward.sights import Sight, merged
-from justforward.trajectory import Step, read_log
+from justforward.trajectory import read_log
 from justforward.wire import BEHIND, DONE, PROTOCOL, REPLAY, History, Order, Turn, Work, zipped
 
 _REPLAYS = 3  # one after the other: then something is wrong that a replay does not mend
@@ -173,7 +173,7 @@ class Worker:
                 self._catch_up(folder)
                 said = self._turn()
                 continue
-            self._move(order.steps)
+            self._move(order)
             if order.says == DONE:
                 return self.opt.steps
             said = self._look(order.work) if order.work is not None else self._turn()
@@ -207,12 +207,12 @@ class Worker:
         finally:
             path.unlink()
         self._note(f"{len(steps) - self.opt.steps} steps behind: taking them from the hub's log")
-        self._move(steps)
+        self._move(Order(steps=tuple(steps)))
 
-    def _move(self, steps: Sequence[Step]) -> None:
+    def _move(self, order: Order) -> None:
         assert self.opt is not None
         before = self.opt.steps
-        for step in steps:
+        for step in order.steps:
             if step.index < self.opt.steps:
                 continue  # of a reply to a message that was sent twice
             self.opt.apply(step)
