@@ -391,6 +391,45 @@ def test_more_workers_than_the_hub_takes(tmp_path: Path) -> None:
     assert len(desk._sessions) <= sessions
 
 
+def test_any_number_of_workers_may_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("justforward.desk.NAMES", 3)
+    desk = open_desk(tmp_path / "run", most=1)
+    rounds = desk.conductor.rounds
+    for number in range(8):
+        made, _, _ = ask(desk, f"spot-{number}")
+        raw = seal(KEY, desk.conductor.run, "turn", made.line._session, 9, made._turn().pack())
+        assert isinstance(desk.receive("turn", raw, 0.5), Reply)
+        made.line._counter = 9
+        made.line.call("leave")
+        assert len(rounds.members) == len(desk._numbers) <= 3 + 1
+    # who is struck off is remembered: a name of its own is no way back
+    for number in range(3):
+        made, _, _ = ask(desk, f"bad-{number}")
+        for _ in range(3):
+            with pytest.raises(UserError):
+                made.line.call("turn", b"rubbish")
+    with pytest.raises(
+        UserError, match="of the 3 workers that have been there most have sent what is no answer"
+    ):
+        ask(desk, "honest")
+
+
+def test_one_that_is_forgotten_while_an_old_connection_waits_is_to_join(tmp_path: Path) -> None:
+    desk = open_desk(tmp_path / "run", workers=2)
+    made, _, link = ask(desk)
+    raw = seal(KEY, desk.conductor.run, "turn", made.line._session, 9, made._turn().pack())
+    waiting = desk.receive("turn", raw, link.now)
+    assert isinstance(waiting, Waiting)
+    made.line._counter = 9
+    made.line.call("leave")
+    assert desk.conductor.forget(0)
+    reply = desk.again(waiting, 1.0)
+    assert reply is not None
+    assert reply.status == 403
+
+
 def test_what_differs_is_named(tmp_path: Path) -> None:
     desk = open_desk(tmp_path / "run")
     made, _own, _link = ask(desk)

@@ -469,6 +469,21 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         ({"template": None}, "--template is missing"),
         ({"estimator": "activation", "batch_size": 9000}, "a step has 9000 directions"),
         ({"max_forwards": 1}, "--max-forwards is 1: one step takes 2"),
+        (
+            {"workers": 3, "most_workers": 2},
+            "--workers is 3 and --most-workers 2: a step would wait for more",
+        ),
+        (
+            {
+                "own_rows": True,
+                "estimator": "activation",
+                "batch_size": 64,
+                "num_samples": 64,
+                "workers": 2,
+                "max_forwards": 999,
+            },
+            "--workers is 2: with --own-rows, --batch-size 64 and --num-samples 64 a step has room for 1 workers",
+        ),
     ],
 )
 def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], said: str) -> None:
@@ -488,6 +503,34 @@ def test_libraries_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mo
         HttpLink("http://127.0.0.1:1")
 
 
-def test_addresses_that_are_none() -> None:
-    with pytest.raises(UserError, match="'hub:80' is not the address of a hub"):
-        HttpLink("hub:80")
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("hub:80", "http://", "https://:80", "http://127.0.0.1:99999", "http://host:80a", "http://[::1"),
+        *("http://127.0.0.1 :80", "http://host:80/a b", "http://a..b:80", "http://" + 70 * "x", "http://h\n", ""),
+    ],
+)  # fmt: skip
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(UserError) as caught:
+        HttpLink(url)
+    assert str(caught.value).startswith(f"{url!r} is not the address of a hub: ")
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=200)
+@given(st.text(max_size=20), st.sampled_from(["", "http://", "https://", "http://127.0.0.1:"]))
+def test_any_address_is_one_or_is_refused(text: str, scheme: str) -> None:
+    with contextlib.suppress(UserError):
+        HttpLink(scheme + text).close()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://hub", "https://hub:80/a/b", "http://[::1]:8765", "http://höst:1"]
+)
+def test_addresses_that_could_be_a_hub_s(url: str) -> None:
+    HttpLink(url).close()
+
+
+def test_hosts_that_cannot_be_listened_at() -> None:
+    with pytest.raises(UserError, match=r"--port 0: a\.\.b cannot be listened at"):
+        listen("a..b", 0)

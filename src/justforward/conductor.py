@@ -294,6 +294,16 @@ class Conductor:
         for here in self._hashes.values():
             here.pop(worker, None)
 
+    def forget(self, worker: int) -> bool:
+        """Let go of one that is gone, if nothing hangs on it; whether it is forgotten."""
+        if not self.rounds.forget(worker):
+            return False
+        self.told.discard(worker)
+        self._to_replay.discard(worker)
+        for here in self._hashes.values():
+            here.pop(worker, None)
+        return True
+
     def strike(self, worker: int) -> None:
         """A worker sent what is no answer; after three of them it is as one that has left."""
         self.rounds.strike(worker)

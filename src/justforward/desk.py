@@ -36,6 +36,7 @@ FRESH = 60.0  # seconds in which a session must be begun
 CHUNK = 1 << 20  # bytes of the log in one reply
 MOST_HEADER = 1 << 22
 MOST_NAME = 64
+NAMES = 64  # workers that are remembered, for each that may be there
 _OFFSET = struct.Struct("<Q")
 
 
@@ -81,6 +82,7 @@ class Desk:
         self._issued = 0
         self._sessions: dict[bytes, _Session] = {}
         self._numbers: dict[str, int] = {}
+        self._next = 0  # number of the next worker that comes
         self._turns: dict[int, int] = {}  # of each worker, how often it has asked
         self._kinds: dict[str, Callable[[_Session, Letter, float], bytes | Waiting]] = {
             "run": self._run,
@@ -144,6 +146,10 @@ class Desk:
 
     def again(self, waiting: Waiting, now: float) -> Reply | None:
         """The answer to one who waits, if there is one by now; after a while that there is none."""
+        if waiting.worker not in self.conductor.rounds.members:
+            return self._sealed(
+                waiting.proof, 403, b"join first"
+            )  # it has left by another connection
         try:
             order = self.conductor.order(waiting.worker, waiting.step, now)
         except UserError as error:
@@ -226,16 +232,37 @@ class Desk:
             raise Refused(400, f"a worker needs a name of 1 to {MOST_NAME} letters")
         if session.worker is None:
             others = {s.worker for s in self._sessions.values() if self._at_work(s)}
-            number = self._numbers.get(name, len(self._numbers))
-            if len(others | {number}) > self.most or number >= 64 * self.most:
+            number = self._numbers.get(name, self._next)
+            if len(others | {number}) > self.most:
                 raise Refused(429, f"there are {len(others)} workers already: the hub takes {self.most}")  # fmt: skip
+            if name not in self._numbers:
+                self._make_names()
             self.conductor.join(said, number, name)
             self._numbers[name] = number
+            self._next = max(self._next, number + 1)
             for other in self._sessions.values():
                 if other.worker == number:
                     other.worker = None  # its session before
             session.worker = number
         return b""
+
+    def _make_names(self) -> None:
+        """Forget workers that have come and gone, where as many as are remembered have."""
+        if len(self._numbers) < NAMES * self.most:
+            return
+        forgotten = {n for n in self._numbers.values() if self.conductor.forget(n)}
+        self._numbers = {name: n for name, n in self._numbers.items() if n not in forgotten}
+        for session in self._sessions.values():
+            if session.worker in forgotten:
+                session.worker = None
+        for number in forgotten:
+            self._turns.pop(number, None)
+        if len(self._numbers) >= NAMES * self.most:
+            raise Refused(
+                429,
+                f"of the {len(self._numbers)} workers that have been there most have sent what is no answer, and the hub remembers "
+                "no more: see its status, and start it again with --resume",
+            )
 
     def _worker(self, session: _Session) -> int:
         if session.worker is None:

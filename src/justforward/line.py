@@ -69,19 +69,40 @@ class HttpLink:
             raise UserError(
                 "join: the package urllib3 is not installed: pip install 'justforward[serve]'"
             ) from None
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"{url!r} is not the address of a hub: give http://HOST:PORT")
-        self._prefix = urllib3.util.parse_url(url).path or ""
+        self._prefix = self._checked(url)
         self._errors = urllib3.exceptions.HTTPError
         # What the library adds to every request by itself, and the hub has no use for.
         skipped = urllib3.util.SKIP_HEADER
         self._headers = {"User-Agent": skipped, "Accept-Encoding": skipped}
+        self._pool = urllib3.connection_from_url(
+            url, maxsize=1, retries=False, timeout=urllib3.Timeout(connect=5.0, read=PATIENCE)
+        )
+
+    @staticmethod
+    def _checked(url: str) -> str:
+        """The path of an address that could be a hub's."""
+        import urllib3
+
+        wrong, host = "", ""
         try:
-            self._pool = urllib3.connection_from_url(
-                url, maxsize=1, retries=False, timeout=urllib3.Timeout(connect=5.0, read=PATIENCE)
+            parsed = urllib3.util.parse_url(url)
+            host = parsed.host or ""
+            host.encode("idna")
+        except (
+            ValueError,
+            urllib3.exceptions.HTTPError,
+        ) as error:  # UnicodeError, LocationParseError
+            wrong = f": {_short(str(error))}"
+        if (
+            wrong
+            or not host
+            or not url.startswith(("http://", "https://"))
+            or any(letter.isspace() or not letter.isprintable() for letter in url)
+        ):
+            raise UserError(
+                f"{url!r} is not the address of a hub{wrong}: give http://HOST:PORT, with a port from 0 to 65535"
             )
-        except urllib3.exceptions.LocationValueError as error:
-            raise UserError(f"{url!r} is not the address of a hub: {error}") from None
+        return parsed.path or ""
 
     def post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
         """See `Link`."""

@@ -44,6 +44,10 @@ class Plan:
     quorum: int = 1
     lanes: int | None = None
 
+    def room(self, samples: int) -> int | None:
+        """Clients with rows of their own that a step of so many samples has room for; None: any number."""
+        return None if self.lanes is None else max(1, self.lanes // (samples * self.rows))
+
 
 @dataclass
 class Member:
@@ -128,6 +132,17 @@ class Rounds:
                 part.taken_away.add(worker)
                 part.gone = self.plan.private
 
+    def forget(self, worker: int) -> bool:
+        """Let go of one that is gone, has done nothing wrong and has no part in the round; whether it is forgotten."""
+        member = self.members[worker]
+        busy = any(worker == part.by or worker in part.asked for part in self._parts)
+        if member.alive or member.strikes or busy:
+            return False
+        for part in self._parts:
+            part.taken_away.discard(worker)
+        del self.members[worker]
+        return True
+
     def heard(self, worker: int) -> None:
         """A worker says something: it is not looking any more."""
         self.looking.pop(worker, None)
@@ -173,8 +188,7 @@ class Rounds:
         if not self.plan.private:
             self._parts = [_Part(range(i, min(i + part, rows))) for i in range(0, rows, part)]
             return True
-        if self.plan.lanes is not None:
-            alive = alive[: max(1, self.plan.lanes // (self.samples * rows))]
+        alive = alive[: self.plan.room(self.samples)]
         self._parts = [
             _Part(range(place * rows, (place + 1) * rows), {worker: now})
             for place, worker in enumerate(alive)

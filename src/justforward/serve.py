@@ -125,7 +125,9 @@ class Hall:
 
     def _tell(self, last: bool = False) -> None:
         """Who has come and gone, and whose scalars are odd; every ten seconds how far it is."""
-        for number, member in self.conductor.rounds.members.items():
+        members = self.conductor.rounds.members
+        self._shown = {number: was for number, was in self._shown.items() if number in members}
+        for number, member in members.items():
             now = (
                 member.alive,
                 member.drawn_in > 0,
@@ -252,7 +254,7 @@ def listen(host: str, port: int) -> socket.socket:
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         opened.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         opened.close()
         said = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -320,6 +322,11 @@ def open_run(config: ServeConfig) -> Conductor:
         UserError: something in the options or the folder cannot be used.
     """
     check_ranges(config)
+    if config.workers > config.most_workers:
+        raise UserError(
+            f"--workers is {config.workers} and --most-workers {config.most_workers}: a step would wait for more workers than the "
+            "hub takes: lower --workers or raise --most-workers"
+        )
     folder = RunFolder(config.out)
     if not config.resume:
         check_new(folder.path, "go on with it with --resume or choose another --out")
@@ -341,6 +348,7 @@ def open_run(config: ServeConfig) -> Conductor:
             quorum=config.workers,
             lanes=MOST_COEFFICIENTS if run.estimator == "activation" else None,
         )
+        _check_room(plan, run.num_samples)
         return Conductor(
             folder, run, Terms(plan, deviations or None, config.hash_every), time.monotonic()
         )
@@ -360,7 +368,22 @@ def open_run(config: ServeConfig) -> Conductor:
     plan = replace(terms.plan, quorum=config.workers)
     if config.deadline is not None:
         plan = replace(plan, patience=config.deadline)
+    _check_room(plan, run.num_samples)
     return Conductor(folder, run, replace(terms, plan=plan), time.monotonic(), kept)
+
+
+def _check_room(plan: Plan, samples: int) -> None:
+    """Refuse to wait for more clients than a step has room for.
+
+    Raises:
+        UserError: naming what is asked for and what there is room for.
+    """
+    room = plan.room(samples)
+    if plan.private and room is not None and plan.quorum > room:
+        raise UserError(
+            f"--workers is {plan.quorum}: with --own-rows, --batch-size {plan.rows} and --num-samples {samples} a step has room "
+            f"for {room} workers in a log ({plan.lanes} directions): lower --workers, --batch-size or --num-samples"
+        )
 
 
 def serve(config: ServeConfig, progress: Progress | None = None) -> Result:
