@@ -537,7 +537,7 @@ def test_weights_that_are_not_compared(tmp_path: Path, how: str) -> None:
     elif how == "says another":
         conductor.turn(1, lie, 1.0)
     while how == "is struck off" and not conductor.rounds.dropped(1):
-        conductor.strike(1)
+        conductor.strike(1, "rubbish")
     order = conductor.turn(0, honest, 1.0)
     assert order is not None
     assert order.says == DONE
@@ -574,12 +574,57 @@ def test_nan_is_no_answer_and_an_outlier_is_drawn_in_and_named(tmp_path: Path) -
     with pytest.raises(UserError, match="a number that is not finite"):
         made.line.call("turn", replace(turn, sights=(nan,)).pack())
     assert desk.conductor.steps == 0
-    far = replace(wild, rises=((1e30, *wild.rises[0][1:]),))
+    far = replace(wild, rises=((1e12, *wild.rises[0][1:]),))
     made.line.call("turn", replace(turn, sights=(far,)).pack())
     assert desk.conductor.steps == 1
     assert desk.conductor.status()["members"][0]["drawn_in"] == 1
     found = desk.conductor.recent[0].projected_grads[0]
     assert abs(found) < 1e6
+
+
+@pytest.mark.parametrize("deviations", [0.0, 10.0])
+@pytest.mark.parametrize("what", ["rise of the loss", "loss"])
+def test_what_no_loss_can_be_is_no_answer_and_its_worker_is_named(
+    tmp_path: Path, what: str, deviations: float
+) -> None:
+    desk = open_desk(tmp_path / "run", deviations=deviations)
+    liar, _, log = worker(DeskLink(desk), "liar")
+    look = liar._look
+
+    def huge(work: Any) -> Turn:
+        turn = look(work)
+        if what == "loss":
+            return replace(turn, sights=tuple(replace(s, loss=-3e38) for s in turn.sights))
+        rises = [tuple((*own[1:], -3e38) for own in s.rises) for s in turn.sights]
+        return replace(
+            turn, sights=tuple(replace(s, rises=r) for s, r in zip(turn.sights, rises, strict=True))
+        )
+
+    liar._look = huge
+    with pytest.raises(UserError, match=rf"no answer: a {what} of 3e\+38: beyond 1e\+14"):
+        liar.run(log)
+    assert desk.conductor.steps == 0
+    honest, _, log = worker(DeskLink(desk), "honest")
+    assert honest.run(log) == 20
+    members = {m["name"]: m for m in desk.conductor.status()["members"]}
+    assert (members["liar"]["strikes"], members["honest"]["strikes"]) == (3, 0)
+    assert members["liar"]["why"].startswith(f"a {what} of 3e+38")
+
+
+def test_a_step_that_cannot_be_made_says_whose_rise_is_the_largest(tmp_path: Path) -> None:
+    desk = open_desk(tmp_path / "run", rule="sgd", lr=1e30)
+    made, _, log = worker(DeskLink(desk), "largest")
+    look = made._look
+    made._look = lambda work: _raised(look(work), 1e12)
+    with pytest.raises(UserError, match=r"the largest rise of the loss, 1e\+12, is from largest"):
+        made.run(log)
+
+
+def _raised(turn: Turn, rise: float) -> Turn:
+    raised = [tuple(tuple(rise for _ in own) for own in sight.rises) for sight in turn.sights]
+    return replace(
+        turn, sights=tuple(replace(s, rises=r) for s, r in zip(turn.sights, raised, strict=True))
+    )
 
 
 def test_without_a_finite_loss_the_run_cannot_go_on(tmp_path: Path) -> None:

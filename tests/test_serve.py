@@ -294,6 +294,9 @@ def test_one_that_waits_and_hangs_up_is_not_counted_on(tmp_path: Path) -> None:
 def open_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     desk = Desk(KEY, open_run(serve_config(tmp_path_factory.mktemp("hub") / "run")), 8)
     hub = Running(desk, listen("127.0.0.1", 0))
+    link = HttpLink(hub.url)
+    Line(link, KEY, 30.0).open()  # its thread has come to listen
+    link.close()
     yield hub
     hub.stop()
     desk.conductor.close()
@@ -469,6 +472,14 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         ({"template": None}, "--template is missing"),
         ({"estimator": "activation", "batch_size": 9000}, "a step has 9000 directions"),
         ({"max_forwards": 1}, "--max-forwards is 1: one step takes 2"),
+        (
+            {"deviations": 6.0, "part": 4, "batch_size": 16},
+            "--part is 4: of --batch-size 16 it makes 4 parts.*give --part 2",
+        ),
+        (
+            {"deviations": 6.0, "batch_size": 4},
+            "it makes 4 parts, .*: give --batch-size 5 or more",
+        ),
         (
             {"workers": 3, "most_workers": 2},
             "--workers is 3 and --most-workers 2: a step would wait for more",

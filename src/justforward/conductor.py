@@ -27,12 +27,15 @@ from justforward.rounds import Plan, Rounds
 from justforward.rules import parse
 from justforward.schedules import forwards_at, forwards_until, learning_rate, samples_at
 from justforward.settings import kept_values
+from justforward.sights import Sight
 from justforward.trajectory import Step, Writer, read_log
 from justforward.variants import settings_of
 from justforward.wire import BEHIND, DONE, PROTOCOL, REPLAY, History, Order, Turn
 
 MOST_BEHIND = 256  # steps; a worker that is further behind reads them from the log
 KEPT_HASHES = 4
+# A projected gradient beyond which its square, which rules keep, is not safe in float32.
+MOST_GRADIENT = 1e17
 
 
 @dataclass(frozen=True)
@@ -259,11 +262,12 @@ class Conductor:
             return Order(REPLAY)
         try:
             for sight in turn.sights:
+                self._check_size(sight)
                 self.rounds.take(worker, turn.attempt, sight, now)
             for first, count in turn.blank if turn.step == self.steps else ():
                 self.rounds.take_blank(worker, turn.attempt, range(first, first + count), now)
-        except UserError:
-            self.strike(worker)
+        except UserError as error:
+            self.strike(worker, str(error))
         self.tick(now)
         return self.order(worker, turn.step, now)
 
@@ -286,7 +290,22 @@ class Conductor:
 
     def _check(self, worker: int) -> None:
         if self.rounds.dropped(worker):
-            raise UserError("this worker is not listened to any more: it sent what is no answer")
+            why = self.rounds.members[worker].why
+            raise UserError(f"this worker is not listened to any more: it sent what is no answer: {why}")  # fmt: skip
+
+    def _check_size(self, sight: Sight) -> None:
+        """Refuse what no loss can be, before it meets those of others.
+
+        Raises:
+            UserError: naming the number.
+        """
+        assert self.config.eps is not None
+        largest, most = _largest(sight), MOST_GRADIENT * self.config.eps
+        for what, value in (("rise of the loss", largest), ("loss", abs(sight.loss))):
+            if value > most:
+                raise UserError(
+                    f"a {what} of {value:.3g}: beyond {most:.3g} ({MOST_GRADIENT:g} times eps) it is no loss that a step can be made of"
+                )
 
     def leave(self, worker: int) -> None:
         """A worker goes: its rows are for others, and its weights are compared with nobody's."""
@@ -304,9 +323,9 @@ class Conductor:
             here.pop(worker, None)
         return True
 
-    def strike(self, worker: int) -> None:
+    def strike(self, worker: int, why: str) -> None:
         """A worker sent what is no answer; after three of them it is as one that has left."""
-        self.rounds.strike(worker)
+        self.rounds.strike(worker, why)
         if self.rounds.dropped(worker):
             self.leave(worker)
 
@@ -351,7 +370,8 @@ class Conductor:
             assert self._writer is not None
             self._writer.append(step)
         except UserError as error:
-            self.failed = str(error)
+            largest, worker = max((_largest(sight), worker) for worker, sight in found)
+            self.failed = f"{error} (the largest rise of the loss, {largest:.3g}, is from {self.rounds.members[worker].name})"
             return False
         self._remember(step)
         self.rounds.go_on(counts)
@@ -391,6 +411,10 @@ class Conductor:
             "failed": self.failed,
             "members": [asdict(member) for member in self.rounds.members.values()],
         }
+
+
+def _largest(sight: Sight) -> float:
+    return max(max(map(abs, own)) for own in sight.rises)
 
 
 def _state(folder: RunFolder) -> Path:

@@ -275,7 +275,7 @@ class Desk:
         try:
             turn = Turn.unpack(letter.payload)
         except UserError as error:
-            self.conductor.strike(worker)
+            self.conductor.strike(worker, str(error))
             raise Refused(400, str(error)) from None
         order = self.conductor.turn(worker, turn, now)
         if order is None:

@@ -35,6 +35,7 @@ class Plan:
         quorum: clients that must be there to begin a step, and with private rows must have answered.
         lanes: coefficients that a step may have (private rows in activation space bring some each); None: as many as
             there are.
+        bounded: whether, of shared rows and while three workers or more answer in time, none may have half of them.
     """
 
     rows: int
@@ -43,6 +44,7 @@ class Plan:
     patience: float = 2.0
     quorum: int = 1
     lanes: int | None = None
+    bounded: bool = False
 
     def room(self, samples: int) -> int | None:
         """Clients with rows of their own that a step of so many samples has room for; None: any number."""
@@ -61,6 +63,7 @@ class Member:
         blank: parts of which it had no finite loss.
         drawn_in: rises that were outliers.
         strikes: messages that were none.
+        why: the last of them was none.
         replays: how often its weights differed.
     """
 
@@ -71,6 +74,7 @@ class Member:
     blank: int = 0
     drawn_in: int = 0
     strikes: int = 0
+    why: str = ""
     replays: int = 0
 
 
@@ -84,6 +88,12 @@ class _Part:
     sight: Sight | None = None
     by: int | None = None  # who answered
     gone: bool = False  # nobody will: a client with rows of its own has left
+
+
+def _is_of(part: _Part, worker: int) -> bool:
+    """Whether it has answered a part, or may."""
+    open_to = worker in part.asked or worker in part.taken_away
+    return part.by == worker or (part.by is None and open_to)
 
 
 class Rounds:
@@ -147,10 +157,11 @@ class Rounds:
         """A worker says something: it is not looking any more."""
         self.looking.pop(worker, None)
 
-    def strike(self, worker: int) -> None:
+    def strike(self, worker: int, why: str) -> None:
         """A worker sent what is no answer; after three of them it is not listened to any more."""
         member = self.members[worker]
         member.strikes += 1
+        member.why = why
         if member.strikes >= STRIKES:
             self.leave(worker)
 
@@ -170,7 +181,7 @@ class Rounds:
             return None
         mine = [part for part in self._parts if worker in part.asked and part.by is None]
         if not mine and not self.plan.private:
-            mine = self._more(now)
+            mine = self._more(worker, now)
             for part in mine:
                 part.asked[worker] = now
         if not mine:
@@ -195,12 +206,34 @@ class Rounds:
         ]
         return True
 
-    def _more(self, now: float) -> list[_Part]:
+    def _more(self, worker: int, now: float) -> list[_Part]:
         """This worker's share of what nobody has, or else what others are overdue with."""
-        free = [part for part in self._parts if part.by is None and not part.asked]
+        free = self._free()
         if free:
-            return free[: -(-len(self._parts) // max(1, len(self._alive())))]
-        return [part for part in self._parts if part.by is None and self._overdue(part, now)]
+            share = -(-len(self._parts) // max(1, len(self._alive())))
+            return self._within(worker, free[:share], now)
+        overdue = [part for part in self._parts if part.by is None and self._overdue(part, now)]
+        return self._within(worker, overdue, now)
+
+    def _free(self) -> list[_Part]:
+        return [part for part in self._parts if part.by is None and not part.asked]
+
+    def _within(self, worker: int, parts: list[_Part], now: float) -> list[_Part]:
+        """Of these, those that it may have: with what it has, and could still answer, fewer than half if others are there.
+
+        Once the round has lasted for as long as parts may take, whoever asks is given them: others have not come.
+        """
+        count, alive = len(self._parts), len(self._alive())
+        if not self.plan.bounded or alive < 3 or now - self._opened > self._limit():
+            return parts
+        own = [part for part in self._parts if _is_of(part, worker)]
+        room = max((count - 1) // 2, -(-count // alive)) - len(own)
+        kept = []
+        for part in parts:
+            room -= not _is_of(part, worker)
+            if room >= 0:
+                kept.append(part)
+        return kept
 
     @property
     def usual(self) -> float:
@@ -305,8 +338,15 @@ class Rounds:
             for worker, asked in part.asked.items():
                 member = self.members[worker]
                 if part.by is None and member.alive and now - asked > self._limit():
-                    member.alive = False
-                    member.late += 1
+                    self._late(member)
+        if self.plan.bounded and self._free() and now - self._opened > self._limit():
+            for worker in self._alive():  # it has not asked in all this time, and rows wait for it
+                if not any(_is_of(part, worker) for part in self._parts):
+                    self._late(self.members[worker])
+
+    def _late(self, member: Member) -> None:
+        member.alive = False
+        member.late += 1
 
     def go_on(self, drawn_in: Counter[int] | None = None) -> None:
         """The step is made: the next round is to be opened when a worker asks."""

@@ -26,6 +26,7 @@ from justforward.offers import CLIPPED, ServeConfig, run_config
 from justforward.prepare import stop_signals
 from justforward.progress import Progress
 from justforward.ranges import check_ranges
+from justforward.robust import LEAST
 from justforward.rounds import Plan
 from justforward.trajectory import MOST_COEFFICIENTS
 from justforward.wire import ENVELOPE, Refused, read_key
@@ -145,7 +146,7 @@ class Hall:
                 for count, what in (
                     (member.drawn_in, "rises drawn in"),
                     (member.blank, "parts without a finite loss"),
-                    (member.strikes, "messages that are no answer"),
+                    (member.strikes, f"messages that are no answer, the last {member.why}"),
                     (member.replays, "replays"),
                 )
                 if count
@@ -331,7 +332,6 @@ def open_run(config: ServeConfig) -> Conductor:
     if not config.resume:
         check_new(folder.path, "go on with it with --resume or choose another --out")
         run = run_config(config, None)
-        part = config.part or max(1, run.batch_size // 4)
         own = config.own_rows
         lanes = run.batch_size * run.num_samples
         if run.estimator == "activation" and lanes > MOST_COEFFICIENTS:
@@ -340,6 +340,8 @@ def open_run(config: ServeConfig) -> Conductor:
                 f"takes {MOST_COEFFICIENTS}"
             )
         deviations = config.deviations if config.deviations is not None else CLIPPED if own else 0.0
+        bounded = not own and deviations > 0.0
+        part = config.part or max(1, run.batch_size // (8 if bounded else 4))
         plan = Plan(
             rows=run.batch_size,
             part=run.batch_size if own else min(part, run.batch_size),
@@ -347,7 +349,9 @@ def open_run(config: ServeConfig) -> Conductor:
             patience=config.deadline or (30.0 if own else 2.0),
             quorum=config.workers,
             lanes=MOST_COEFFICIENTS if run.estimator == "activation" else None,
+            bounded=bounded,
         )
+        _check_share(plan)
         _check_room(plan, run.num_samples)
         return Conductor(
             folder, run, Terms(plan, deviations or None, config.hash_every), time.monotonic()
@@ -383,6 +387,21 @@ def _check_room(plan: Plan, samples: int) -> None:
         raise UserError(
             f"--workers is {plan.quorum}: with --own-rows, --batch-size {plan.rows} and --num-samples {samples} a step has room "
             f"for {room} workers in a log ({plan.lanes} directions): lower --workers, --batch-size or --num-samples"
+        )
+
+
+def _check_share(plan: Plan) -> None:
+    """Refuse parts so large that one of three workers has half of the rows, where outliers are to be drawn in.
+
+    Raises:
+        UserError: naming part and rows.
+    """
+    parts = -(-plan.rows // plan.part)
+    if plan.bounded and plan.rows >= LEAST and 3 * ((parts - 1) // 2) < parts:
+        advice = f"give --part {max(1, plan.rows // 8)}" if plan.rows > 4 else "give --batch-size 5 or more"  # fmt: skip
+        raise UserError(
+            f"--part is {plan.part}: of --batch-size {plan.rows} it makes {parts} parts, so that one of three workers has half of the "
+            f"rows, which --deviations cannot bound: {advice}"
         )
 
 
