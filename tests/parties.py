@@ -23,8 +23,9 @@ from justforward import MeZO, fingerprint
 from justforward.conductor import Conductor
 from justforward.desk import Desk, Waiting
 from justforward.line import HttpLink, Line, Unreachable, greet
+from justforward.mail import open_folder
 from justforward.offers import ServeConfig
-from justforward.serve import Hall, attend, listen, open_folder, open_run, server_of
+from justforward.serve import Hall, attend, listen, open_run, server_of
 from justforward.worker import Rows, Worker
 
 KEY = b"a key that all of them share"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 import threading
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 import justforward
 from justforward import Sight, UserError, fingerprint, read_log, replay
 from justforward.desk import Desk, Reply, Waiting
-from justforward.line import Line, SessionLost, greet
+from justforward.line import HubGone, Line, SessionLost, greet
 from justforward.serve import open_run
-from justforward.wire import REPLAY, Order, Turn, seal, zipped
+from justforward.wire import DONE, REPLAY, Order, Turn, seal, zipped
 from justforward.worker import joined
 from parties import (
     KEY,
@@ -139,6 +140,58 @@ def test_a_hub_that_was_killed_goes_on_from_its_log(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == list(range(1, made.opt.steps + 1))
 
 
+class Kill(BaseException):
+    """As if the process ended there."""
+
+
+@pytest.mark.parametrize("error", [Kill(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("file", ["hub.json", "environment.json", "trajectory.jfl"])
+def test_a_hub_that_dies_or_has_no_room_while_the_first_worker_joins(
+    tmp_path: Path, file: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no run then, and the next worker, with other rows, begins it; or it goes on."""
+    desk = open_desk(tmp_path / "run")
+    rename, left = Path.replace, [file]
+
+    def fails(path: Path, to: Path) -> Path:
+        if to.name in left:
+            left.clear()
+            raise error
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    made, _, log = worker(DeskLink(desk), "first")
+    with pytest.raises(Kill if isinstance(error, Kill) else UserError):
+        made.run(log)
+    assert left == []
+    if isinstance(error, Kill):
+        kill(desk)
+        desk = open_desk(tmp_path / "run", resume=True)
+    made, own, log = worker(DeskLink(desk, now=1.0), "second", digest="e" * 64)
+    assert made.run(log) == 20
+    desk.conductor.close()
+    folder = desk.conductor.folder
+    folder.check_run()
+    assert folder.read_environment()["data_sha256"] == "e" * 64
+    fresh = Party({"config": desk.conductor.info()["config"], "private": False}).model
+    assert replay(fresh, folder.log) == 20
+    assert fingerprint(fresh) == fingerprint(own.model)
+    assert not [*folder.path.glob(".*.*")]
+
+
+def test_a_hub_that_has_no_room_for_its_first_files_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise UserError("cannot be written: No space left on device")
+
+    monkeypatch.setattr("justforward.conductor.write_whole", full)
+    with pytest.raises(UserError, match="No space left"):
+        open_desk(tmp_path / "run")
+    monkeypatch.undo()
+    open_desk(tmp_path / "run")
+
+
 def test_a_joiner_replays_the_log(tmp_path: Path) -> None:
     desk = open_desk(tmp_path / "run")
     first, own, log = worker(DeskLink(desk))
@@ -234,6 +287,26 @@ def test_a_worker_with_another_history_replays(tmp_path: Path) -> None:
     assert desk.conductor.status()["members"][0]["replays"] == 2
 
 
+def test_a_worker_that_others_have_left_behind_reads_the_log_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not told that its weights differ, nor does it load its base again."""
+    monkeypatch.setattr("justforward.conductor.MOST_BEHIND", 4)
+    desk = open_desk(tmp_path / "run")
+    slow, own, link = ask(desk, "slow")
+    notes: list[str] = []
+    slow._note, slow._build = notes.append, lambda path, resume: pytest.fail("it is built again")
+    fast, other, log = worker(DeskLink(desk), "fast")
+    assert fast.run(log) == 20
+    link.now = 1.0
+    assert slow._take_part(tmp_path) == 20
+    assert fingerprint(own.model) == fingerprint(other.model)
+    members = {m["name"]: m for m in desk.conductor.status()["members"]}
+    assert members["slow"]["replays"] == members["slow"]["strikes"] == 0
+    assert notes == ["20 steps behind: taking them from the hub's log"]
+    assert [*tmp_path.iterdir()] == [tmp_path / "run"]
+
+
 # ------------------------------------------------------------------------------------- let in or not
 
 
@@ -318,6 +391,45 @@ def test_more_workers_than_the_hub_takes(tmp_path: Path) -> None:
     assert len(desk._sessions) <= sessions
 
 
+def test_any_number_of_workers_may_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("justforward.desk.NAMES", 3)
+    desk = open_desk(tmp_path / "run", most=1)
+    rounds = desk.conductor.rounds
+    for number in range(8):
+        made, _, _ = ask(desk, f"spot-{number}")
+        raw = seal(KEY, desk.conductor.run, "turn", made.line._session, 9, made._turn().pack())
+        assert isinstance(desk.receive("turn", raw, 0.5), Reply)
+        made.line._counter = 9
+        made.line.call("leave")
+        assert len(rounds.members) == len(desk._numbers) <= 3 + 1
+    # who is struck off is remembered: a name of its own is no way back
+    for number in range(3):
+        made, _, _ = ask(desk, f"bad-{number}")
+        for _ in range(3):
+            with pytest.raises(UserError):
+                made.line.call("turn", b"rubbish")
+    with pytest.raises(
+        UserError, match="of the 3 workers that have been there most have sent what is no answer"
+    ):
+        ask(desk, "honest")
+
+
+def test_one_that_is_forgotten_while_an_old_connection_waits_is_to_join(tmp_path: Path) -> None:
+    desk = open_desk(tmp_path / "run", workers=2)
+    made, _, link = ask(desk)
+    raw = seal(KEY, desk.conductor.run, "turn", made.line._session, 9, made._turn().pack())
+    waiting = desk.receive("turn", raw, link.now)
+    assert isinstance(waiting, Waiting)
+    made.line._counter = 9
+    made.line.call("leave")
+    assert desk.conductor.forget(0)
+    reply = desk.again(waiting, 1.0)
+    assert reply is not None
+    assert reply.status == 403
+
+
 def test_what_differs_is_named(tmp_path: Path) -> None:
     desk = open_desk(tmp_path / "run")
     made, _own, _link = ask(desk)
@@ -386,6 +498,71 @@ def test_a_client_that_sends_rubbish_is_struck_off_and_the_others_go_on(tmp_path
         line.call("join", zipped({**said, "header": good._header, "rows": "d" * 64}))
 
 
+def test_one_that_is_struck_off_has_no_say_about_weights(tmp_path: Path) -> None:
+    desk = open_desk(tmp_path / "run", hash_every=5)
+    bad, _, _ = ask(desk, "bad")
+    for _ in range(3):
+        with pytest.raises(UserError):
+            bad.line.call("turn", b"rubbish")
+    good, _, log = worker(DeskLink(desk), "good")
+    said, conductor = good._turn, desk.conductor
+
+    def lies_first() -> Turn:
+        turn = said()
+        if turn.weights is not None:
+            lie = replace(turn, weights=bytes(32))
+            with pytest.raises(UserError, match="not listened to"):
+                conductor.turn(0, lie, 1.0)
+        return turn
+
+    good._turn = lies_first
+    assert good.run(log) == 20
+    assert [m["replays"] for m in conductor.status()["members"]] == [0, 0]
+
+
+@pytest.mark.parametrize("how", ["leaves", "is struck off", "says another", "at another step"])
+def test_weights_that_are_not_compared(tmp_path: Path, how: str) -> None:
+    """Of one that goes, of other steps than those that are agreed; and what a worker says first counts."""
+    desk = open_desk(tmp_path / "run", hash_every=5)
+    conductor = desk.conductor
+    good, _, log = worker(DeskLink(desk), "good")
+    assert good.run(log) == 20
+    other, _, _ = ask(desk, "other")
+    step = 13 if how == "at another step" else 10
+    history = bytes(conductor._digests[8 * step : 8 * step + 8])
+    honest, lie = (Turn(step, history, weights=weights * 32) for weights in (b"h", b"l"))
+    conductor.turn(1, honest if how == "says another" else lie, 1.0)
+    if how == "leaves":
+        other.line.call("leave")
+    elif how == "says another":
+        conductor.turn(1, lie, 1.0)
+    while how == "is struck off" and not conductor.rounds.dropped(1):
+        conductor.strike(1, "rubbish")
+    order = conductor.turn(0, honest, 1.0)
+    assert order is not None
+    assert order.says == DONE
+    assert [m["replays"] for m in conductor.status()["members"]] == [0, 0]
+
+
+def test_an_old_connection_that_ends_late_is_not_the_worker_going(tmp_path: Path) -> None:
+    """It has sent the same message again on a new one, as it does where a reply was lost."""
+    desk = open_desk(tmp_path / "run", workers=2)
+    made, _, link = ask(desk)
+    raw = seal(KEY, desk.conductor.run, "turn", made.line._session, 9, made._turn().pack())
+    first, second = (desk.receive("turn", raw, link.now + after) for after in (1.0, 2.0))
+    assert isinstance(first, Waiting)
+    assert isinstance(second, Waiting)
+    ask(desk, "second")
+    work = desk.conductor.order(0, 0, 3.0)
+    assert work is not None
+    member = desk.conductor.rounds.members[0]
+    desk.hung_up(first)
+    assert member.alive
+    assert desk.conductor.order(0, 0, 3.0) == work
+    desk.hung_up(second)
+    assert not member.alive
+
+
 def test_nan_is_no_answer_and_an_outlier_is_drawn_in_and_named(tmp_path: Path) -> None:
     desk = open_desk(tmp_path / "run", deviations=6.0, max_forwards=2)
     made, _own, _link = ask(desk)
@@ -397,12 +574,57 @@ def test_nan_is_no_answer_and_an_outlier_is_drawn_in_and_named(tmp_path: Path) -
     with pytest.raises(UserError, match="a number that is not finite"):
         made.line.call("turn", replace(turn, sights=(nan,)).pack())
     assert desk.conductor.steps == 0
-    far = replace(wild, rises=((1e30, *wild.rises[0][1:]),))
+    far = replace(wild, rises=((1e12, *wild.rises[0][1:]),))
     made.line.call("turn", replace(turn, sights=(far,)).pack())
     assert desk.conductor.steps == 1
     assert desk.conductor.status()["members"][0]["drawn_in"] == 1
     found = desk.conductor.recent[0].projected_grads[0]
     assert abs(found) < 1e6
+
+
+@pytest.mark.parametrize("deviations", [0.0, 10.0])
+@pytest.mark.parametrize("what", ["rise of the loss", "loss"])
+def test_what_no_loss_can_be_is_no_answer_and_its_worker_is_named(
+    tmp_path: Path, what: str, deviations: float
+) -> None:
+    desk = open_desk(tmp_path / "run", deviations=deviations)
+    liar, _, log = worker(DeskLink(desk), "liar")
+    look = liar._look
+
+    def huge(work: Any) -> Turn:
+        turn = look(work)
+        if what == "loss":
+            return replace(turn, sights=tuple(replace(s, loss=-3e38) for s in turn.sights))
+        rises = [tuple((*own[1:], -3e38) for own in s.rises) for s in turn.sights]
+        return replace(
+            turn, sights=tuple(replace(s, rises=r) for s, r in zip(turn.sights, rises, strict=True))
+        )
+
+    liar._look = huge
+    with pytest.raises(UserError, match=rf"no answer: a {what} of 3e\+38: beyond 1e\+14"):
+        liar.run(log)
+    assert desk.conductor.steps == 0
+    honest, _, log = worker(DeskLink(desk), "honest")
+    assert honest.run(log) == 20
+    members = {m["name"]: m for m in desk.conductor.status()["members"]}
+    assert (members["liar"]["strikes"], members["honest"]["strikes"]) == (3, 0)
+    assert members["liar"]["why"].startswith(f"a {what} of 3e+38")
+
+
+def test_a_step_that_cannot_be_made_says_whose_rise_is_the_largest(tmp_path: Path) -> None:
+    desk = open_desk(tmp_path / "run", rule="sgd", lr=1e30)
+    made, _, log = worker(DeskLink(desk), "largest")
+    look = made._look
+    made._look = lambda work: _raised(look(work), 1e12)
+    with pytest.raises(UserError, match=r"the largest rise of the loss, 1e\+12, is from largest"):
+        made.run(log)
+
+
+def _raised(turn: Turn, rise: float) -> Turn:
+    raised = [tuple(tuple(rise for _ in own) for own in sight.rises) for sight in turn.sights]
+    return replace(
+        turn, sights=tuple(replace(s, rises=r) for s, r in zip(turn.sights, raised, strict=True))
+    )
 
 
 def test_without_a_finite_loss_the_run_cannot_go_on(tmp_path: Path) -> None:
@@ -482,6 +704,72 @@ def test_a_hub_that_is_not_there() -> None:
     ):
         Line(Down(), KEY, 2.0, notes.append).open()
     assert notes == ["the hub does not answer: waiting for it"]
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_proxy_that_says_later_is_asked_again(
+    tmp_path: Path, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("justforward.line.time.sleep", lambda seconds: None)
+
+    class Proxy(DeskLink):
+        """Every third message meets a hub that is away."""
+
+        def post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
+            if len(self.sent) % 3 == 2:
+                self.sent.append((kind, raw))
+                return status, b"<html>Bad Gateway</html>"
+            return super().post(kind, raw)
+
+    desk = open_desk(tmp_path / "run")
+    made, own, log = worker(Proxy(desk))
+    assert made.run(log) == desk.conductor.steps == 20
+    fresh = Party({"config": desk.conductor.info()["config"], "private": False}).model
+    replay(fresh, desk.conductor.folder.log)
+    assert fingerprint(fresh) == fingerprint(own.model)
+
+
+@pytest.mark.parametrize("status", [200, 400, 404, 409, 413])
+def test_what_is_said_without_the_proof_and_not_for_later_is_an_error(
+    tmp_path: Path, status: int
+) -> None:
+    class Proxy(DeskLink):
+        def post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
+            return (status, b"<html>") if kind == "run" else super().post(kind, raw)
+
+    with pytest.raises(UserError, match=f"not the proof of the key .status {status}."):
+        greet(Line(Proxy(open_desk(tmp_path / "run")), KEY, 5.0))
+
+
+def test_a_proxy_whose_hub_stays_away_is_named_with_what_it_says() -> None:
+    class Proxy(Down):
+        def post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
+            return 502, b"Bad Gateway"
+
+    with pytest.raises(HubGone, match=r"does not answer .status 502: Bad Gateway., for 0 s now"):
+        Line(Proxy(), KEY, 0.0).open()
+
+
+@pytest.mark.parametrize("before", ["run", "log", "join"])
+def test_a_hub_that_is_started_anew_while_a_worker_begins(tmp_path: Path, before: str) -> None:
+    """The model is loaded once."""
+    desk = open_desk(tmp_path / "run")
+    ask(desk, "first")
+
+    class Restarted(DeskLink):
+        def post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
+            if kind == before and self.desk is desk:
+                kill(self.desk)
+                self.desk = open_desk(tmp_path / "run", resume=True)
+            return super().post(kind, raw)
+
+    link = Restarted(desk)
+    made, own, log = worker(link)
+    built: list[bool] = []
+    made._build = lambda path, resume: built.append(resume) or own.build(path, resume)
+    assert made.run(log) == 20
+    assert link.desk is not desk
+    assert built == [True]
 
 
 def test_what_answers_is_no_hub() -> None:

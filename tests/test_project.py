@@ -119,6 +119,7 @@ ROOMS = [
     "desk",
     "line",
     "worker",
+    "mail",
     "serve",
     "spared",
     "starting",

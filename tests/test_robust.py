@@ -56,6 +56,14 @@ def test_the_bounds_are_the_median_and_deviations_about_it() -> None:
     assert bounds([-1.0, 2.0, -3.0], 1.0, symmetric=True) == (-2.0 * 1.4826, 2.0 * 1.4826)
 
 
+def test_bounds_beyond_float32_are_no_warning() -> None:
+    kept, counts = drawn_in(sights([[3e38], [-3e38], [3.2e38], [1.0]]), 10.0, apart=False)
+    assert [sight.rises[0][0] for sight in kept] == [
+        float(np.float32(x)) for x in (3e38, -3e38, 3.2e38, 1.0)
+    ]
+    assert counts == {}
+
+
 def test_who_was_drawn_in_is_named() -> None:
     kept, counts = drawn_in(sights([[1.0, 1.1], [0.9, 1e30], [1.2, 0.8]]), 6.0, apart=False)
     assert counts == {1: 1}

@@ -169,6 +169,53 @@ def test_the_rows_of_a_worker_that_is_silent_are_given_to_another() -> None:
     assert len(work.parts) == 4
 
 
+@given(
+    st.integers(3, 8),
+    st.sampled_from([(16, 2), (8, 1), (9, 2), (16, 6), (5, 1), (13, 2)]),
+    st.lists(st.integers(0, 7), max_size=60),
+    st.booleans(),
+)
+def test_none_of_three_or_more_has_half_of_the_rows_where_they_are_bounded(
+    workers: int, rows_part: tuple[int, int], order: list[int], leaves: bool
+) -> None:
+    rows, part = rows_part
+    rounds = Rounds(Plan(rows=rows, part=part, bounded=True), 0, lambda step: SAMPLES, 0.0)
+    for worker in range(workers):
+        rounds.join(worker, str(worker))
+    for worker in [n % workers for n in order] + list(range(workers)) * rows:
+        work = rounds.work(worker, 0.0)
+        if leaves and worker == 0 and work is not None:
+            rounds.leave(0)  # and asks for other rows, having kept these
+            rounds.join(0, "0")
+            rounds.work(0, 0.0)
+            leaves = False
+        for sight in sights_of(work) if work is not None else ():
+            rounds.take(worker, 0, sight, 0.0)
+    found = rounds.due(0.0)
+    assert found is not None
+    for worker in range(workers):
+        assert 2 * sum(len(sight.rows) for by, sight in found if by == worker) < rows
+
+
+def test_a_bounded_round_does_not_wait_for_one_that_never_asks() -> None:
+    simulation = Simulation(Plan(rows=16, part=2, bounded=True))
+    rounds = simulation.rounds
+    for worker in range(3):
+        rounds.join(worker, str(worker))
+    for worker in (0, 1):
+        simulation.look(worker)
+    while simulation.mail:
+        simulation.deliver(0, keep=False)
+    assert simulation.ask(0) is None
+    simulation.now = simulation.rounds.plan.patience + 0.1
+    simulation.go_on()
+    assert not rounds.members[2].alive
+    simulation.look(0)
+    while simulation.mail:
+        simulation.deliver(0, keep=False)
+    assert len(simulation.log) == 1
+
+
 def test_one_that_leaves_is_not_waited_for() -> None:
     simulation = Simulation(SHARED)
     simulation.rounds.join(1, "b")
@@ -181,6 +228,24 @@ def test_one_that_leaves_is_not_waited_for() -> None:
     work = simulation.ask(1)
     assert work is not None
     assert work.parts == ((0, 2), (2, 2))
+
+
+@pytest.mark.parametrize("plan", [SHARED, PRIVATE], ids=["shared", "private"])
+def test_an_answer_of_rows_that_were_taken_away_counts_and_is_no_strike(plan: Plan) -> None:
+    simulation = Simulation(plan)
+    simulation.rounds.join(1, "b")
+    simulation.look(0)
+    simulation.rounds.leave(0)  # its connection seemed to have ended
+    while simulation.mail:
+        _, attempt, sight = simulation.mail.pop()
+        assert simulation.rounds.take(0, attempt, sight, 1.0)
+    assert simulation.rounds.members[0].alive
+    simulation.look(1)
+    while simulation.mail:
+        simulation.deliver(0, keep=False)
+    assert len(simulation.log) == 1
+    if plan is SHARED:
+        assert simulation.log == alone(1)
 
 
 def test_private_rows_have_places_of_their_own_and_a_deadline() -> None:
@@ -292,7 +357,7 @@ def test_after_three_strikes_a_client_is_not_listened_to() -> None:
     simulation.ask(0)
     for strike in range(STRIKES):
         assert not simulation.rounds.dropped(0), strike
-        simulation.rounds.strike(0)
+        simulation.rounds.strike(0, "rubbish")
     assert simulation.rounds.dropped(0)
     work = simulation.ask(1)
     assert work is not None

@@ -15,8 +15,9 @@ from typing import Any
 import justforward
 from justforward import noise
 from justforward.config import TrainConfig
+from justforward.durable import sync_folder
 from justforward.errors import UserError
-from justforward.folder import RunFolder, write_whole
+from justforward.folder import RunFolder, write_whole, writing
 from justforward.groups import family_of
 from justforward.playback import short
 from justforward.prepare import environment_now
@@ -26,12 +27,15 @@ from justforward.rounds import Plan, Rounds
 from justforward.rules import parse
 from justforward.schedules import forwards_at, forwards_until, learning_rate, samples_at
 from justforward.settings import kept_values
+from justforward.sights import Sight
 from justforward.trajectory import Step, Writer, read_log
 from justforward.variants import settings_of
-from justforward.wire import DONE, PROTOCOL, REPLAY, History, Order, Turn
+from justforward.wire import BEHIND, DONE, PROTOCOL, REPLAY, History, Order, Turn
 
-MOST_BEHIND = 256  # steps; a worker that is further behind starts again from the log
+MOST_BEHIND = 256  # steps; a worker that is further behind reads them from the log
 KEPT_HASHES = 4
+# A projected gradient beyond which its square, which rules keep, is not safe in float32.
+MOST_GRADIENT = 1e17
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,14 @@ class Conductor:
         else:
             folder.lock()
         self.kept: dict[str, Any] = {**kept, "protocol": PROTOCOL, "terms": asdict(terms)}
-        folder.write_config(config)
-        self._write_state()
-        if folder.log.exists():
-            self._go_on()
+        try:
+            folder.write_config(config)
+            self._write_state()
+            if folder.log.exists():
+                self._go_on()
+        except BaseException:
+            folder.unmake()  # of one that was there: lets go of it
+            raise
         self.rounds = Rounds(terms.plan, self.steps, lambda step: samples_at(config, step), now)
 
     @property
@@ -206,57 +214,73 @@ class Conductor:
         }
 
     def _found(self, header: dict[str, Any], rows: str | None) -> None:
-        writer = Writer.create(self.folder.log, header)
+        """The log is the last of the run's files: where this fails or is killed before, the next worker founds the run."""
+        draft = self.folder.log.with_name(f".{self.folder.log.name}.new")
+        draft.unlink(missing_ok=True)
         try:
-            self.header = read_log(self.folder.log).header
-        except UserError as error:
-            writer.close()
-            self.folder.log.unlink()
-            raise UserError(f"what it tunes makes no log: {error}") from None
-        self._writer = writer
-        self.kept["rows_sha256"] = rows
-        self._write_state()
-        self.folder.write_environment(
-            {
-                **environment_now(self.config.quantize),
-                "base_fingerprint": header["base"],
-                "data_sha256": rows or "",
-            }
-        )
+            Writer.create(draft, header).close()
+            try:
+                found = read_log(draft).header
+            except UserError as error:
+                raise UserError(f"what it tunes makes no log: {error}") from None
+            self.kept["rows_sha256"] = rows
+            self._write_state()
+            self.folder.write_environment(
+                {
+                    **environment_now(self.config.quantize),
+                    "base_fingerprint": found["base"],
+                    "data_sha256": rows or "",
+                }
+            )
+            with writing(self.folder.log):
+                draft.replace(self.folder.log)
+                sync_folder(self.folder.path)
+        finally:
+            draft.unlink(missing_ok=True)
+        self._writer = Writer.resume(read_log(self.folder.log))
+        self.header = found
 
     # -------------------------------------------------------------------------------------- turns
 
     def turn(self, worker: int, turn: Turn, now: float) -> Order | None:
-        """What a worker is told that says this; None: nothing yet."""
+        """What a worker is told that says this; None: nothing yet.
+
+        Raises:
+            UserError: it is not listened to any more, or the run cannot go on.
+        """
+        self.rounds.heard(worker)
+        self._check(worker)
         place = 8 * turn.step
         if turn.step > self.steps or self._digests[place : place + 8] != turn.history:
             self._to_replay.add(worker)
-        elif turn.weights is not None:
+        elif turn.weights is not None and turn.step % self.terms.hash_every == 0:
             self._compare(worker, turn.step, turn.weights)
         if worker in self._to_replay:
             self._to_replay.discard(worker)
             self.rounds.members[worker].replays += 1
-            self.rounds.leave(worker)
+            self.leave(worker)
             return Order(REPLAY)
         try:
             for sight in turn.sights:
+                self._check_size(sight)
                 self.rounds.take(worker, turn.attempt, sight, now)
             for first, count in turn.blank if turn.step == self.steps else ():
                 self.rounds.take_blank(worker, turn.attempt, range(first, first + count), now)
-        except UserError:
-            self.rounds.strike(worker)
+        except UserError as error:
+            self.strike(worker, str(error))
         self.tick(now)
         return self.order(worker, turn.step, now)
 
     def order(self, worker: int, step: int, now: float) -> Order | None:
         """What a worker that has taken so many steps is told; None: nothing yet."""
-        if self.rounds.dropped(worker):
-            raise UserError("this worker is not listened to any more: it sent what is no answer")
+        self._check(worker)
         if self.failed is not None:
             self.told.add(worker)
             raise UserError(f"the run cannot go on: {self.failed}")
-        if worker in self._to_replay or self.steps - step > len(self.recent):
+        if worker in self._to_replay:
             return Order(REPLAY)
+        if self.steps - step > len(self.recent):
+            return Order(BEHIND)
         taken = tuple(self.recent)[len(self.recent) - (self.steps - step) :]
         if self.finished:
             self.told.add(worker)
@@ -264,9 +288,52 @@ class Conductor:
         work = self.rounds.work(worker, now)
         return Order(steps=taken, work=work) if taken or work is not None else None
 
+    def _check(self, worker: int) -> None:
+        if self.rounds.dropped(worker):
+            why = self.rounds.members[worker].why
+            raise UserError(f"this worker is not listened to any more: it sent what is no answer: {why}")  # fmt: skip
+
+    def _check_size(self, sight: Sight) -> None:
+        """Refuse what no loss can be, before it meets those of others.
+
+        Raises:
+            UserError: naming the number.
+        """
+        assert self.config.eps is not None
+        largest, most = _largest(sight), MOST_GRADIENT * self.config.eps
+        for what, value in (("rise of the loss", largest), ("loss", abs(sight.loss))):
+            if value > most:
+                raise UserError(
+                    f"a {what} of {value:.3g}: beyond {most:.3g} ({MOST_GRADIENT:g} times eps) it is no loss that a step can be made of"
+                )
+
+    def leave(self, worker: int) -> None:
+        """A worker goes: its rows are for others, and its weights are compared with nobody's."""
+        self.rounds.leave(worker)
+        for here in self._hashes.values():
+            here.pop(worker, None)
+
+    def forget(self, worker: int) -> bool:
+        """Let go of one that is gone, if nothing hangs on it; whether it is forgotten."""
+        if not self.rounds.forget(worker):
+            return False
+        self.told.discard(worker)
+        self._to_replay.discard(worker)
+        for here in self._hashes.values():
+            here.pop(worker, None)
+        return True
+
+    def strike(self, worker: int, why: str) -> None:
+        """A worker sent what is no answer; after three of them it is as one that has left."""
+        self.rounds.strike(worker, why)
+        if self.rounds.dropped(worker):
+            self.leave(worker)
+
     def _compare(self, worker: int, step: int, weights: bytes) -> None:
-        """Whoever has other weights than most is to replay; without a majority, all that differ."""
+        """Whoever has other weights than most is to replay; without a majority, all that differ. What a worker said first counts."""
         here = self._hashes.setdefault(step, {})
+        if worker in here:
+            return
         here[worker] = weights
         while len(self._hashes) > KEPT_HASHES:
             del self._hashes[min(self._hashes)]
@@ -303,7 +370,8 @@ class Conductor:
             assert self._writer is not None
             self._writer.append(step)
         except UserError as error:
-            self.failed = str(error)
+            largest, worker = max((_largest(sight), worker) for worker, sight in found)
+            self.failed = f"{error} (the largest rise of the loss, {largest:.3g}, is from {self.rounds.members[worker].name})"
             return False
         self._remember(step)
         self.rounds.go_on(counts)
@@ -345,6 +413,10 @@ class Conductor:
         }
 
 
+def _largest(sight: Sight) -> float:
+    return max(max(map(abs, own)) for own in sight.rises)
+
+
 def _state(folder: RunFolder) -> Path:
     return folder.path / "hub.json"
 
@@ -362,7 +434,10 @@ def read_kept(folder: RunFolder) -> tuple[dict[str, Any], Terms]:
         protocol = kept["protocol"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{folder.path}: no hub's folder: {_state(folder).name}: {said}") from None
+        raise UserError(
+            f"{folder.path}: no hub's folder: {_state(folder).name}: {said}: check the path; what is left of a hub that was "
+            "killed before it listened can only be removed"
+        ) from None
     if protocol != PROTOCOL:
         raise UserError(
             f"{folder.path}: made with protocol {protocol}, this version has {PROTOCOL}: use the version that made it"

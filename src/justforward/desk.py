@@ -18,7 +18,9 @@ from hashlib import sha256
 from justforward.conductor import Conductor
 from justforward.errors import UserError
 from justforward.wire import (
+    COUNTER,
     ENVELOPE,
+    PROOF,
     SESSION,
     Letter,
     Order,
@@ -34,6 +36,7 @@ FRESH = 60.0  # seconds in which a session must be begun
 CHUNK = 1 << 20  # bytes of the log in one reply
 MOST_HEADER = 1 << 22
 MOST_NAME = 64
+NAMES = 64  # workers that are remembered, for each that may be there
 _OFFSET = struct.Struct("<Q")
 
 
@@ -61,6 +64,7 @@ class Waiting:
     step: int
     proof: bytes
     until: float
+    number: int = 0  # of its requests
 
 
 class Desk:
@@ -78,6 +82,8 @@ class Desk:
         self._issued = 0
         self._sessions: dict[bytes, _Session] = {}
         self._numbers: dict[str, int] = {}
+        self._next = 0  # number of the next worker that comes
+        self._turns: dict[int, int] = {}  # of each worker, how often it has asked
         self._kinds: dict[str, Callable[[_Session, Letter, float], bytes | Waiting]] = {
             "run": self._run,
             "log": self._log,
@@ -102,6 +108,21 @@ class Desk:
         sizes = {"log": _OFFSET.size, "join": MOST_HEADER, "turn": 256 + 60 * plan.rows + rises}
         return ENVELOPE + sizes.get(kind, 0)
 
+    def check_head(self, kind: str, head: bytes, now: float) -> None:
+        """Turn away a long message by its beginning, where this alone shows that it is none.
+
+        Raises:
+            Refused: its session was not made here, or it is older than another.
+        """
+        if kind == "hello" or len(head) < ENVELOPE - PROOF:
+            return
+        session, counter = head[:SESSION], COUNTER.unpack_from(head, SESSION)[0]
+        known = self._sessions.get(session)
+        if known is None:
+            self._check_new(session, now)
+        elif counter < known.counter:
+            raise Refused(401, "an old message")
+
     def receive(self, kind: str, raw: bytes, now: float) -> Reply | Waiting:
         """Answer a message, or say who waits for an answer."""
         try:
@@ -125,6 +146,10 @@ class Desk:
 
     def again(self, waiting: Waiting, now: float) -> Reply | None:
         """The answer to one who waits, if there is one by now; after a while that there is none."""
+        if waiting.worker not in self.conductor.rounds.members:
+            return self._sealed(
+                waiting.proof, 403, b"join first"
+            )  # it has left by another connection
         try:
             order = self.conductor.order(waiting.worker, waiting.step, now)
         except UserError as error:
@@ -132,6 +157,11 @@ class Desk:
         if order is None and now < waiting.until:
             return None
         return self._sealed(waiting.proof, 200, (order or Order()).pack())
+
+    def hung_up(self, waiting: Waiting) -> None:
+        """One who waits has gone, unless it has asked again since: then an old connection has ended late."""
+        if self._turns.get(waiting.worker) == waiting.number:
+            self.conductor.leave(waiting.worker)
 
     def _sealed(self, proof: bytes, status: int, body: bytes) -> Reply:
         return Reply(status, seal_reply(self.key, proof, status, body))
@@ -154,14 +184,17 @@ class Desk:
                 raise Refused(401, "an old message")
             known.counter, known.proof, known.heard = letter.counter, letter.proof, now
             return known
-        at, tag = letter.session[:8], letter.session[8:]
+        self._check_new(letter.session, now)
+        self._make_room(now)
+        self._sessions[letter.session] = session = _Session(letter.counter, letter.proof, now)
+        return session
+
+    def _check_new(self, session: bytes, now: float) -> None:
+        at, tag = session[:8], session[8:]
         age = now - struct.unpack("<Q", at)[0] / 1e6
         good = hmac.new(self._boot, at, sha256).digest()[: SESSION - 8]
         if not hmac.compare_digest(tag, good) or age > FRESH:
             raise Refused(401, "no such session")
-        self._make_room(now)
-        self._sessions[letter.session] = session = _Session(letter.counter, letter.proof, now)
-        return session
 
     def _make_room(self, now: float) -> None:
         """Forget sessions of nobody; those that could begin anew are kept, so that nothing old is taken for new."""
@@ -199,16 +232,37 @@ class Desk:
             raise Refused(400, f"a worker needs a name of 1 to {MOST_NAME} letters")
         if session.worker is None:
             others = {s.worker for s in self._sessions.values() if self._at_work(s)}
-            number = self._numbers.get(name, len(self._numbers))
-            if len(others | {number}) > self.most or number >= 64 * self.most:
+            number = self._numbers.get(name, self._next)
+            if len(others | {number}) > self.most:
                 raise Refused(429, f"there are {len(others)} workers already: the hub takes {self.most}")  # fmt: skip
+            if name not in self._numbers:
+                self._make_names()
             self.conductor.join(said, number, name)
             self._numbers[name] = number
+            self._next = max(self._next, number + 1)
             for other in self._sessions.values():
                 if other.worker == number:
                     other.worker = None  # its session before
             session.worker = number
         return b""
+
+    def _make_names(self) -> None:
+        """Forget workers that have come and gone, where as many as are remembered have."""
+        if len(self._numbers) < NAMES * self.most:
+            return
+        forgotten = {n for n in self._numbers.values() if self.conductor.forget(n)}
+        self._numbers = {name: n for name, n in self._numbers.items() if n not in forgotten}
+        for session in self._sessions.values():
+            if session.worker in forgotten:
+                session.worker = None
+        for number in forgotten:
+            self._turns.pop(number, None)
+        if len(self._numbers) >= NAMES * self.most:
+            raise Refused(
+                429,
+                f"of the {len(self._numbers)} workers that have been there most have sent what is no answer, and the hub remembers "
+                "no more: see its status, and start it again with --resume",
+            )
 
     def _worker(self, session: _Session) -> int:
         if session.worker is None:
@@ -217,18 +271,19 @@ class Desk:
 
     def _turn(self, session: _Session, letter: Letter, now: float) -> bytes | Waiting:
         worker = self._worker(session)
+        self._turns[worker] = number = self._turns.get(worker, 0) + 1
         try:
             turn = Turn.unpack(letter.payload)
         except UserError as error:
-            self.conductor.rounds.strike(worker)
+            self.conductor.strike(worker, str(error))
             raise Refused(400, str(error)) from None
         order = self.conductor.turn(worker, turn, now)
         if order is None:
-            return Waiting(worker, turn.step, letter.proof, now + HOLD)
+            return Waiting(worker, turn.step, letter.proof, now + HOLD, number)
         return order.pack()
 
     def _leave(self, session: _Session, letter: Letter, now: float) -> bytes:
-        self.conductor.rounds.leave(self._worker(session))
+        self.conductor.leave(self._worker(session))
         session.worker = None
         return b""
 

@@ -21,11 +21,19 @@ from justforward.errors import UserError
 from justforward.wire import PROOF, PROTOCOL, SESSION, seal, unseal_reply
 
 PATIENCE = 40.0  # seconds that a reply may take; the hub keeps nobody waiting for longer than 10
+# The largest that a hub gives: 256 steps of as many scalars as a log takes, a status of thousands of workers.
+MOST_REPLY = 1 << 24
+_TOO_LONG = f"what answers there is no hub: its reply is longer than {MOST_REPLY >> 20} MiB: check the address"
 _POLL = 0.05
+_GREETINGS = 3  # the hub may be started anew in between
 
 
 class Unreachable(Exception):
     """The hub is not there; it may be, later."""
+
+
+class HubGone(UserError):
+    """The hub has not answered for as long as it was to be waited for."""
 
 
 class SessionLost(Exception):
@@ -61,29 +69,63 @@ class HttpLink:
             raise UserError(
                 "join: the package urllib3 is not installed: pip install 'justforward[serve]'"
             ) from None
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"{url!r} is not the address of a hub: give http://HOST:PORT")
-        self._prefix = urllib3.util.parse_url(url).path or ""
+        self._prefix = self._checked(url)
         self._errors = urllib3.exceptions.HTTPError
         # What the library adds to every request by itself, and the hub has no use for.
         skipped = urllib3.util.SKIP_HEADER
         self._headers = {"User-Agent": skipped, "Accept-Encoding": skipped}
+        self._pool = urllib3.connection_from_url(
+            url, maxsize=1, retries=False, timeout=urllib3.Timeout(connect=5.0, read=PATIENCE)
+        )
+
+    @staticmethod
+    def _checked(url: str) -> str:
+        """The path of an address that could be a hub's."""
+        import urllib3
+
+        wrong, host = "", ""
         try:
-            self._pool = urllib3.connection_from_url(
-                url, maxsize=1, retries=False, timeout=urllib3.Timeout(connect=5.0, read=PATIENCE)
+            parsed = urllib3.util.parse_url(url)
+            host = parsed.host or ""
+            host.encode("idna")
+        except (
+            ValueError,
+            urllib3.exceptions.HTTPError,
+        ) as error:  # UnicodeError, LocationParseError
+            wrong = f": {_short(str(error))}"
+        if (
+            wrong
+            or not host
+            or not url.startswith(("http://", "https://"))
+            or any(letter.isspace() or not letter.isprintable() for letter in url)
+        ):
+            raise UserError(
+                f"{url!r} is not the address of a hub{wrong}: give http://HOST:PORT, with a port from 0 to 65535"
             )
-        except urllib3.exceptions.LocationValueError as error:
-            raise UserError(f"{url!r} is not the address of a hub: {error}") from None
+        return parsed.path or ""
 
     def post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
         """See `Link`."""
+        whole = bytearray()
         try:
             reply = self._pool.urlopen(
-                "POST", f"{self._prefix.rstrip('/')}/{kind}", body=raw, headers=self._headers
+                *("POST", f"{self._prefix.rstrip('/')}/{kind}"),
+                body=raw,
+                headers=self._headers,
+                preload_content=False,
             )
+            try:
+                # As it comes: nobody was asked to compress it, and what is compressed has no bound.
+                for part in reply.stream(1 << 16, decode_content=False):
+                    whole += part
+                    if len(whole) > MOST_REPLY:
+                        reply.close()
+                        raise UserError(_TOO_LONG)
+            finally:
+                reply.release_conn()
         except self._errors as error:
             raise Unreachable(str(error)) from None
-        return reply.status, reply.data
+        return reply.status, bytes(whole)
 
     def close(self) -> None:
         """See `Link`."""
@@ -115,7 +157,10 @@ class FolderLink:
                 if time.monotonic() > until:
                     raise Unreachable("there was no reply")
                 time.sleep(_POLL)
-            found = reply.read_bytes()
+            with reply.open("rb") as opened:
+                found = opened.read(MOST_REPLY + 3)
+            if len(found) > MOST_REPLY + 2:
+                raise UserError(_TOO_LONG)
             return struct.unpack_from("<H", found)[0], found[2:]
         except (OSError, struct.error) as error:
             raise Unreachable(str(error)) from None
@@ -156,15 +201,12 @@ class Line:
         """Begin a session.
 
         Raises:
-            UserError: what answers is no hub, or of another run than before, or nothing answers.
+            UserError: what answers is no hub, or of another run than before.
+            HubGone: nothing answers.
         """
-        status, body = self._post("hello", b"")
+        status, body = self._post("hello", b"", lambda status, body: status == 200)
         if status != 200 or len(body) != 16 + SESSION:
-            raise UserError(
-                "what answers there is no hub of this version: check the address"
-                if status != 503
-                else "the hub has too many connections: try again later"
-            )
+            raise UserError("what answers there is no hub of this version: check the address")
         if self._run and body[:16] != self._run:
             raise UserError("the hub there has another run now: join that one from the start")
         self._run, self._session, self._counter = body[:16], body[16:], 0
@@ -174,13 +216,17 @@ class Line:
 
         Raises:
             SessionLost: it does not know the session: `open` another.
-            UserError: it refuses, saying why; or nothing answers.
+            UserError: it refuses, saying why.
+            HubGone: nothing answers.
         """
         self._counter += 1
         raw = seal(self.key, self._run, kind, self._session, self._counter, payload)
         # The same bytes again are answered again, and counted once.
-        status, body = self._post(kind, raw)
-        own = unseal_reply(self.key, raw[-PROOF:], status, body)
+        proof = raw[-PROOF:]
+        status, body = self._post(
+            kind, raw, lambda status, body: unseal_reply(self.key, proof, status, body) is not None
+        )
+        own = unseal_reply(self.key, proof, status, body)
         if own is None:
             if status == 401:
                 raise SessionLost(body.decode(errors="replace")[:200])
@@ -197,15 +243,20 @@ class Line:
         """`call`, of a reply that is JSON."""
         return json.loads(self.call(kind, payload))
 
-    def _post(self, kind: str, raw: bytes) -> tuple[int, bytes]:
+    def _post(
+        self, kind: str, raw: bytes, proved: Callable[[int, bytes], bool]
+    ) -> tuple[int, bytes]:
+        """The reply; goes on trying while nothing answers, or what does is not the hub and says "later"."""
         pause, since, said = 0.1, time.monotonic(), False
         while True:
             try:
-                found = self.link.post(kind, raw)
+                status, body = self.link.post(kind, raw)
+                if not proved(status, body) and _later(status):
+                    raise Unreachable(f"status {status}: {body[:200].decode(errors='replace')}")
             except Unreachable as error:
                 waited = time.monotonic() - since
                 if waited + pause > self.wait:
-                    raise UserError(
+                    raise HubGone(
                         f"the hub does not answer ({_short(str(error))}), for {waited:.0f} s now: check that it runs"
                     ) from None
                 if not said and waited > 0.5:
@@ -214,7 +265,12 @@ class Line:
                 time.sleep(pause)
                 pause = min(2.0 * pause, 2.0)
             else:
-                return found
+                return status, body
+
+
+def _later(status: int) -> bool:
+    """Whether who says so may not say it again: a proxy whose hub is away, a hub that has too much to do."""
+    return status in (408, 429) or status >= 500
 
 
 def greet(line: Line) -> dict[str, Any]:
@@ -223,11 +279,14 @@ def greet(line: Line) -> dict[str, Any]:
     Raises:
         UserError: the key is not the hub's, or the hub is of another version.
     """
-    line.open()
-    try:
-        told: dict[str, Any] = line.ask("run")
-    except SessionLost:
-        raise UserError("the hub does not take this key: check that it is the hub's") from None
+    told: dict[str, Any] | None = None
+    for _ in range(_GREETINGS):
+        line.open()
+        with contextlib.suppress(SessionLost):
+            told = line.ask("run")
+            break
+    if told is None:
+        raise UserError("the hub does not take this key: check that it is the hub's")
     for what, theirs, ours in (
         ("protocol", told["protocol"], PROTOCOL),
         ("version of justforward", told["version"], justforward.__version__),

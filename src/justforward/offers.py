@@ -36,7 +36,7 @@ class ServeConfig:
         own_rows: every worker draws rows of its own, which nobody else sees; else all have the same rows and share each batch.
         workers: begin a step once so many are there (and with --own-rows have answered).
         deadline: seconds after which a worker's rows are given to another, on top of what they usually take (default 2); with --own-rows the most that a step takes (default 30).
-        part: rows that are looked at together; the bits of the result depend on it, and never on the number of workers (default a quarter of batch_size).
+        part: rows that are looked at together; the bits of the result depend on it, and never on the number of workers (default a quarter of batch_size, with --deviations an eighth).
         deviations: how many median absolute deviations a row's rise of the loss may be from the others' before it is drawn in; 0: any (default 10 with --own-rows, else 0).
         hash_every: steps between two comparisons of the workers' weights.
         most_workers: refuse more.

@@ -65,7 +65,8 @@ def drawn_in(
     for owner, sight in sights:
         kept: list[tuple[float, ...]] = []
         for own, (low, high) in zip(sight.rises, limits, strict=True):
-            kept.append(tuple(np.clip(np.array(own, np.float32), low, high).tolist()))
+            # in float64: bounds may be beyond float32, what is drawn in is not beyond what it was
+            kept.append(tuple(np.clip(np.array(own), low, high).astype(np.float32).tolist()))
             counts[owner] += sum(not low <= x <= high for x in own)
         out.append(replace(sight, rises=tuple(kept)))
     return out, +counts

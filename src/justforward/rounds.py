@@ -35,6 +35,7 @@ class Plan:
         quorum: clients that must be there to begin a step, and with private rows must have answered.
         lanes: coefficients that a step may have (private rows in activation space bring some each); None: as many as
             there are.
+        bounded: whether, of shared rows and while three workers or more answer in time, none may have half of them.
     """
 
     rows: int
@@ -43,6 +44,11 @@ class Plan:
     patience: float = 2.0
     quorum: int = 1
     lanes: int | None = None
+    bounded: bool = False
+
+    def room(self, samples: int) -> int | None:
+        """Clients with rows of their own that a step of so many samples has room for; None: any number."""
+        return None if self.lanes is None else max(1, self.lanes // (samples * self.rows))
 
 
 @dataclass
@@ -57,6 +63,7 @@ class Member:
         blank: parts of which it had no finite loss.
         drawn_in: rises that were outliers.
         strikes: messages that were none.
+        why: the last of them was none.
         replays: how often its weights differed.
     """
 
@@ -67,6 +74,7 @@ class Member:
     blank: int = 0
     drawn_in: int = 0
     strikes: int = 0
+    why: str = ""
     replays: int = 0
 
 
@@ -74,9 +82,18 @@ class Member:
 class _Part:
     rows: range
     asked: dict[int, float] = field(default_factory=dict)  # worker: when
+    taken_away: set[int] = field(
+        default_factory=set
+    )  # workers that were asked, and are not counted on any more
     sight: Sight | None = None
     by: int | None = None  # who answered
     gone: bool = False  # nobody will: a client with rows of its own has left
+
+
+def _is_of(part: _Part, worker: int) -> bool:
+    """Whether it has answered a part, or may."""
+    open_to = worker in part.asked or worker in part.taken_away
+    return part.by == worker or (part.by is None and open_to)
 
 
 class Rounds:
@@ -94,6 +111,7 @@ class Rounds:
         self.step = step
         self.attempt = 0
         self.members: dict[int, Member] = {}
+        self.looking: dict[int, float] = {}  # worker that was asked and not heard since: when
         self._samples = samples
         self._parts: list[_Part] = []
         self._took: deque[float] = deque(maxlen=16)
@@ -118,14 +136,32 @@ class Rounds:
     def leave(self, worker: int) -> None:
         """A worker goes: what it has not answered is for others at once."""
         self.members[worker].alive = False
+        self.looking.pop(worker, None)
         for part in self._parts:
             if part.by is None and part.asked.pop(worker, None) is not None:
+                part.taken_away.add(worker)
                 part.gone = self.plan.private
 
-    def strike(self, worker: int) -> None:
+    def forget(self, worker: int) -> bool:
+        """Let go of one that is gone, has done nothing wrong and has no part in the round; whether it is forgotten."""
+        member = self.members[worker]
+        busy = any(worker == part.by or worker in part.asked for part in self._parts)
+        if member.alive or member.strikes or busy:
+            return False
+        for part in self._parts:
+            part.taken_away.discard(worker)
+        del self.members[worker]
+        return True
+
+    def heard(self, worker: int) -> None:
+        """A worker says something: it is not looking any more."""
+        self.looking.pop(worker, None)
+
+    def strike(self, worker: int, why: str) -> None:
         """A worker sent what is no answer; after three of them it is not listened to any more."""
         member = self.members[worker]
         member.strikes += 1
+        member.why = why
         if member.strikes >= STRIKES:
             self.leave(worker)
 
@@ -145,11 +181,12 @@ class Rounds:
             return None
         mine = [part for part in self._parts if worker in part.asked and part.by is None]
         if not mine and not self.plan.private:
-            mine = self._more(now)
+            mine = self._more(worker, now)
             for part in mine:
                 part.asked[worker] = now
         if not mine:
             return None
+        self.looking[worker] = now
         parts = tuple((part.rows.start, len(part.rows)) for part in mine)
         return Work(self.step, self.attempt, self.of, self.samples, parts)
 
@@ -162,24 +199,49 @@ class Rounds:
         if not self.plan.private:
             self._parts = [_Part(range(i, min(i + part, rows))) for i in range(0, rows, part)]
             return True
-        if self.plan.lanes is not None:
-            alive = alive[: max(1, self.plan.lanes // (self.samples * rows))]
+        alive = alive[: self.plan.room(self.samples)]
         self._parts = [
             _Part(range(place * rows, (place + 1) * rows), {worker: now})
             for place, worker in enumerate(alive)
         ]
         return True
 
-    def _more(self, now: float) -> list[_Part]:
+    def _more(self, worker: int, now: float) -> list[_Part]:
         """This worker's share of what nobody has, or else what others are overdue with."""
-        free = [part for part in self._parts if part.by is None and not part.asked]
+        free = self._free()
         if free:
-            return free[: -(-len(self._parts) // max(1, len(self._alive())))]
-        return [part for part in self._parts if part.by is None and self._overdue(part, now)]
+            share = -(-len(self._parts) // max(1, len(self._alive())))
+            return self._within(worker, free[:share], now)
+        overdue = [part for part in self._parts if part.by is None and self._overdue(part, now)]
+        return self._within(worker, overdue, now)
+
+    def _free(self) -> list[_Part]:
+        return [part for part in self._parts if part.by is None and not part.asked]
+
+    def _within(self, worker: int, parts: list[_Part], now: float) -> list[_Part]:
+        """Of these, those that it may have: with what it has, and could still answer, fewer than half if others are there.
+
+        Once the round has lasted for as long as parts may take, whoever asks is given them: others have not come.
+        """
+        count, alive = len(self._parts), len(self._alive())
+        if not self.plan.bounded or alive < 3 or now - self._opened > self._limit():
+            return parts
+        own = [part for part in self._parts if _is_of(part, worker)]
+        room = max((count - 1) // 2, -(-count // alive)) - len(own)
+        kept = []
+        for part in parts:
+            room -= not _is_of(part, worker)
+            if room >= 0:
+                kept.append(part)
+        return kept
+
+    @property
+    def usual(self) -> float:
+        """Seconds that parts take."""
+        return statistics.median(self._took) if self._took else 0.0
 
     def _limit(self) -> float:
-        usual = statistics.median(self._took) if self._took else 0.0
-        return self.plan.patience if self.plan.private else self.plan.patience + 2.0 * usual
+        return self.plan.patience if self.plan.private else self.plan.patience + 2.0 * self.usual
 
     def _overdue(self, part: _Part, now: float) -> bool:
         return all(now - asked > self._limit() for asked in part.asked.values())
@@ -226,7 +288,12 @@ class Rounds:
         return self._answered(worker, parts, now)
 
     def _asked_for(self, worker: int, rows: set[int]) -> list[_Part]:
-        parts = [part for part in self._parts if worker in part.asked and rows & set(part.rows)]
+        """The parts that these rows are. What was taken away from a worker meanwhile is an answer as good as any."""
+        parts = [
+            part
+            for part in self._parts
+            if (worker in part.asked or worker in part.taken_away) and rows & set(part.rows)
+        ]
         if not parts or set().union(*(part.rows for part in parts)) != rows:
             raise UserError(f"an answer of rows {sorted(rows)[:8]}: not those that were asked for")
         return parts
@@ -234,8 +301,9 @@ class Rounds:
     def _answered(self, worker: int, parts: list[_Part], now: float) -> bool:
         new = [part for part in parts if part.by is None]
         for part in new:
-            part.by = worker
-            self._took.append(now - part.asked[worker])
+            part.by, part.gone = worker, False
+            if worker in part.asked:
+                self._took.append(now - part.asked[worker])
         self.members[worker].alive = True
         self.members[worker].answers += len(new)
         return bool(new)
@@ -270,8 +338,15 @@ class Rounds:
             for worker, asked in part.asked.items():
                 member = self.members[worker]
                 if part.by is None and member.alive and now - asked > self._limit():
-                    member.alive = False
-                    member.late += 1
+                    self._late(member)
+        if self.plan.bounded and self._free() and now - self._opened > self._limit():
+            for worker in self._alive():  # it has not asked in all this time, and rows wait for it
+                if not any(_is_of(part, worker) for part in self._parts):
+                    self._late(self.members[worker])
+
+    def _late(self, member: Member) -> None:
+        member.alive = False
+        member.late += 1
 
     def go_on(self, drawn_in: Counter[int] | None = None) -> None:
         """The step is made: the next round is to be opened when a worker asks."""

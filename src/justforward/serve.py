@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import socket
 import struct
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from justforward.conductor import Conductor, Terms, read_kept
 from justforward.desk import Desk, Reply, Waiting
 from justforward.errors import UserError
 from justforward.folder import RunFolder, check_new
 from justforward.line import put
+from justforward.mail import Mail, hold_folder, open_folder
 from justforward.offers import CLIPPED, ServeConfig, run_config
 from justforward.prepare import stop_signals
 from justforward.progress import Progress
 from justforward.ranges import check_ranges
+from justforward.robust import LEAST
 from justforward.rounds import Plan
 from justforward.trajectory import MOST_COEFFICIENTS
-from justforward.wire import Refused, read_key
+from justforward.wire import ENVELOPE, Refused, read_key
 
 if TYPE_CHECKING:
     import uvicorn
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 TICK = 0.1  # seconds between two looks at the clock
 FAREWELL = 10.0  # seconds in which workers are told that there is no further step
+LOOKING = 60.0  # seconds since it was asked in which one that looks is waited for then, on top of twice what parts take
 BODY = 30.0  # seconds in which a message must have come
-_STALE = 600.0  # seconds after which a reply in a folder that nobody took is removed
-_NAME = re.compile(r"([a-z]+)-[0-9a-f]{32}")
+SMALL = 1 << 14  # bytes of a message that are read whoever sends it
+READING = 1 << 25  # bytes beyond these of all messages that are being read
 
 
 class Hall:
@@ -56,6 +58,7 @@ class Hall:
         self._changed = asyncio.Event()
         self._shown: dict[int, tuple[Any, ...]] = {}
         self._said = time.monotonic()
+        self._reading = 0  # bytes of messages that have not come whole
 
     def stir(self) -> None:
         """Something has changed: let all who wait look."""
@@ -85,7 +88,7 @@ class Hall:
                 await asyncio.wait(both, timeout=0.25, return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()
                 if hung_up is not None and hung_up.done():
-                    self.conductor.rounds.leave(waiting.worker)
+                    self.desk.hung_up(waiting)
                     return None
         finally:
             if hung_up is not None:
@@ -99,21 +102,33 @@ class Hall:
                 self.stir()
             self._tell()
         self.stir()
-        until = time.monotonic() + FAREWELL
-        while not self.closing and time.monotonic() < until:
-            if {
-                n for n, m in self.conductor.rounds.members.items() if m.alive
-            } <= self.conductor.told:
-                await asyncio.sleep(2 * TICK)  # the last replies are on their way
-                break
+        end = time.monotonic()
+        looking = [name for name, looks in self._owed(end, end) if looks]
+        if looking:
+            self.note(f"there is no further step: {', '.join(looking)} is still looking and will be told")  # fmt: skip
+        while not self.closing and self._owed(time.monotonic(), end):
             await asyncio.sleep(TICK)
+        await asyncio.sleep(2 * TICK)  # the last replies are on their way
         self._tell(last=True)
         self.closing = True
         self.stir()
 
+    def _owed(self, now: float, end: float) -> list[tuple[str, bool]]:
+        """Names of those that are still to be told that it has ended, and whether they look; those that take too long are not."""
+        rounds, patience = self.conductor.rounds, LOOKING + 2.0 * self.conductor.rounds.usual
+        looking = {n for n, asked in rounds.looking.items() if now - asked < patience}
+        return [
+            (member.name, number in looking)
+            for number, member in rounds.members.items()
+            if number not in self.conductor.told
+            and (number in looking or (member.alive and now - end < FAREWELL))
+        ]
+
     def _tell(self, last: bool = False) -> None:
         """Who has come and gone, and whose scalars are odd; every ten seconds how far it is."""
-        for number, member in self.conductor.rounds.members.items():
+        members = self.conductor.rounds.members
+        self._shown = {number: was for number, was in self._shown.items() if number in members}
+        for number, member in members.items():
             now = (
                 member.alive,
                 member.drawn_in > 0,
@@ -131,7 +146,7 @@ class Hall:
                 for count, what in (
                     (member.drawn_in, "rises drawn in"),
                     (member.blank, "parts without a finite loss"),
-                    (member.strikes, "messages that are no answer"),
+                    (member.strikes, f"messages that are no answer, the last {member.why}"),
                     (member.replays, "replays"),
                 )
                 if count
@@ -160,7 +175,7 @@ class Hall:
         try:
             if scope["method"] != "POST":
                 raise Refused(405, "POST only")
-            raw = await asyncio.wait_for(_body(receive, self.desk.limit(kind)), BODY)
+            raw = await asyncio.wait_for(self._body(receive, kind), BODY)
         except Refused as error:
             return Reply(error.status, str(error).encode())
         except TimeoutError:
@@ -170,17 +185,43 @@ class Hall:
         reply = self.receive(kind, raw)
         return await self.answer(reply, receive()) if isinstance(reply, Waiting) else reply
 
+    async def _body(self, receive: Any, kind: str) -> bytes | None:
+        """What is sent; None where the other side has hung up before its end.
+
+        What has no right session is read no further than `SMALL`; beyond it all that is being read shares `READING`.
+
+        Raises:
+            Refused: it is too large, or no message, or there is no room for it now.
+        """
+        most, whole, counted = self.desk.limit(kind), bytearray(), 0
+        try:
+            while True:
+                message: dict[str, Any] = await receive()
+                if message["type"] != "http.request":
+                    return None
+                whole += message.get("body", b"")
+                if len(whole) > most:
+                    raise Refused(413, "too large")
+                if not message.get("more_body", False):
+                    return bytes(whole)
+                if len(whole) > SMALL:
+                    self.desk.check_head(kind, bytes(whole[:ENVELOPE]), time.monotonic())
+                    more = len(whole) - SMALL - counted
+                    if self._reading + more > READING:
+                        raise Refused(503, "too much is being read: try again later")
+                    counted, self._reading = counted + more, self._reading + more
+        finally:
+            self._reading -= counted
+
     # -------------------------------------------------------------------------------------- folder
 
     async def folder(self, path: Path) -> None:
-        """Answer messages that are files in `in/`, until the hall closes."""
+        """Answer messages that are files in `in/`, until the hall closes. A folder that is away for a while is waited for."""
         waiting: set[asyncio.Task[None]] = set()
+        mail = Mail(path, self.note, time.monotonic())
         while not self.closing:
-            for file in sorted((path / "in").iterdir()):
-                found = _NAME.fullmatch(file.name)
-                if found is None or file.is_symlink() or not file.is_file():
-                    continue
-                task = asyncio.ensure_future(self._file(file, path / "out", found[1]))
+            for file, kind in mail.requests(time.monotonic()):
+                task = asyncio.ensure_future(self._file(file, path / "out", kind))
                 waiting.add(task)
                 task.add_done_callback(waiting.discard)
                 await asyncio.sleep(0)
@@ -203,36 +244,6 @@ class Hall:
             put(out / file.name, struct.pack("<H", reply.status) + reply.body)
 
 
-async def _body(receive: Any, most: int) -> bytes | None:
-    """What is sent; None where the other side has hung up before its end."""
-    whole = b""
-    while True:
-        message: dict[str, Any] = await receive()
-        if message["type"] != "http.request":
-            return None
-        whole += bytes(message.get("body", b""))
-        if len(whole) > most:
-            raise Refused(413, "too large")
-        if not message.get("more_body", False):
-            return whole
-
-
-def open_folder(path: Path) -> None:
-    """Make the two folders, without what is left in them of a hub before.
-
-    Raises:
-        UserError: they cannot be made.
-    """
-    try:
-        for part in (path / "in", path / "out"):
-            part.mkdir(parents=True, exist_ok=True)
-            for file in part.iterdir():
-                if _NAME.fullmatch(file.name.removeprefix(".")) and file.is_file():
-                    file.unlink()
-    except OSError as error:
-        raise UserError(f"--folder {path}: cannot be used: {error.strerror}") from None
-
-
 def listen(host: str, port: int) -> socket.socket:
     """A socket at an address.
 
@@ -244,7 +255,7 @@ def listen(host: str, port: int) -> socket.socket:
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         opened.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         opened.close()
         said = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -312,11 +323,15 @@ def open_run(config: ServeConfig) -> Conductor:
         UserError: something in the options or the folder cannot be used.
     """
     check_ranges(config)
+    if config.workers > config.most_workers:
+        raise UserError(
+            f"--workers is {config.workers} and --most-workers {config.most_workers}: a step would wait for more workers than the "
+            "hub takes: lower --workers or raise --most-workers"
+        )
     folder = RunFolder(config.out)
     if not config.resume:
         check_new(folder.path, "go on with it with --resume or choose another --out")
         run = run_config(config, None)
-        part = config.part or max(1, run.batch_size // 4)
         own = config.own_rows
         lanes = run.batch_size * run.num_samples
         if run.estimator == "activation" and lanes > MOST_COEFFICIENTS:
@@ -325,6 +340,8 @@ def open_run(config: ServeConfig) -> Conductor:
                 f"takes {MOST_COEFFICIENTS}"
             )
         deviations = config.deviations if config.deviations is not None else CLIPPED if own else 0.0
+        bounded = not own and deviations > 0.0
+        part = config.part or max(1, run.batch_size // (8 if bounded else 4))
         plan = Plan(
             rows=run.batch_size,
             part=run.batch_size if own else min(part, run.batch_size),
@@ -332,7 +349,10 @@ def open_run(config: ServeConfig) -> Conductor:
             patience=config.deadline or (30.0 if own else 2.0),
             quorum=config.workers,
             lanes=MOST_COEFFICIENTS if run.estimator == "activation" else None,
+            bounded=bounded,
         )
+        _check_share(plan)
+        _check_room(plan, run.num_samples)
         return Conductor(
             folder, run, Terms(plan, deviations or None, config.hash_every), time.monotonic()
         )
@@ -352,7 +372,37 @@ def open_run(config: ServeConfig) -> Conductor:
     plan = replace(terms.plan, quorum=config.workers)
     if config.deadline is not None:
         plan = replace(plan, patience=config.deadline)
+    _check_room(plan, run.num_samples)
     return Conductor(folder, run, replace(terms, plan=plan), time.monotonic(), kept)
+
+
+def _check_room(plan: Plan, samples: int) -> None:
+    """Refuse to wait for more clients than a step has room for.
+
+    Raises:
+        UserError: naming what is asked for and what there is room for.
+    """
+    room = plan.room(samples)
+    if plan.private and room is not None and plan.quorum > room:
+        raise UserError(
+            f"--workers is {plan.quorum}: with --own-rows, --batch-size {plan.rows} and --num-samples {samples} a step has room "
+            f"for {room} workers in a log ({plan.lanes} directions): lower --workers, --batch-size or --num-samples"
+        )
+
+
+def _check_share(plan: Plan) -> None:
+    """Refuse parts so large that one of three workers has half of the rows, where outliers are to be drawn in.
+
+    Raises:
+        UserError: naming part and rows.
+    """
+    parts = -(-plan.rows // plan.part)
+    if plan.bounded and plan.rows >= LEAST and 3 * ((parts - 1) // 2) < parts:
+        advice = f"give --part {max(1, plan.rows // 8)}" if plan.rows > 4 else "give --batch-size 5 or more"  # fmt: skip
+        raise UserError(
+            f"--part is {plan.part}: of --batch-size {plan.rows} it makes {parts} parts, so that one of three workers has half of the "
+            f"rows, which --deviations cannot bound: {advice}"
+        )
 
 
 def serve(config: ServeConfig, progress: Progress | None = None) -> Result:
@@ -365,24 +415,26 @@ def serve(config: ServeConfig, progress: Progress | None = None) -> Result:
     note = (progress or Progress()).note
     key = read_key(config.key_file)
     at: socket.socket | Path
+    held: socket.socket | IO[bytes]
     if config.folder is not None:
         at = Path(config.folder)
-        open_folder(at)
+        held = hold_folder(at, note)
         where = f"--folder {config.folder}"
     else:
         check_installed()
-        at = listen(config.host, config.port)
+        at = held = listen(config.host, config.port)
         host = f"[{config.host}]" if ":" in config.host else config.host
         where = f"http://{host}:{at.getsockname()[1]}"
     try:
+        if isinstance(at, Path):
+            open_folder(at)
         conductor = open_run(config)
         try:
             _serve(config, Desk(key, conductor, config.most_workers), at, where, note)
         finally:
             conductor.close()
     finally:
-        if not isinstance(at, Path):
-            at.close()
+        held.close()
     if conductor.failed is not None:
         raise UserError(f"{config.out}: the run cannot go on: {conductor.failed}")
     status = conductor.status()

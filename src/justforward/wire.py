@@ -31,8 +31,8 @@ PROTOCOL = 1
 KEY_VARIABLE = "JUSTFORWARD_KEY"
 LEAST_KEY = 16
 SESSION, PROOF = 16, 16
-_COUNTER = struct.Struct("<I")
-ENVELOPE = SESSION + _COUNTER.size + PROOF
+COUNTER = struct.Struct("<I")
+ENVELOPE = SESSION + COUNTER.size + PROOF
 # Index; how many coefficients, groups with scales and decays, scalars of state, norms, rates.
 _STEP = struct.Struct("<QHHHHH")
 # State of the history; step; attempt; flags.
@@ -108,7 +108,7 @@ class Letter:
 
 def seal(key: bytes, run: bytes, kind: str, session: bytes, counter: int, payload: bytes) -> bytes:
     """A request as bytes; its proof is the last 16 of them."""
-    head = session + _COUNTER.pack(counter)
+    head = session + COUNTER.pack(counter)
     return head + payload + _proof(key, b"request", run, kind.encode(), head, payload)
 
 
@@ -127,7 +127,7 @@ def unseal(key: bytes, run: bytes, kind: str, raw: bytes) -> Letter:
     )
     if not hmac.compare_digest(proof, _proof(key, b"request", run, kind.encode(), head, payload)):
         raise Refused(401, "the proof is not that of this key and run")
-    return Letter(head[:SESSION], _COUNTER.unpack(head[SESSION:])[0], payload, proof)
+    return Letter(head[:SESSION], COUNTER.unpack(head[SESSION:])[0], payload, proof)
 
 
 def seal_reply(key: bytes, proof: bytes, status: int, payload: bytes) -> bytes:
@@ -252,7 +252,7 @@ class Turn:
         return cls(step, history, attempt, tuple(sights), tuple(blank), weights)
 
 
-GO, DONE, REPLAY = range(3)
+GO, DONE, REPLAY, BEHIND = range(4)
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,8 @@ class Order:
     """What the hub says: the steps that the worker has not taken yet, and what to look at then.
 
     Attributes:
-        says: GO; DONE: there is no further step; REPLAY: start again from the base and the log.
+        says: GO; DONE: there is no further step; REPLAY: start again from the base and the log; BEHIND: there are too many
+            steps to be told here, read the log on.
         steps: to take now.
         work: to look at after them; None: ask again.
     """

@@ -11,19 +11,20 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import justforward
 from justforward.errors import NonFiniteLoss, UserError
-from justforward.line import Line, SessionLost
+from justforward.line import HubGone, Line, SessionLost
 from justforward.optim import MeZO
 from justforward.playback import fingerprint
 from justforward.sights import Sight, merged
 from justforward.trajectory import read_log
-from justforward.wire import DONE, PROTOCOL, REPLAY, History, Order, Turn, Work, zipped
+from justforward.wire import BEHIND, DONE, PROTOCOL, REPLAY, History, Order, Turn, Work, zipped
 
 _REPLAYS = 3  # one after the other: then something is wrong that a replay does not mend
 _TRIES = 5
+_T = TypeVar("_T")
 _LOST = "the hub takes no message of this worker: is its key the hub's?"
 
 
@@ -69,6 +70,7 @@ class Worker:
         self._note = note or (lambda text: None)
         self.opt: MeZO | None = None
         self._history = History()
+        self._header: dict[str, Any] = {}
         self._weights: bytes | None = None
         self._replays = self._replayed_at = 0
 
@@ -79,12 +81,18 @@ class Worker:
             log_bytes: what the hub says its log has.
 
         Raises:
-            UserError: the hub refuses this worker, or does not answer any more.
+            UserError: the hub refuses this worker.
+            HubGone: it does not answer any more; the run may be over.
         """
         with tempfile.TemporaryDirectory(prefix="justforward-") as folder:
             try:
                 self._begin(Path(folder), log_bytes)
                 return self._take_part(Path(folder))
+            except HubGone as error:
+                taken = self.opt.steps if self.opt is not None else 0
+                raise HubGone(
+                    f"{error}, or, where the run is over, that it has this worker's {taken} steps: its folder holds the run"
+                ) from None
             finally:
                 self._leave()
                 if self.opt is not None:
@@ -99,15 +107,23 @@ class Worker:
 
     # -------------------------------------------------------------------------------------- begin
 
+    def _surely(self, ask: Callable[[], _T]) -> _T:
+        """Ask, in another session where the hub has forgotten this one: it was started anew, or this worker was away for long."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(SessionLost):
+                return ask()
+            self.line.open()
+        raise UserError(_LOST)
+
     def _begin(self, folder: Path, log_bytes: int) -> None:
-        """Base, and the log as far as it goes; then join."""
+        """Base, and the log as far as it goes; then join. Loading takes long, and is done once whatever becomes of the session."""
         path = folder / "trajectory.jfl"
         if self.opt is not None:
             self.opt.close()
             self.opt = None  # before a second model is there
         path.unlink(missing_ok=True)
         if log_bytes:
-            path.write_bytes(self._download())
+            path.write_bytes(self._surely(self._download))
         try:
             self.opt = self._build(path, bool(log_bytes))
         except UserError as error:  # this copy is gone before anybody reads of it
@@ -117,7 +133,8 @@ class Worker:
         self._weights = None
         if log.steps:
             self._note(f"replayed {len(log.steps)} steps")
-        self._join(log.header)
+        self._header = log.header
+        self._surely(self._join)
 
     def _download(self) -> bytes:
         whole = b""
@@ -125,25 +142,15 @@ class Worker:
             whole += part
         return whole
 
-    def _join(self, header: dict[str, Any]) -> None:
+    def _join(self) -> None:
         said = {
             "name": self.name,
             "protocol": PROTOCOL,
             "version": justforward.__version__,
-            "header": header,
+            "header": self._header,
             "rows": self.rows.digest,
         }
-        self._header = header
         self.line.call("join", zipped(said))
-
-    def _again(self) -> None:
-        """The hub has forgotten this session: it was started anew, or this worker was away for long."""
-        for _ in range(_TRIES):
-            with contextlib.suppress(SessionLost):
-                self.line.open()
-                self._join(self._header)
-                return
-        raise UserError(_LOST)
 
     # ----------------------------------------------------------------------------------- taking part
 
@@ -154,11 +161,16 @@ class Worker:
             try:
                 order = Order.unpack(self.line.call("turn", said.pack()))
             except SessionLost:
-                self._again()
+                self.line.open()
+                self._surely(self._join)
                 said = replace(said, sights=(), blank=())  # nobody there has asked for them
                 continue
             if order.says == REPLAY:
                 self._replay(folder)
+                said = self._turn()
+                continue
+            if order.says == BEHIND:
+                self._catch_up(folder)
                 said = self._turn()
                 continue
             self._move(order)
@@ -179,25 +191,38 @@ class Worker:
         self._note(
             "the hub says that these weights differ: starting again from the base and the log"
         )
-        for _ in range(_TRIES):
-            with contextlib.suppress(SessionLost):
-                self.line.open()
-                self._begin(folder, self.line.ask("run")["log"])
-                self._replayed_at = self.opt.steps
-                return
-        raise UserError(_LOST)
+        told = self._surely(lambda: self.line.ask("run"))
+        self._begin(folder, told["log"])
+        self._replayed_at = self.opt.steps
+
+    def _catch_up(self, folder: Path) -> None:
+        """Others have taken more steps meanwhile than an order holds: these weights are right, and are moved on by the log."""
+        assert self.opt is not None
+        path = folder / "hub.jfl"
+        path.write_bytes(self._surely(self._download))
+        try:
+            steps = read_log(path).steps
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), "the hub's log")) from None
+        finally:
+            path.unlink()
+        self._note(f"{len(steps) - self.opt.steps} steps behind: taking them from the hub's log")
+        self._move(Order(steps=tuple(steps)))
 
     def _move(self, order: Order) -> None:
         assert self.opt is not None
+        before = self.opt.steps
         for step in order.steps:
             if step.index < self.opt.steps:
                 continue  # of a reply to a message that was sent twice
             self.opt.apply(step)
             self._history.add(step)
-            self._weights = None
-            if self.opt.steps % self.hash_every == 0:
-                assert self.opt.model is not None
-                self._weights = bytes.fromhex(fingerprint(self.opt.model))
+        if self.opt.steps == before:
+            return
+        self._weights = None
+        if self.opt.steps % self.hash_every == 0:
+            assert self.opt.model is not None
+            self._weights = bytes.fromhex(fingerprint(self.opt.model))
 
     def _turn(self) -> Turn:
         assert self.opt is not None
