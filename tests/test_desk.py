@@ -20,7 +20,7 @@ from justforward import Sight, UserError, fingerprint, read_log, replay
 from justforward.desk import Desk, Reply, Waiting
 from justforward.line import HubGone, Line, SessionLost, greet
 from justforward.serve import open_run
-from justforward.wire import DONE, REPLAY, Order, Turn, seal, zipped
+from justforward.wire import DONE, PROTOCOL, REPLAY, Order, Turn, seal, zipped
 from justforward.worker import joined
 from parties import (
     KEY,
@@ -436,7 +436,7 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
     header = made._header
 
     def refused(**changes: Any) -> str:
-        said = {"name": "other", "protocol": 1, "version": justforward.__version__}
+        said = {"name": "other", "protocol": PROTOCOL, "version": justforward.__version__}
         said |= {"header": header, "rows": "d" * 64, **changes}
         line = Line(DeskLink(desk), KEY, 1.0)
         line.open()
@@ -445,7 +445,7 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "its version of justforward is '9.9.9'" in refused(version="9.9.9")
-    assert "its protocol is 2, and the hub's is 1" in refused(protocol=2)
+    assert f"its protocol is 9, and the hub's is {PROTOCOL}" in refused(protocol=9)
     assert "fingerprint of its base model is 'f00'" in refused(header={**header, "base": "f00"})
     assert "rule is 'sgd', and the run's 'rms" in refused(header={**header, "rule": "sgd"})
     assert "its eps is [0.5]" in refused(header={**header, "groups": [0.5]})
@@ -493,7 +493,7 @@ def test_a_client_that_sends_rubbish_is_struck_off_and_the_others_go_on(tmp_path
     assert (members["bad"]["strikes"], members["good"]["strikes"]) == (3, 0)
     line = Line(DeskLink(desk), KEY, 1.0)
     line.open()
-    said = {"name": "bad", "protocol": 1, "version": justforward.__version__}
+    said = {"name": "bad", "protocol": PROTOCOL, "version": justforward.__version__}
     with pytest.raises(UserError, match="bad: it sent what is no answer"):
         line.call("join", zipped({**said, "header": good._header, "rows": "d" * 64}))
 
@@ -810,7 +810,7 @@ def test_terms_of_a_run_stay(tmp_path: Path) -> None:
     state = tmp_path / "run" / "hub.json"
     kept = json.loads(state.read_text())
     state.write_text(json.dumps({**kept, "protocol": 9}))
-    with pytest.raises(UserError, match="made with protocol 9, this version has 1"):
+    with pytest.raises(UserError, match=f"made with protocol 9, this version has {PROTOCOL}"):
         open_run(serve_config(tmp_path / "run", resume=True))
     state.write_text("[]")
     with pytest.raises(UserError, match="no hub's folder"):

@@ -469,7 +469,7 @@ def asked(tmp_path: Path, sentiment_csv: Path, monkeypatch: pytest.MonkeyPatch) 
             "model": str(path), "data": str(sentiment_csv), "template": "{text} It was",
             "labels": {"neg": "bad", "pos": "great"}, "out": str(tmp_path / "run"), "tuner": tuner,
             "max_forwards": 16, "eval_every": 8, "lr": 3e-2, "threads": 1, "lr_schedule": "constant",
-            "quantize": "gguf", "keep": "last",
+            "quantize": "gguf", "keep": "last", "start": "base",
         }  # fmt: skip
         return TrainConfig(**{**base, **given})
 
@@ -561,6 +561,19 @@ def test_from_the_command_line(asked: Any, capfd: pytest.CaptureFixture[str]) ->
     assert "converting" not in said
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_deep_start_of_lora(asked: Any, architecture: str, tmp_path: Path) -> None:
+    run = asked(architecture, "lora", start="deep", max_forwards=24, probe_rows=40)
+    result = quiet(train, run)
+    assert result["steps"] > 0
+    kept = RunFolder(run.out).read_config()
+    assert (kept.start, kept.layers) == ("deep", 0.333)
+    made = quiet(rebuild, ReplayConfig(run.out, str(tmp_path / "adapter")))
+    assert made["fingerprint"] == result["fingerprint"]
+
+
 # ------------------------------------------------------------------------------------- what is refused
 
 
@@ -581,7 +594,7 @@ def test_what_is_no_gguf_or_no_frozen_base(asked: Any, model_folder: Path, tmp_p
             f"--quantize is 'gguf': quantised weights are frozen, and --tuner is '{tuner}': choose"
         )
         refused(said, lambda tuner=tuner: resolved(replace(run, tuner=tuner)))
-    for start in ("probe", "deep", "last"):
+    for start in ("probe", "last"):
         refused(f"--start is '{start}': it", lambda start=start: resolved(replace(run, start=start)))  # fmt: skip
     model, tokenizer = load_model(run.model, quantize="gguf")
     refused("cannot be saved whole", lambda: save_model(model, tokenizer, tmp_path / "saved"))

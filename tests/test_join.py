@@ -17,6 +17,7 @@ from justforward.cli import main
 from justforward.join import Own
 from justforward.line import HttpLink, Line
 from justforward.offers import JoinConfig, worker_config
+from justforward.wire import PROTOCOL
 from justforward.worker import Rows, Worker
 from parties import KEY, close_all
 from test_serve import Running, running
@@ -143,7 +144,9 @@ def test_what_differs_is_named(
         said = refused(hub, other_model, sentiment_csv)
         assert said.startswith("error: the hub's log: made from a base model with fingerprint")
         assert "does not take this key" in refused(hub, model_folder, sentiment_csv, str(other_key))
-        monkeypatch.setattr(hub.desk.conductor, "info", lambda: {"protocol": 1, "version": "0.0.9"})
+        monkeypatch.setattr(
+            hub.desk.conductor, "info", lambda: {"protocol": PROTOCOL, "version": "0.0.9"}
+        )
         said = refused(hub, model_folder, sentiment_csv)
         assert (
             f"version of justforward is '0.0.9', and this one's '{justforward.__version__}'" in said

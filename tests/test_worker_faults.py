@@ -24,7 +24,7 @@ from justforward.conductor import Conductor
 from justforward.desk import Desk, Reply
 from justforward.line import Line, Unreachable, greet
 from justforward.serve import listen
-from justforward.wire import zipped
+from justforward.wire import PROTOCOL, zipped
 from parties import (
     KEY,
     DeskLink,
@@ -273,7 +273,7 @@ def test_a_worker_answers_with_what_is_no_number(
     ("changes", "said"),
     [
         ({"version": "9.9.9"}, "its version of justforward is '9.9.9'"),
-        ({"protocol": 2}, "its protocol is 2"),
+        ({"protocol": 9}, "its protocol is 9"),
         ({"base": "f00"}, "fingerprint of its base model is 'f00'"),
         ({"rows": "e" * 64}, "its rows have sha256"),
         ({"rule": "sgd"}, "rule is 'sgd', and the run's 'rms"),
@@ -292,7 +292,7 @@ def test_another_version_model_rows_or_settings(
     with trial("another version, model, rows or settings"):
         line = Line(DeskLink(desk), KEY, 1.0)
         line.open()
-        offer = {"name": "other", "protocol": 1, "version": justforward.__version__, "rows": "d" * 64}  # fmt: skip
+        offer = {"name": "other", "protocol": PROTOCOL, "version": justforward.__version__, "rows": "d" * 64}  # fmt: skip
         outside = {name: value for name, value in changes.items() if name in offer}
         header = {**first._header, **{k: v for k, v in changes.items() if k not in offer}}
         with pytest.raises(UserError, match=said):
