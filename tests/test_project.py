@@ -71,6 +71,7 @@ ROOMS = [
     "models",
     "training_arguments",
     "loop",
+    "rowwise",
     "trainer",
     "alone",
     "store",
