@@ -72,6 +72,7 @@ ROOMS = [
     "training_arguments",
     "loop",
     "rowwise",
+    "beside",
     "trainer",
     "alone",
     "store",

@@ -295,6 +295,77 @@ def test_the_same_with_an_adapter(tmp_path: Path) -> None:
     check_resume(tmp_path, lambda: adapted("llama"), {"estimator": "activation"})
 
 
+def half_saved(case: str) -> Any:
+    """A peft model of which peft, asked to save it, leaves out something that is tuned."""
+    from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+
+    kinds: dict[str, Any] = {
+        "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
+        "projected prefix": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8),
+        "lora and norms": LoraConfig(),
+    }  # fmt: skip
+    kinds[case].task_type = "CAUSAL_LM"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = get_peft_model(make_model("llama"), kinds[case])
+    if case == "lora and norms":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or "norm" in name)
+    return model
+
+
+HALF_SAVED = ["p-tuning", "projected prefix", "lora and norms"]
+
+
+@pytest.mark.parametrize("case", HALF_SAVED)
+def test_the_same_where_peft_leaves_tuned_weights_out(tmp_path: Path, case: str) -> None:
+    check_resume(tmp_path, lambda: half_saved(case), {"learning_rate": 1e-2})
+    # an adapter that is another one cannot go on with it
+    other = half_saved(HALF_SAVED[case == "p-tuning"])
+    trainer = make_trainer(other, tmp_path / "other")
+    with pytest.raises(UserError, match=r"tuned.safetensors: .* make the model as it was made"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("case", HALF_SAVED)
+def test_the_best_model_is_whole_where_peft_leaves_tuned_weights_out(
+    tmp_path: Path, case: str
+) -> None:
+    prints = Prints()
+    trainer = make_trainer(
+        half_saved(case),
+        tmp_path,
+        more={"eval_dataset": texts(4, seed=1), "callbacks": [prints]},
+        learning_rate=0.5,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+    )
+    trainer.train()
+    best = int(str(trainer.state.best_model_checkpoint).rpartition("-")[2])
+    assert best < 4
+    assert jf.fingerprint(trainer.model) == prints.seen[best - 1]
+    assert_replayed(half_saved(case), trainer.model, tmp_path, best)
+
+
+def test_the_same_where_experts_are_saved_one_by_one(tmp_path: Path) -> None:
+    """transformers renames them as it saves them, and Trainer does not find them again."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def make() -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = MixtralConfig(
+                vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+            )  # fmt: skip
+            return MixtralForCausalLM(config)
+
+    check_resume(tmp_path, make, {})
+
+
 def test_the_same_where_a_step_was_skipped(tmp_path: Path) -> None:
     """The log has one step fewer than Trainer counts."""
     rows = texts(12)

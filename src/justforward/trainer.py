@@ -27,6 +27,7 @@ from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, sort_checkpoints
 from transformers.utils import logging
 
+from justforward.beside import is_whole, load_beside, save_beside
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.loop import LOG, LoopMeZO, put_log, set_aside, what_lacks
 from justforward.rowwise import MicroBatches, RowwiseTrainer
@@ -319,18 +320,25 @@ class MeZOTrainer(RowwiseTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with as_stored(self.model):
             super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                save_beside(self.model, Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
+        folder, model = Path(resume_from_checkpoint), self.model if model is None else model
         with as_stored(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not is_whole(model, folder):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_beside(model, folder)
 
     def _load_best_model(self) -> None:
         """Trainer's; the log becomes that of the best step, and the whole one is kept beside it."""
-        with as_stored(self.model):
-            super()._load_best_model()
         best, optimizer = str(self.state.best_model_checkpoint), self.optimizer
+        with as_stored(self.model):
+            if not is_whole(self.model, Path(best)):
+                super()._load_best_model()
+            load_beside(self.model, Path(best))
         log = read_log(Path(best) / LOG)
         if len(log.steps) == optimizer.steps:
             return
