@@ -522,6 +522,62 @@ def test_an_interrupt_leaves_the_weights_of_the_last_step_and_a_run_to_resume(
     assert jf.read_log(ours).steps == jf.read_log(theirs).steps
 
 
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
+def test_a_checkpoint_on_sigterm_is_one_to_go_on_from(tmp_path: Path, event: str) -> None:
+    """The signal's timer fires just before an event; Trainer's callback acts in the next one."""
+    whole, rest = Prints(), Prints()
+    make_trainer(make_model("gpt2"), tmp_path / "a", more={"callbacks": [whole]}).train()
+
+    class Asks(TrainerCallback):
+        def ask(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                found = [c for c in trainer.callback_handler.callbacks if hasattr(c, "jit_manager")]
+                found[0].jit_manager.is_checkpoint_requested = True
+
+    asks: Any = Asks()
+    setattr(asks, event, asks.ask)
+    trainer = make_trainer(make_model("gpt2"), tmp_path / "b", enable_jit_checkpoint=True)
+    trainer.callback_handler.callbacks.insert(0, asks)
+    trainer.train()
+    assert trainer.state.global_step < 4
+    (saved,) = (tmp_path / "b").glob("checkpoint-*")
+    steps = int(saved.name.rpartition("-")[2])
+    assert len(jf.read_log(saved / "trajectory.jfl").steps) == steps
+    model = make_model("gpt2")
+    again = make_trainer(model, tmp_path / "b", more={"callbacks": [rest]})
+    again.train(resume_from_checkpoint=True)
+    assert rest.seen == whole.seen[steps:]
+    assert_replayed(make_model("gpt2"), model, tmp_path / "b", 4)
+
+
+@pytest.mark.parametrize(
+    ("event", "refused"),
+    [
+        ("on_step_begin", False),
+        ("on_pre_optimizer_step", True),
+        ("on_optimizer_step", True),
+        ("on_step_end", False),
+    ],
+)
+def test_a_checkpoint_between_a_step_and_its_end_is_refused(
+    tmp_path: Path, event: str, refused: bool
+) -> None:
+    class Saves(TrainerCallback):
+        def save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                trainer._save_checkpoint(trainer.model, None)
+
+    saves: Any = Saves()
+    setattr(saves, event, saves.save)
+    trainer = make_trainer(make_model("gpt2"), tmp_path, more={"callbacks": [saves]})
+    if refused:
+        with pytest.raises(UserError, match="a checkpoint of step 2 was asked for when step 3 had"):
+            trainer.train()
+        return
+    trainer.train()
+    assert len(jf.read_log(tmp_path / "checkpoint-2" / "trajectory.jfl").steps) == 2
+
+
 # -------------------------------------------------------------------------------- what Trainer does
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import logging
 
 from justforward.errors import UserError
@@ -110,6 +111,13 @@ class LoopMeZO(MeZO):
         """Seal the log and let go of it, until it is opened again."""
         self.close()
         self._writer = None
+
+
+class SavesAtStepEnd(JITCheckpointCallback):
+    """transformers' checkpoint on SIGTERM; where theirs comes before `optimizer.step()` this one waits for the step's end."""
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the weights have moved and the step has not been counted."""
 
 
 def set_aside(path: Path) -> None:

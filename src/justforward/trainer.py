@@ -24,12 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, sort_checkpoints
 from transformers.utils import logging
 
 from justforward.beside import is_whole, load_beside, save_beside
 from justforward.errors import NonFiniteLoss, UserError
-from justforward.loop import LOG, LoopMeZO, put_log, set_aside, what_lacks
+from justforward.loop import LOG, LoopMeZO, SavesAtStepEnd, put_log, set_aside, what_lacks
 from justforward.rowwise import MicroBatches, RowwiseTrainer
 from justforward.stored import as_stored, is_half
 from justforward.training_arguments import MeZOConfig, MeZOSeq2SeqConfig
@@ -91,7 +92,8 @@ class MeZOTrainer(RowwiseTrainer):
     scalars, and each moves its own copy of the weights, which is not wrapped. The process that saves writes the log. They wait
     `ddp_timeout` seconds for each other.
 
-    The weights move in `training_step`, so `on_pre_optimizer_step` comes after that. `optimizer.step()` changes nothing.
+    The weights move in `training_step`, so `on_pre_optimizer_step` comes after that. `optimizer.step()` changes nothing. Between
+    them and `on_step_end` the step is not counted yet, so a checkpoint that a callback saves there itself is refused.
 
     Raises:
         UserError: an argument has no meaning here; the reason is said before anything moves.
@@ -121,6 +123,10 @@ class MeZOTrainer(RowwiseTrainer):
         self._micro: list[tuple[Any, Any]] = []
         self._skipped_in_a_row = 0
         self._skipped_since_logged = 0
+        self._moved_at = -1  # how many steps Trainer had counted when the last one was taken
+        for callback in self.callback_handler.callbacks:
+            if type(callback) is JITCheckpointCallback:
+                callback.__class__ = SavesAtStepEnd
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's, whose models stay as they are in several processes, too."""
@@ -178,6 +184,7 @@ class MeZOTrainer(RowwiseTrainer):
         if self.accelerator.sync_gradients:
             micro, self._micro = self._micro, []
             loss = self._take_step(model, micro)
+            self._moved_at = self.state.global_step
         return torch.tensor(loss, device=self.args.device)
 
     def _take_step(self, model: nn.Module, micro: MicroBatches) -> float:
@@ -289,6 +296,7 @@ class MeZOTrainer(RowwiseTrainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
+        self._moved_at = -1
         self.create_optimizer()
         with as_stored(self.model):  # accelerate puts the weights where they are to be
             prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
@@ -310,6 +318,20 @@ class MeZOTrainer(RowwiseTrainer):
         rows = len(self.train_dataset) if has_length(self.train_dataset) else "unknown"
         args = self.args
         return f"{rows} rows, {args.train_batch_size} x {args.gradient_accumulation_steps} a step"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's.
+
+        Raises:
+            UserError: the last step has been taken and is not counted.
+        """
+        step = self.state.global_step
+        if step == self._moved_at:
+            raise UserError(
+                f"a checkpoint of step {step} was asked for when step {step + 1} had moved the weights, and would be resumed with "
+                "that step once more: save in on_step_end, or set control.should_save there"
+            )
+        super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's; a checkpoint gets a copy of the log."""
