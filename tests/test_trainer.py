@@ -771,6 +771,53 @@ def test_activation_space_refuses_a_loss_that_it_does_not_know(tmp_path: Path) -
     assert len(jf.read_log(tmp_path / "mine" / "trajectory.jfl").steps) == 4
 
 
+@pytest.mark.parametrize("rows", [texts(8), [{**row, "labels": row["input_ids"]} for row in texts(8)]])  # fmt: skip
+@pytest.mark.parametrize("case", ["prompt", "p-tuning", "prefix"])
+def test_activation_space_with_a_learnt_prompt(tmp_path: Path, case: str, rows: Rows) -> None:
+    """Its tokens have no labels, and the last of them predicts the first one of the text."""
+    from peft import (
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+        get_peft_model,
+    )
+
+    kinds = {"prompt": PromptTuningConfig, "p-tuning": PromptEncoderConfig, "prefix": PrefixTuningConfig}  # fmt: skip
+    torch.manual_seed(0)
+    kind = kinds[case](task_type="CAUSAL_LM", num_virtual_tokens=3)
+    base = get_peft_model(make_model("llama"), kind)
+    shows = []
+    for estimator in ("activation", "weight"):
+        model = copy.deepcopy(base)
+        trainer = make_trainer(
+            model, tmp_path / estimator, rows, estimator=estimator, eps=1e-6, max_steps=1
+        )
+        trainer.train()
+        shows += shown(trainer, "loss")
+        assert_replayed(base, model, tmp_path / estimator, 1)
+    assert shows[0] == pytest.approx(shows[1], rel=1e-4)
+
+
+def test_activation_space_without_labels_divides_by_rows(tmp_path: Path) -> None:
+    class Mine(MeZOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return Mine.row_losses(self, model, inputs).mean()
+
+        def row_losses(self, model: Any, inputs: Any) -> Tensor:
+            return model(input_ids=inputs["input_ids"]).logits.square().mean(dim=(1, 2))
+
+    rows = [{"input_ids": row["input_ids"]} for row in texts(8)]
+    shows = []
+    for estimator in ("activation", "weight"):
+        trainer = make_trainer(
+            make_model("gpt2"), tmp_path / estimator, rows, kind=Mine, estimator=estimator,
+            gradient_accumulation_steps=2, eps=1e-6, max_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        shows += shown(trainer, "loss")
+    assert shows[0] == pytest.approx(shows[1], rel=1e-4)
+
+
 def test_activation_space_needs_labels_that_are_numbers(tmp_path: Path) -> None:
     rows = [{**row, "labels": row["labels"].float()} for row in texts(4)]
     trainer = make_trainer(
@@ -982,6 +1029,22 @@ def test_what_is_pushed_to_a_hub_is_the_model_and_its_log(
 
 
 # -------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_end"])
+def test_freezing_when_training_has_begun_is_refused(tmp_path: Path, event: str) -> None:
+    class Freezes(TrainerCallback):
+        def freeze(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("wte" in name)
+
+    freezes: Any = Freezes()
+    setattr(freezes, event, freezes.freeze)
+    model = make_model("gpt2")
+    trainer = make_trainer(model, tmp_path, more={"callbacks": [freezes]})
+    with pytest.raises(UserError, match=r"transformer.wpe.weight was frozen when training had"):
+        trainer.train()
+    assert trainer.optimizer.steps == (event == "on_step_end")
 
 
 def test_arguments_must_be_mezos(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 BESIDE = "tuned.safetensors"
 
 
-def reads_prompts(model: Any) -> bool:
+def learns_prompt(model: Any) -> bool:
     """Whether a peft model learns a prompt or a prefix."""
     config = getattr(model, "active_peft_config", None)
     return bool(getattr(config, "is_prompt_learning", False))
@@ -50,7 +50,7 @@ def save_beside(model: nn.Module, folder: Path) -> None:
     if not names:
         path.unlink(missing_ok=True)
         return
-    alone = reads_prompts(model)  # what peft saves of a prompt says nothing of what made it
+    alone = learns_prompt(model)  # what peft saves of a prompt says nothing of what made it
     if not alone and not _has_model(folder):
         logger.warning_once(
             f"{len(names)} tuned parameters ({names[0]}, ...) are no part of the adapter that is saved, and not loaded with "
@@ -95,7 +95,7 @@ def is_whole(model: nn.Module, folder: Path) -> bool:
     if not (folder / BESIDE).is_file():
         return False
     # an adapter within a model of transformers is saved without it, and Trainer looks for the model
-    return reads_prompts(model) or not (_has_model(folder) or isinstance(model, PeftModel))
+    return learns_prompt(model) or not (_has_model(folder) or isinstance(model, PeftModel))
 
 
 def _has_model(folder: Path) -> bool:

@@ -75,6 +75,15 @@ class LoopMeZO(MeZO):
         super()._apply(step, *rest)
         self.last = step
 
+    def check_free(self) -> None:
+        """Raise UserError where a parameter has been frozen since it was taken to be tuned."""
+        for name, tensor in zip(self.weights.names, self.weights.tensors, strict=True):
+            if not tensor.requires_grad:
+                raise UserError(
+                    f"{name} was frozen when training had begun (by a callback?): which parameters are tuned is in the log's "
+                    "header: freeze them before train(), or say blocks=..., which moves one part of them a step"
+                )
+
     def open_log(self, path: Path) -> None:
         """Give a new log its name, or go on with the one there was; another run's that is there gets another name."""
         if not self.writes:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,32 @@ from justforward.models import is_causal, is_seq2seq
 from justforward.training_arguments import MeZOConfig
 
 MicroBatches = Sequence[tuple[Any, Any]]  # inputs, and items of the whole step or None
+
+
+def reads_prompt(model: Any) -> bool:
+    """Whether a peft model puts tokens of its own before a text; a prefix is none, it has keys and values."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return config is not None and config.peft_type in ("PROMPT_TUNING", "P_TUNING")
+
+
+@contextmanager
+def prompt_by_row(model: Any) -> Iterator[None]:
+    """While inside, a peft model makes its prompt for each row; else it makes one, which has no row's direction, and repeats it."""
+    if not reads_prompt(model) or model.active_peft_config.inference_mode:
+        yield
+        return
+
+    def get_prompt(batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        encoder, tokens = (
+            x[model.active_adapter] for x in (model.prompt_encoder, model.prompt_tokens)
+        )
+        return encoder(tokens.expand(batch_size, -1).to(encoder.embedding.weight.device))
+
+    model.get_prompt = get_prompt
+    try:
+        yield
+    finally:
+        del model.get_prompt
 
 
 class RowwiseTrainer(Trainer):
@@ -54,7 +81,8 @@ class RowwiseTrainer(Trainer):
         that of the token before it in a causal model; -100 counts for nothing.
 
         Returns:
-            A tensor [rows]: the sum over the row's items (tokens), which the trainer divides by how many there are in all.
+            A tensor [rows]: the sum over the row's items (tokens), which the trainer divides by how many there are in all; of
+            a batch without `labels` a row is one item.
 
         Raises:
             UserError: there are no labels that are whole numbers.
@@ -69,7 +97,11 @@ class RowwiseTrainer(Trainer):
         if not is_seq2seq(self.model):
             del given["labels"]  # an encoder-decoder makes the decoder's input of them
         logits = model(**given).logits
-        if is_causal(self.model):
+        if logits.dim() == 3 and reads_prompt(self.model):
+            # a prompt's tokens have logits and no labels; the last of them predicts the text's first token
+            before = logits.shape[1] - labels.shape[1]
+            logits = logits[:, before - 1 : -1] if is_causal(self.model) else logits[:, before:]
+        elif is_causal(self.model):
             logits, labels = logits[:, :-1], labels[:, 1:]
         losses = F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]).float(),
@@ -96,7 +128,11 @@ class RowwiseTrainer(Trainer):
             times = len(numbers) // rows
             found = []
             for (inputs, _), size, end, weight in zip(micro, sizes, ends, weights, strict=True):
-                with among(end - size, end, rows), self.compute_loss_context_manager():
+                with (
+                    among(end - size, end, rows),
+                    prompt_by_row(self.model),
+                    self.compute_loss_context_manager(),
+                ):
                     batch = repeat_rows(dict(inputs), times)[0]
                     found.append(self.row_losses(model, batch).view(times, size) * weight)
             return torch.cat(found, dim=1).flatten()
@@ -111,8 +147,10 @@ class RowwiseTrainer(Trainer):
         times = self.accelerator.num_processes if shared else 1
         if items is not None and not self._ignores_items:
             return float(items) / times
-        labels = inputs["labels"]
-        if is_causal(self.model):
+        labels = inputs.get("labels")
+        if not isinstance(labels, Tensor):
+            return repeat_rows(dict(inputs), 1)[1] * self._parts(items) / times
+        if is_causal(self.model) and not reads_prompt(self.model):
             labels = labels[:, 1:]
         return float(labels.ne(-100).sum()) * self._parts(items) / times
 

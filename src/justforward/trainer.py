@@ -190,6 +190,7 @@ class MeZOTrainer(RowwiseTrainer):
     def _take_step(self, model: nn.Module, micro: MicroBatches) -> float:
         optimizer: LoopMeZO = self.optimizer
         by_row = self.args.estimator == "activation"
+        optimizer.check_free()
         try:
             if by_row:
                 self._rows_checked = self._rows_checked or self._check_rows(model, micro)
