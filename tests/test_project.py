@@ -73,6 +73,7 @@ ROOMS = [
     "loop",
     "rowwise",
     "beside",
+    "card",
     "trainer",
     "alone",
     "store",

@@ -1028,7 +1028,45 @@ def test_what_is_pushed_to_a_hub_is_the_model_and_its_log(
     assert_replayed(base, again.model, tmp_path / "again", 6)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_model_card_has_the_recipe_that_was_followed(tmp_path: Path, adapter: bool) -> None:
+    model = adapted("llama") if adapter else make_model("gpt2")
+    trainer = make_trainer(
+        model, tmp_path, rule="sign", eps=2e-3, seed=5, blocks="layers", max_grad_norm=2.0
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(model_name="tuned")
+    card = (tmp_path / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if "optimizer" in line]
+    assert line.startswith(
+        "- optimizer: MeZO (forward passes only, justforward) with rule='clip(2.0)+sign', "
+    )
+    for said in (
+        "estimator='weight'",
+        "family='gaussian'",
+        "eps=0.002",
+        "seed=5",
+        "blocks='layers'",
+        "`trajectory.jfl` beside",
+    ):
+        assert said in line
+    assert "adam" not in card.lower()
+
+
 # -------------------------------------------------------------------------------------- refusals
+
+
+def test_arguments_are_looked_at_again_before_training(tmp_path: Path) -> None:
+    args = config(tmp_path)
+    args.set_dataloader(auto_find_batch_size=True)
+    with pytest.raises(UserError, match="auto_find_batch_size is True"):
+        MeZOTrainer(make_model("gpt2"), args, train_dataset=texts(4))
+    args.auto_find_batch_size = False
+    trainer = MeZOTrainer(make_model("gpt2"), args, train_dataset=texts(4))
+    args.set_optimizer(name="adafactor")
+    with pytest.raises(UserError, match="optim is 'adafactor'"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("event", ["on_train_begin", "on_step_end"])

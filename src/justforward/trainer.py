@@ -29,6 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, sort_c
 from transformers.utils import logging
 
 from justforward.beside import is_whole, load_beside, save_beside
+from justforward.card import correct
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.loop import LOG, LoopMeZO, SavesAtStepEnd, put_log, set_aside, what_lacks
 from justforward.rowwise import MicroBatches, RowwiseTrainer
@@ -107,6 +108,7 @@ class MeZOTrainer(RowwiseTrainer):
             raise UserError(
                 f"args is a {type(self.args).__name__}: MeZOTrainer takes a justforward.MeZOConfig, which has the same fields and MeZO's"
             )
+        self.args.check()
         check_workers(self.args)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # said to `accelerate launch`
             raise UserError(
@@ -267,8 +269,10 @@ class MeZOTrainer(RowwiseTrainer):
         """Trainer's; with `resume_from_checkpoint=True` from the newest checkpoint that is whole, to the same bits.
 
         Raises:
-            UserError: the checkpoint is not one of MeZOTrainer's, or of other settings.
+            UserError: the checkpoint is not one of MeZOTrainer's, or of other settings; or an argument that has been set since
+                has no meaning here.
         """
+        self.args.check()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_checkpoint()
         if isinstance(resume_from_checkpoint, str | os.PathLike):
@@ -345,6 +349,12 @@ class MeZOTrainer(RowwiseTrainer):
             super()._save(output_dir, state_dict)
             if self.args.should_save:
                 save_beside(self.model, Path(output_dir or str(self.args.output_dir)))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, which says how the model was tuned."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            correct(self._log_folder / "README.md", self.args)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
