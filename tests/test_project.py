@@ -71,6 +71,7 @@ ROOMS = [
     "models",
     "training_arguments",
     "loop",
+    "mode",
     "rowwise",
     "beside",
     "card",

@@ -1028,6 +1028,92 @@ def test_what_is_pushed_to_a_hub_is_the_model_and_its_log(
     assert_replayed(base, again.model, tmp_path / "again", 6)
 
 
+class Filing(Trainer):
+    """It files its metrics by the model's mode, as trl's trainers do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.filed: dict[bool, list[bool]] = {True: [], False: []}
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        self.filed[self.model.training].append(kwargs.get("num_items_in_batch") is not None)
+        return found
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        training = self.model.training
+        known = {f"evaluating_{name}" if not training else name: value for name, value in logs.items()}  # fmt: skip
+        super().log({**known, "filed": float(len(self.filed[training]))}, *args, **kwargs)
+        self.filed[training] = []
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_loss_and_the_logs_see_the_mode_that_trainer_has(
+    tmp_path: Path, training: bool
+) -> None:
+    class Mine(MeZOTrainer, Filing):
+        pass
+
+    more = {"eval_dataset": texts(4)}
+    model = make_model("gpt2").train(training)
+    given = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "logging_steps": 2}
+    ours: Any = make_trainer(model, tmp_path, kind=Mine, more=more, **given)
+    ours.train()
+    args = TrainingArguments(str(tmp_path / "b"), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", per_device_train_batch_size=2, **given)  # type: ignore[arg-type]  # fmt: skip
+    theirs = Filing(make_model("gpt2"), args, train_dataset=texts(10), **more)
+    theirs.train()
+    kinds = [
+        [(sorted(line), line["filed"]) for line in trainer.state.log_history[:-1]]
+        for trainer in (ours, theirs)
+    ]
+    looked = [(keys, n / 2 if "grad_norm" in keys else n) for keys, n in kinds[0]]
+    assert looked == kinds[1]
+    assert ours.model.training == theirs.model.training
+
+
+class Drops(nn.Module):
+    """A model that drops units by its own flag, in its forward or in another method."""
+
+    def __init__(self, outside: bool) -> None:
+        super().__init__()
+        self.outside = outside
+        self.embed, self.head = nn.Embedding(64, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        found = nn.functional.dropout(self.embed(input_ids), 0.5, self.training).mean(1)
+        return {"loss": nn.functional.cross_entropy(self.head(found), labels)}
+
+
+class DropsOutside(Drops):
+    def encode(self, input_ids: Tensor) -> Tensor:
+        return nn.functional.dropout(self.embed(input_ids), 0.5, self.training).mean()
+
+
+@pytest.mark.parametrize("kind", [Drops, DropsOutside])
+def test_a_look_has_no_dropout_though_the_model_is_in_training(
+    tmp_path: Path, kind: type[Drops]
+) -> None:
+    seen: list[tuple[bool, float, float]] = []
+
+    class Mine(MeZOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            def once() -> Tensor:
+                loss: Tensor = model(**inputs)["loss"]
+                return loss + (model.encode(inputs["input_ids"]) if kind is DropsOutside else 0.0)
+
+            seen.append((model.training, float(once()), float(once())))
+            return once()
+
+    torch.manual_seed(0)
+    trainer = make_trainer(kind(True), tmp_path, classes(8), kind=Mine)
+    trainer.train()
+    assert all(one == other for _, one, other in seen)
+    # where another method asks for the flag, exactness goes first
+    assert {training for training, *_ in seen} == {kind is Drops}
+    assert trainer.model.training
+    assert not trainer.model._forward_hooks
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_model_card_has_the_recipe_that_was_followed(tmp_path: Path, adapter: bool) -> None:
     model = adapted("llama") if adapter else make_model("gpt2")

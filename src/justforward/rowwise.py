@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers import Trainer
 from justforward.activations import among, repeat_rows
 from justforward.errors import UserError
 from justforward.estimators import looking_mode
+from justforward.mode import seen_in_training
 from justforward.models import is_causal, is_seq2seq
 from justforward.training_arguments import MeZOConfig
 
@@ -58,9 +59,13 @@ class RowwiseTrainer(Trainer):
     model: Any
     _rows_checked = _ignores_items = False
 
+    def _seen_in_training(self) -> AbstractContextManager[None]:
+        """Where `compute_loss` sees a model in training, as with Trainer; a compiled one does not hear of it."""
+        return nullcontext() if self.args.torch_compile else seen_in_training(self.model)
+
     def _part_of_loss(self, model: nn.Module, inputs: Any, items: Any, times: int = 1) -> float:
         """A micro-batch's part of the loss of the step, as Trainer weights it, so many times."""
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), self._seen_in_training():
             # `compute_loss` may take the labels out of its inputs
             loss: Any = self.compute_loss(model, copy.copy(inputs), num_items_in_batch=items)
         return float(loss) * times / self._parts(items)

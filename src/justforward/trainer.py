@@ -93,6 +93,9 @@ class MeZOTrainer(RowwiseTrainer):
     scalars, and each moves its own copy of the weights, which is not wrapped. The process that saves writes the log. They wait
     `ddp_timeout` seconds for each other.
 
+    The model is in train mode, as with Trainer, and `compute_loss` sees it so (trl files its metrics by that), but it computes in
+    eval mode, without dropout, while it looks.
+
     The weights move in `training_step`, so `on_pre_optimizer_step` comes after that. `optimizer.step()` changes nothing. Between
     them and `on_step_end` the step is not counted yet, so a checkpoint that a callback saves there itself is refused.
 
@@ -181,6 +184,8 @@ class MeZOTrainer(RowwiseTrainer):
             NonFiniteLoss: of too many steps in a row.
             UserError: another process is gone or differs, as `Workers.step` says.
         """
+        if not self.model.training:
+            self.model.train()
         self._micro.append((self._prepare_inputs(inputs), num_items_in_batch))
         loss = 0.0
         if self.accelerator.sync_gradients:
