@@ -295,6 +295,77 @@ def test_the_same_with_an_adapter(tmp_path: Path) -> None:
     check_resume(tmp_path, lambda: adapted("llama"), {"estimator": "activation"})
 
 
+def half_saved(case: str) -> Any:
+    """A peft model of which peft, asked to save it, leaves out something that is tuned."""
+    from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+
+    kinds: dict[str, Any] = {
+        "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
+        "projected prefix": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8),
+        "lora and norms": LoraConfig(),
+    }  # fmt: skip
+    kinds[case].task_type = "CAUSAL_LM"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = get_peft_model(make_model("llama"), kinds[case])
+    if case == "lora and norms":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or "norm" in name)
+    return model
+
+
+HALF_SAVED = ["p-tuning", "projected prefix", "lora and norms"]
+
+
+@pytest.mark.parametrize("case", HALF_SAVED)
+def test_the_same_where_peft_leaves_tuned_weights_out(tmp_path: Path, case: str) -> None:
+    check_resume(tmp_path, lambda: half_saved(case), {"learning_rate": 1e-2})
+    # an adapter that is another one cannot go on with it
+    other = half_saved(HALF_SAVED[case == "p-tuning"])
+    trainer = make_trainer(other, tmp_path / "other")
+    with pytest.raises(UserError, match=r"tuned.safetensors: .* make the model as it was made"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("case", HALF_SAVED)
+def test_the_best_model_is_whole_where_peft_leaves_tuned_weights_out(
+    tmp_path: Path, case: str
+) -> None:
+    prints = Prints()
+    trainer = make_trainer(
+        half_saved(case),
+        tmp_path,
+        more={"eval_dataset": texts(4, seed=1), "callbacks": [prints]},
+        learning_rate=0.5,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+    )
+    trainer.train()
+    best = int(str(trainer.state.best_model_checkpoint).rpartition("-")[2])
+    assert best < 4
+    assert jf.fingerprint(trainer.model) == prints.seen[best - 1]
+    assert_replayed(half_saved(case), trainer.model, tmp_path, best)
+
+
+def test_the_same_where_experts_are_saved_one_by_one(tmp_path: Path) -> None:
+    """transformers renames them as it saves them, and Trainer does not find them again."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def make() -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = MixtralConfig(
+                vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+            )  # fmt: skip
+            return MixtralForCausalLM(config)
+
+    check_resume(tmp_path, make, {})
+
+
 def test_the_same_where_a_step_was_skipped(tmp_path: Path) -> None:
     """The log has one step fewer than Trainer counts."""
     rows = texts(12)
@@ -449,6 +520,62 @@ def test_an_interrupt_leaves_the_weights_of_the_last_step_and_a_run_to_resume(
     assert rest.seen == whole.seen[2:]
     ours, theirs = (tmp_path / name / "trajectory.jfl" for name in "ab")
     assert jf.read_log(ours).steps == jf.read_log(theirs).steps
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
+def test_a_checkpoint_on_sigterm_is_one_to_go_on_from(tmp_path: Path, event: str) -> None:
+    """The signal's timer fires just before an event; Trainer's callback acts in the next one."""
+    whole, rest = Prints(), Prints()
+    make_trainer(make_model("gpt2"), tmp_path / "a", more={"callbacks": [whole]}).train()
+
+    class Asks(TrainerCallback):
+        def ask(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                found = [c for c in trainer.callback_handler.callbacks if hasattr(c, "jit_manager")]
+                found[0].jit_manager.is_checkpoint_requested = True
+
+    asks: Any = Asks()
+    setattr(asks, event, asks.ask)
+    trainer = make_trainer(make_model("gpt2"), tmp_path / "b", enable_jit_checkpoint=True)
+    trainer.callback_handler.callbacks.insert(0, asks)
+    trainer.train()
+    assert trainer.state.global_step < 4
+    (saved,) = (tmp_path / "b").glob("checkpoint-*")
+    steps = int(saved.name.rpartition("-")[2])
+    assert len(jf.read_log(saved / "trajectory.jfl").steps) == steps
+    model = make_model("gpt2")
+    again = make_trainer(model, tmp_path / "b", more={"callbacks": [rest]})
+    again.train(resume_from_checkpoint=True)
+    assert rest.seen == whole.seen[steps:]
+    assert_replayed(make_model("gpt2"), model, tmp_path / "b", 4)
+
+
+@pytest.mark.parametrize(
+    ("event", "refused"),
+    [
+        ("on_step_begin", False),
+        ("on_pre_optimizer_step", True),
+        ("on_optimizer_step", True),
+        ("on_step_end", False),
+    ],
+)
+def test_a_checkpoint_between_a_step_and_its_end_is_refused(
+    tmp_path: Path, event: str, refused: bool
+) -> None:
+    class Saves(TrainerCallback):
+        def save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                trainer._save_checkpoint(trainer.model, None)
+
+    saves: Any = Saves()
+    setattr(saves, event, saves.save)
+    trainer = make_trainer(make_model("gpt2"), tmp_path, more={"callbacks": [saves]})
+    if refused:
+        with pytest.raises(UserError, match="a checkpoint of step 2 was asked for when step 3 had"):
+            trainer.train()
+        return
+    trainer.train()
+    assert len(jf.read_log(tmp_path / "checkpoint-2" / "trajectory.jfl").steps) == 2
 
 
 # -------------------------------------------------------------------------------- what Trainer does
@@ -642,6 +769,53 @@ def test_activation_space_refuses_a_loss_that_it_does_not_know(tmp_path: Path) -
     )
     mine.train()
     assert len(jf.read_log(tmp_path / "mine" / "trajectory.jfl").steps) == 4
+
+
+@pytest.mark.parametrize("rows", [texts(8), [{**row, "labels": row["input_ids"]} for row in texts(8)]])  # fmt: skip
+@pytest.mark.parametrize("case", ["prompt", "p-tuning", "prefix"])
+def test_activation_space_with_a_learnt_prompt(tmp_path: Path, case: str, rows: Rows) -> None:
+    """Its tokens have no labels, and the last of them predicts the first one of the text."""
+    from peft import (
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+        get_peft_model,
+    )
+
+    kinds = {"prompt": PromptTuningConfig, "p-tuning": PromptEncoderConfig, "prefix": PrefixTuningConfig}  # fmt: skip
+    torch.manual_seed(0)
+    kind = kinds[case](task_type="CAUSAL_LM", num_virtual_tokens=3)
+    base = get_peft_model(make_model("llama"), kind)
+    shows = []
+    for estimator in ("activation", "weight"):
+        model = copy.deepcopy(base)
+        trainer = make_trainer(
+            model, tmp_path / estimator, rows, estimator=estimator, eps=1e-6, max_steps=1
+        )
+        trainer.train()
+        shows += shown(trainer, "loss")
+        assert_replayed(base, model, tmp_path / estimator, 1)
+    assert shows[0] == pytest.approx(shows[1], rel=1e-4)
+
+
+def test_activation_space_without_labels_divides_by_rows(tmp_path: Path) -> None:
+    class Mine(MeZOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return Mine.row_losses(self, model, inputs).mean()
+
+        def row_losses(self, model: Any, inputs: Any) -> Tensor:
+            return model(input_ids=inputs["input_ids"]).logits.square().mean(dim=(1, 2))
+
+    rows = [{"input_ids": row["input_ids"]} for row in texts(8)]
+    shows = []
+    for estimator in ("activation", "weight"):
+        trainer = make_trainer(
+            make_model("gpt2"), tmp_path / estimator, rows, kind=Mine, estimator=estimator,
+            gradient_accumulation_steps=2, eps=1e-6, max_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        shows += shown(trainer, "loss")
+    assert shows[0] == pytest.approx(shows[1], rel=1e-4)
 
 
 def test_activation_space_needs_labels_that_are_numbers(tmp_path: Path) -> None:
@@ -854,7 +1028,147 @@ def test_what_is_pushed_to_a_hub_is_the_model_and_its_log(
     assert_replayed(base, again.model, tmp_path / "again", 6)
 
 
+class Filing(Trainer):
+    """It files its metrics by the model's mode, as trl's trainers do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.filed: dict[bool, list[bool]] = {True: [], False: []}
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        self.filed[self.model.training].append(kwargs.get("num_items_in_batch") is not None)
+        return found
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        training = self.model.training
+        known = {f"evaluating_{name}" if not training else name: value for name, value in logs.items()}  # fmt: skip
+        super().log({**known, "filed": float(len(self.filed[training]))}, *args, **kwargs)
+        self.filed[training] = []
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_loss_and_the_logs_see_the_mode_that_trainer_has(
+    tmp_path: Path, training: bool
+) -> None:
+    class Mine(MeZOTrainer, Filing):
+        pass
+
+    more = {"eval_dataset": texts(4)}
+    model = make_model("gpt2").train(training)
+    given = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "logging_steps": 2}
+    ours: Any = make_trainer(model, tmp_path, kind=Mine, more=more, **given)
+    ours.train()
+    args = TrainingArguments(str(tmp_path / "b"), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", per_device_train_batch_size=2, **given)  # type: ignore[arg-type]  # fmt: skip
+    theirs = Filing(make_model("gpt2"), args, train_dataset=texts(10), **more)
+    theirs.train()
+    kinds = [
+        [(sorted(line), line["filed"]) for line in trainer.state.log_history[:-1]]
+        for trainer in (ours, theirs)
+    ]
+    looked = [(keys, n / 2 if "grad_norm" in keys else n) for keys, n in kinds[0]]
+    assert looked == kinds[1]
+    assert ours.model.training == theirs.model.training
+
+
+class Drops(nn.Module):
+    """A model that drops units by its own flag, in its forward or in another method."""
+
+    def __init__(self, outside: bool) -> None:
+        super().__init__()
+        self.outside = outside
+        self.embed, self.head = nn.Embedding(64, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        found = nn.functional.dropout(self.embed(input_ids), 0.5, self.training).mean(1)
+        return {"loss": nn.functional.cross_entropy(self.head(found), labels)}
+
+
+class DropsOutside(Drops):
+    def encode(self, input_ids: Tensor) -> Tensor:
+        return nn.functional.dropout(self.embed(input_ids), 0.5, self.training).mean()
+
+
+@pytest.mark.parametrize("kind", [Drops, DropsOutside])
+def test_a_look_has_no_dropout_though_the_model_is_in_training(
+    tmp_path: Path, kind: type[Drops]
+) -> None:
+    seen: list[tuple[bool, float, float]] = []
+
+    class Mine(MeZOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            def once() -> Tensor:
+                loss: Tensor = model(**inputs)["loss"]
+                return loss + (model.encode(inputs["input_ids"]) if kind is DropsOutside else 0.0)
+
+            seen.append((model.training, float(once()), float(once())))
+            return once()
+
+    torch.manual_seed(0)
+    trainer = make_trainer(kind(True), tmp_path, classes(8), kind=Mine)
+    trainer.train()
+    assert all(one == other for _, one, other in seen)
+    # where another method asks for the flag, exactness goes first
+    assert {training for training, *_ in seen} == {kind is Drops}
+    assert trainer.model.training
+    assert not trainer.model._forward_hooks
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_model_card_has_the_recipe_that_was_followed(tmp_path: Path, adapter: bool) -> None:
+    model = adapted("llama") if adapter else make_model("gpt2")
+    trainer = make_trainer(
+        model, tmp_path, rule="sign", eps=2e-3, seed=5, blocks="layers", max_grad_norm=2.0
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(model_name="tuned")
+    card = (tmp_path / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if "optimizer" in line]
+    assert line.startswith(
+        "- optimizer: MeZO (forward passes only, justforward) with rule='clip(2.0)+sign', "
+    )
+    for said in (
+        "estimator='weight'",
+        "family='gaussian'",
+        "eps=0.002",
+        "seed=5",
+        "blocks='layers'",
+        "`trajectory.jfl` beside",
+    ):
+        assert said in line
+    assert "adam" not in card.lower()
+
+
 # -------------------------------------------------------------------------------------- refusals
+
+
+def test_arguments_are_looked_at_again_before_training(tmp_path: Path) -> None:
+    args = config(tmp_path)
+    args.set_dataloader(auto_find_batch_size=True)
+    with pytest.raises(UserError, match="auto_find_batch_size is True"):
+        MeZOTrainer(make_model("gpt2"), args, train_dataset=texts(4))
+    args.auto_find_batch_size = False
+    trainer = MeZOTrainer(make_model("gpt2"), args, train_dataset=texts(4))
+    args.set_optimizer(name="adafactor")
+    with pytest.raises(UserError, match="optim is 'adafactor'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_end"])
+def test_freezing_when_training_has_begun_is_refused(tmp_path: Path, event: str) -> None:
+    class Freezes(TrainerCallback):
+        def freeze(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("wte" in name)
+
+    freezes: Any = Freezes()
+    setattr(freezes, event, freezes.freeze)
+    model = make_model("gpt2")
+    trainer = make_trainer(model, tmp_path, more={"callbacks": [freezes]})
+    with pytest.raises(UserError, match=r"transformer.wpe.weight was frozen when training had"):
+        trainer.train()
+    assert trainer.optimizer.steps == (event == "on_step_end")
 
 
 def test_arguments_must_be_mezos(tmp_path: Path) -> None:

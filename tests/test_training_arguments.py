@@ -31,6 +31,7 @@ from justforward.variants import Blocks, Modified
         ("optim_args", "a=1"),
         ("optim_target_modules", ["q_proj"]),
         ("adam_beta1", 0.8),
+        ("adam_beta1", 0.0),
         ("adam_beta2", 0.95),
         ("adam_epsilon", 1e-6),
     ],
@@ -67,6 +68,22 @@ def test_bad_values(tmp_path: Path, given: dict[str, Any], said: str) -> None:
 def test_variants_that_cannot_be_read(tmp_path: Path, given: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         MeZOConfig(str(tmp_path), use_cpu=True, **given).mezo()
+
+
+def test_what_is_set_later_is_refused_too(tmp_path: Path) -> None:
+    args = MeZOConfig(str(tmp_path), use_cpu=True)
+    args.check()
+    args.set_dataloader(auto_find_batch_size=True)
+    with pytest.raises(UserError, match="auto_find_batch_size is True"):
+        args.check()
+    args.auto_find_batch_size = False
+    args.set_optimizer(name="adafactor")
+    with pytest.raises(UserError, match="optim is 'adafactor'"):
+        args.check()
+    args.optim = MeZOConfig(str(tmp_path), use_cpu=True).optim
+    args.max_skipped_steps = -1
+    with pytest.raises(UserError, match="max_skipped_steps is -1"):
+        args.check()
 
 
 def test_mixed_precision_said_to_accelerate_launch(

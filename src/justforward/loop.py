@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import logging
 
 from justforward.errors import UserError
@@ -74,6 +75,15 @@ class LoopMeZO(MeZO):
         super()._apply(step, *rest)
         self.last = step
 
+    def check_free(self) -> None:
+        """Raise UserError where a parameter has been frozen since it was taken to be tuned."""
+        for name, tensor in zip(self.weights.names, self.weights.tensors, strict=True):
+            if not tensor.requires_grad:
+                raise UserError(
+                    f"{name} was frozen when training had begun (by a callback?): which parameters are tuned is in the log's "
+                    "header: freeze them before train(), or say blocks=..., which moves one part of them a step"
+                )
+
     def open_log(self, path: Path) -> None:
         """Give a new log its name, or go on with the one there was; another run's that is there gets another name."""
         if not self.writes:
@@ -110,6 +120,13 @@ class LoopMeZO(MeZO):
         """Seal the log and let go of it, until it is opened again."""
         self.close()
         self._writer = None
+
+
+class SavesAtStepEnd(JITCheckpointCallback):
+    """transformers' checkpoint on SIGTERM; where theirs comes before `optimizer.step()` this one waits for the step's end."""
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the weights have moved and the step has not been counted."""
 
 
 def set_aside(path: Path) -> None:

@@ -12,28 +12,27 @@ a log: base + log = the trained weights, bit for bit, however often training was
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, sort_checkpoints
 from transformers.utils import logging
 
-from justforward.activations import among, repeat_rows
+from justforward.beside import is_whole, load_beside, save_beside
+from justforward.card import correct
 from justforward.errors import NonFiniteLoss, UserError
-from justforward.estimators import looking_mode
-from justforward.loop import LOG, LoopMeZO, put_log, set_aside, what_lacks
-from justforward.models import is_causal, is_seq2seq
+from justforward.loop import LOG, LoopMeZO, SavesAtStepEnd, put_log, set_aside, what_lacks
+from justforward.rowwise import MicroBatches, RowwiseTrainer
 from justforward.stored import as_stored, is_half
 from justforward.training_arguments import MeZOConfig, MeZOSeq2SeqConfig
 from justforward.trajectory import read_log
@@ -43,8 +42,6 @@ from justforward.workers import Workers
 __all__ = ["MeZOConfig", "MeZOSeq2SeqConfig", "MeZOSeq2SeqTrainer", "MeZOTrainer"]
 
 logger = logging.get_logger(__name__)
-
-MicroBatches = Sequence[tuple[Any, Any]]  # inputs, and items of the whole step or None
 
 
 def check_workers(args: MeZOConfig) -> None:
@@ -81,7 +78,7 @@ def check_workers(args: MeZOConfig) -> None:
             )
 
 
-class MeZOTrainer(Trainer):
+class MeZOTrainer(RowwiseTrainer):
     """`transformers.Trainer` that tunes with forward passes: its arguments, callbacks, evaluation, checkpoints and logs.
 
     `args` is a `MeZOConfig`. The optimizer is a `MeZO` of the whole model, made from it; only parameters that require
@@ -96,14 +93,16 @@ class MeZOTrainer(Trainer):
     scalars, and each moves its own copy of the weights, which is not wrapped. The process that saves writes the log. They wait
     `ddp_timeout` seconds for each other.
 
-    The weights move in `training_step`, so `on_pre_optimizer_step` comes after that. `optimizer.step()` changes nothing.
+    The model is in train mode, as with Trainer, and `compute_loss` sees it so (trl files its metrics by that), but it computes in
+    eval mode, without dropout, while it looks.
+
+    The weights move in `training_step`, so `on_pre_optimizer_step` comes after that. `optimizer.step()` changes nothing. Between
+    them and `on_step_end` the step is not counted yet, so a checkpoint that a callback saves there itself is refused.
 
     Raises:
         UserError: an argument has no meaning here; the reason is said before anything moves.
     """
 
-    args: MeZOConfig
-    model: Any
     optimizer: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -112,6 +111,7 @@ class MeZOTrainer(Trainer):
             raise UserError(
                 f"args is a {type(self.args).__name__}: MeZOTrainer takes a justforward.MeZOConfig, which has the same fields and MeZO's"
             )
+        self.args.check()
         check_workers(self.args)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # said to `accelerate launch`
             raise UserError(
@@ -126,9 +126,12 @@ class MeZOTrainer(Trainer):
         self.args.mezo()  # what cannot be read is refused now
         self._workers: Workers | None = None
         self._micro: list[tuple[Any, Any]] = []
-        self._rows_checked = self._ignores_items = False
         self._skipped_in_a_row = 0
         self._skipped_since_logged = 0
+        self._moved_at = -1  # how many steps Trainer had counted when the last one was taken
+        for callback in self.callback_handler.callbacks:
+            if type(callback) is JITCheckpointCallback:
+                callback.__class__ = SavesAtStepEnd
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's, whose models stay as they are in several processes, too."""
@@ -181,16 +184,20 @@ class MeZOTrainer(Trainer):
             NonFiniteLoss: of too many steps in a row.
             UserError: another process is gone or differs, as `Workers.step` says.
         """
+        if not self.model.training:
+            self.model.train()
         self._micro.append((self._prepare_inputs(inputs), num_items_in_batch))
         loss = 0.0
         if self.accelerator.sync_gradients:
             micro, self._micro = self._micro, []
             loss = self._take_step(model, micro)
+            self._moved_at = self.state.global_step
         return torch.tensor(loss, device=self.args.device)
 
     def _take_step(self, model: nn.Module, micro: MicroBatches) -> float:
         optimizer: LoopMeZO = self.optimizer
         by_row = self.args.estimator == "activation"
+        optimizer.check_free()
         try:
             if by_row:
                 self._rows_checked = self._rows_checked or self._check_rows(model, micro)
@@ -215,13 +222,6 @@ class MeZOTrainer(Trainer):
         self._skipped_in_a_row = 0
         return loss
 
-    def _part_of_loss(self, model: nn.Module, inputs: Any, items: Any, times: int = 1) -> float:
-        """A micro-batch's part of the loss of the step, as Trainer weights it, so many times."""
-        with self.compute_loss_context_manager():
-            # `compute_loss` may take the labels out of its inputs
-            loss: Any = self.compute_loss(model, copy.copy(inputs), num_items_in_batch=items)
-        return float(loss) * times / self._parts(items)
-
     def _micro_losses(
         self, model: nn.Module, micro: MicroBatches
     ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -235,15 +235,6 @@ class MeZOTrainer(Trainer):
             return torch.tensor(parts, dtype=torch.float64)
 
         return losses, torch.arange(len(micro))
-
-    def _parts(self, items: Any) -> int:
-        """By what Trainer divides the loss of a micro-batch."""
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            scaled = self.compute_loss_func is not None or (
-                self.model_accepts_loss_kwargs and items is not None
-            )
-        return 1 if scaled else int(self.current_gradient_accumulation_steps)
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
         return self._get_grad_norm(model)
@@ -272,100 +263,6 @@ class MeZOTrainer(Trainer):
         looks = forwards_of(self.args.looks, self.args.num_samples)
         return int(super().floating_point_ops(inputs)) * looks // 3
 
-    # -- activation space -----------------------------------------------------------------------------------------
-
-    def row_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """What each row of a batch adds to the loss, for estimator="activation": override it where the loss is another.
-
-        The default is the cross-entropy of logits and `labels`, with label smoothing: one label a row, or a label a token,
-        that of the token before it in a causal model; -100 counts for nothing.
-
-        Returns:
-            A tensor [rows]: the sum over the row's items (tokens), which the trainer divides by how many there are in all.
-
-        Raises:
-            UserError: there are no labels that are whole numbers.
-        """
-        labels = inputs.get("labels")
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
-            raise UserError(
-                'estimator="activation": the batch has no labels that are whole numbers: override row_losses, or use '
-                'estimator="weight"'
-            )
-        given = dict(inputs)
-        if not is_seq2seq(self.model):
-            del given["labels"]  # an encoder-decoder makes the decoder's input of them
-        logits = model(**given).logits
-        if is_causal(self.model):
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        losses = F.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]).float(),
-            labels.reshape(-1),
-            reduction="none",
-            label_smoothing=self.args.label_smoothing_factor,
-        )
-        return losses.view(len(labels), -1).sum(dim=1)
-
-    def _row_losses(
-        self, model: nn.Module, micro: MicroBatches
-    ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """A function of the rows' numbers, each as often as there are signs and samples, and these numbers.
-
-        Each micro-batch is run once, with all signs and samples of its rows; the rows' directions are those of the step.
-        """
-        sizes = [repeat_rows(dict(inputs), 1)[1] for inputs, _ in micro]
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        rows = ends[-1]
-        shares = [self._divisor(*part) for part in micro]
-        weights = [rows / share if share else math.nan for share in shares]
-
-        def losses(numbers: Tensor) -> Tensor:
-            times = len(numbers) // rows
-            found = []
-            for (inputs, _), size, end, weight in zip(micro, sizes, ends, weights, strict=True):
-                with among(end - size, end, rows), self.compute_loss_context_manager():
-                    batch = repeat_rows(dict(inputs), times)[0]
-                    found.append(self.row_losses(model, batch).view(times, size) * weight)
-            return torch.cat(found, dim=1).flatten()
-
-        return losses, torch.arange(rows)
-
-    def _divisor(self, inputs: Any, items: Any) -> float:
-        """By what the losses of a micro-batch's rows are divided, so that they add up to its part of the loss."""
-        told = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        shared = self.args.average_tokens_across_devices and told and items is not None
-        # `compute_loss` multiplies what is divided by the items of all processes, of which the mean is taken
-        times = self.accelerator.num_processes if shared else 1
-        if items is not None and not self._ignores_items:
-            return float(items) / times
-        labels = inputs["labels"]
-        if is_causal(self.model):
-            labels = labels[:, 1:]
-        return float(labels.ne(-100).sum()) * self._parts(items) / times
-
-    def _check_rows(self, model: nn.Module, micro: MicroBatches) -> bool:
-        """Refuse losses of rows that do not add up to Trainer's, and find out what these are divided by.
-
-        Trainer tells a model that takes any keyword how many items there are in all, and takes its loss to be divided by
-        that. Some models (classifiers, T5) divide by their own number all the same.
-
-        Returns:
-            Whether it could be told: a loss that is NaN says nothing.
-        """
-        with looking_mode(self.model):
-            whole = sum(self._part_of_loss(model, *part) for part in micro)
-            for self._ignores_items in (False, True):
-                losses, numbers = self._row_losses(model, micro)
-                mean = float(losses(numbers).double().mean())
-                if not math.isfinite(whole):
-                    return False
-                if math.isclose(mean, whole, rel_tol=1e-3, abs_tol=1e-4):
-                    return True
-        raise UserError(
-            f'estimator="activation": the losses of the rows come to {mean:.6g}, compute_loss says {whole:.6g}: override '
-            'row_losses, one loss a row, or use estimator="weight"'
-        )
-
     # -- checkpoints and the log ------------------------------------------------------------------------------------
 
     def train(
@@ -377,8 +274,10 @@ class MeZOTrainer(Trainer):
         """Trainer's; with `resume_from_checkpoint=True` from the newest checkpoint that is whole, to the same bits.
 
         Raises:
-            UserError: the checkpoint is not one of MeZOTrainer's, or of other settings.
+            UserError: the checkpoint is not one of MeZOTrainer's, or of other settings; or an argument that has been set since
+                has no meaning here.
         """
+        self.args.check()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_checkpoint()
         if isinstance(resume_from_checkpoint, str | os.PathLike):
@@ -407,6 +306,7 @@ class MeZOTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
+        self._moved_at = -1
         self.create_optimizer()
         with as_stored(self.model):  # accelerate puts the weights where they are to be
             prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
@@ -429,6 +329,20 @@ class MeZOTrainer(Trainer):
         args = self.args
         return f"{rows} rows, {args.train_batch_size} x {args.gradient_accumulation_steps} a step"
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's.
+
+        Raises:
+            UserError: the last step has been taken and is not counted.
+        """
+        step = self.state.global_step
+        if step == self._moved_at:
+            raise UserError(
+                f"a checkpoint of step {step} was asked for when step {step + 1} had moved the weights, and would be resumed with "
+                "that step once more: save in on_step_end, or set control.should_save there"
+            )
+        super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's; a checkpoint gets a copy of the log."""
         super().save_model(output_dir, _internal_call)
@@ -438,18 +352,31 @@ class MeZOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with as_stored(self.model):
             super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                save_beside(self.model, Path(output_dir or str(self.args.output_dir)))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, which says how the model was tuned."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            correct(self._log_folder / "README.md", self.args)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
+        folder, model = Path(resume_from_checkpoint), self.model if model is None else model
         with as_stored(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not is_whole(model, folder):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_beside(model, folder)
 
     def _load_best_model(self) -> None:
         """Trainer's; the log becomes that of the best step, and the whole one is kept beside it."""
-        with as_stored(self.model):
-            super()._load_best_model()
         best, optimizer = str(self.state.best_model_checkpoint), self.optimizer
+        with as_stored(self.model):
+            if not is_whole(self.model, Path(best)):
+                super()._load_best_model()
+            load_beside(self.model, Path(best))
         log = read_log(Path(best) / LOG)
         if len(log.steps) == optimizer.steps:
             return

@@ -96,10 +96,17 @@ class MeZOConfig(TrainingArguments):
     max_skipped_steps: int = _said(10, "So many steps in a row may have a loss that is NaN.")
 
     def __post_init__(self) -> None:
+        self._check_given()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.check()
+
+    def _check_given(self) -> None:
         defaults = {f.name: f.default for f in fields(TrainingArguments)}
         for name, reason in REFUSED.items():
             value = getattr(self, name)
-            if value != defaults[name] and value not in (None, False, "", []):
+            # a beta of 0.0 is equal to False, and is something
+            nothing = value is None or value is False or (isinstance(value, str | list) and not value)  # fmt: skip
+            if value != defaults[name] and not nothing:
                 shown = getattr(value, "value", value)
                 raise UserError(f"MeZOConfig: {name} is {shown!r}: {reason}")
         for name in NEEDLESS:
@@ -108,7 +115,14 @@ class MeZOConfig(TrainingArguments):
                     f"{name} is for backpropagation: a look keeps no activations, so it has no effect"
                 )
             setattr(self, name, None)
-        super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def check(self) -> None:
+        """Refuse what has no meaning here, as when it was made: fields can be set later, and `set_optimizer` and kin do.
+
+        Raises:
+            UserError: as the class says.
+        """
+        self._check_given()
         if self.mixed_precision != "no":  # said to `accelerate launch`
             raise UserError(f"mixed precision is {self.mixed_precision!r}: {_SCALER}")
         if self.torch_compile and self.estimator == "activation":
