@@ -30,7 +30,7 @@ from justforward.heap import taken
 from justforward.machine import Device, device_of
 from justforward.prepare import use_threads
 from justforward.ranges import check_ranges
-from justforward.rehearse import METHODS, Method, Rehearsal, Settings, Stage
+from justforward.rehearse import FAILS, METHODS, Method, Rehearsal, Settings, Stage
 from justforward.skeleton import Counts, Plan, build, count, read_plan, stand_in
 from justforward.stored import FORMATS, SLICE
 
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 1 << 20
 _UNKNOWN_CONTEXT = 1 << 20  # tokens, where a configuration bounds none
-# What a model that cannot be run without values raises on the meta device.
-_FAILS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError, ImportError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,6 +119,7 @@ class Forecast:
         rows: one a method.
         advice: what to change for what does not fit, a sentence each.
         assumed: what was assumed.
+        stand_in: how what was run differs from the model, where something else was run in its place.
     """
 
     model: str
@@ -135,6 +134,7 @@ class Forecast:
     rows: list[Row] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
+    stand_in: str | None = None
 
     def row(self, method: str) -> Row:
         """That of a method."""
@@ -194,12 +194,13 @@ def plan(
         stage.run(METHODS[0], batch_size, length)
     except UserError:
         raise
-    except _FAILS as error:
-        said = " ".join(str(error).split())[:160] or type(error).__name__
-        what = stand_in(
-            what, f"a {what.config.model_type} model cannot be run without its weights ({said})"
+    except FAILS as error:
+        reason = (
+            f"a {what.config.model_type} model cannot be run without its weights ({_short(error)})"
         )
-        stage = Stage(replace(settings, plan=what))
+        other = stand_in(what, reason)
+        what = replace(what, assumed=other.assumed)
+        stage = Stage(replace(settings, stand_in=other))
     rows = [_row(stage, method, batch_size, length, device, limits) for method in methods]
     found = Forecast(
         what.name,
@@ -214,9 +215,14 @@ def plan(
         rows,
         [],
         [*what.assumed, *_assumed(dtype, device)],
+        "; ".join(what.assumed) or None,
     )
     found.advice.extend(_advice(found))
     return found
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _assumed(dtype: str, device: Device) -> list[str]:
@@ -246,6 +252,10 @@ def _row(stage: Stage, method: Method, rows: int, length: int, device: Device, l
         account = account_of(stage, method, rows, length, device, here, limits)
     except UserError as error:
         return Row(method.name, method.options, str(error).split(": use ")[0])
+    except FAILS as error:
+        return Row(
+            method.name, method.options, f"its step cannot be run without values ({_short(error)})"
+        )
     memory = account.at_length(length)
     process = _process(method, device)
     seconds = (
