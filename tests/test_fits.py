@@ -30,9 +30,10 @@ from justforward import cli, machine, shown, skeleton
 from justforward.alive import traced
 from justforward.config import TrainConfig
 from justforward.errors import UserError
-from justforward.fits import account_of, plan
+from justforward.fits import plan
 from justforward.fits import size as spelled
 from justforward.heap import LOST, Heap, taken
+from justforward.limits import MOST_ROWS, account_of
 from justforward.machine import Device, Overhead, parse_rate, parse_size
 from justforward.models import auto_class, kind_of
 from justforward.rehearse import METHODS, Method, Settings, Stage, Tokens
@@ -248,7 +249,7 @@ def test_more_memory_never_fits_less(one: int, two: int, which: int) -> None:
         (account.longest(less, 96), account.at_length),
     ):
         assert not found or at(found) <= less
-        assert found in (96, fits.MOST_ROWS) or at(found + 1) > less
+        assert found in (96, MOST_ROWS) or at(found + 1) > less
 
 
 _ACCOUNTS: dict[int, Any] = {}
@@ -279,6 +280,26 @@ def test_what_is_said_to_fit_does_and_one_more_does_not() -> None:
                 limits=False,
             )
             assert again.rows[0].fits == fit
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.sampled_from(NAMES), st.sampled_from([0, 3, 8]), st.integers(1, 40), st.integers(15, 60))
+def test_what_fits_a_cpu_does_by_its_own_forecast(
+    name: str, which: int, asked: int, tenths: int
+) -> None:
+    stage, method = Stage(Settings(small(name))), METHODS[which]
+    here = device(kind="cpu")
+    memory = account_of(stage, method, 30, 24, here, limits=False).at_rows(30) * tenths // 10
+    account = account_of(stage, method, asked, 24, here)
+    found = account.most_rows(memory)
+
+    def at(rows: int) -> int:
+        return account_of(stage, method, rows, 24, here, limits=False).at_rows(rows)
+
+    assert found == 0 or at(found) <= memory
+    assert any(at(more) > memory for more in range(found + 1, found + 2 + found // 200))
+    other = account_of(stage, method, 8, 24, here)
+    assert other.most_rows(memory) == found or asked == 1
 
 
 def test_advice_names_what_fits() -> None:

@@ -139,6 +139,7 @@ ROOMS = [
     "machine",
     "skeleton",
     "rehearse",
+    "limits",
     "fits",
     "shown",
     "report",
