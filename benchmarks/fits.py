@@ -38,7 +38,7 @@ FEWER = (
 
 def config_of(name: str) -> Any:
     """The configuration of a model that is measured."""
-    from transformers import BertConfig, GPT2Config, LlamaConfig
+    from transformers import BertConfig, GPT2Config, LlamaConfig, MixtralConfig
 
     from justforward.skeleton import opt_config
 
@@ -55,6 +55,16 @@ def config_of(name: str) -> Any:
             architectures=["LlamaForCausalLM"],
         ),
         "bert": lambda: BertConfig(architectures=["BertForMaskedLM"]),
+        "mixtral": lambda: MixtralConfig(
+            vocab_size=8000,
+            hidden_size=512,
+            intermediate_size=896,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            num_local_experts=8,
+            architectures=["MixtralForCausalLM"],
+        ),
         "small": lambda: LlamaConfig(
             vocab_size=16000,
             hidden_size=512,

@@ -15,16 +15,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig, T5Config
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    SwitchTransformersConfig,
+    T5Config,
+)
 
 import justforward.fits as fits
 from justforward import cli, machine, shown, skeleton
 from justforward.alive import traced
 from justforward.config import TrainConfig
 from justforward.errors import UserError
-from justforward.fits import account_of, plan
+from justforward.fits import plan
 from justforward.fits import size as spelled
 from justforward.heap import LOST, Heap, taken
+from justforward.limits import MOST_ROWS, account_of
 from justforward.machine import Device, Overhead, parse_rate, parse_size
 from justforward.models import auto_class, kind_of
 from justforward.rehearse import METHODS, Method, Settings, Stage, Tokens
@@ -240,7 +249,7 @@ def test_more_memory_never_fits_less(one: int, two: int, which: int) -> None:
         (account.longest(less, 96), account.at_length),
     ):
         assert not found or at(found) <= less
-        assert found in (96, fits.MOST_ROWS) or at(found + 1) > less
+        assert found in (96, MOST_ROWS) or at(found + 1) > less
 
 
 _ACCOUNTS: dict[int, Any] = {}
@@ -271,6 +280,26 @@ def test_what_is_said_to_fit_does_and_one_more_does_not() -> None:
                 limits=False,
             )
             assert again.rows[0].fits == fit
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.sampled_from(NAMES), st.sampled_from([0, 3, 8]), st.integers(1, 40), st.integers(15, 60))
+def test_what_fits_a_cpu_does_by_its_own_forecast(
+    name: str, which: int, asked: int, tenths: int
+) -> None:
+    stage, method = Stage(Settings(small(name))), METHODS[which]
+    here = device(kind="cpu")
+    memory = account_of(stage, method, 30, 24, here, limits=False).at_rows(30) * tenths // 10
+    account = account_of(stage, method, asked, 24, here)
+    found = account.most_rows(memory)
+
+    def at(rows: int) -> int:
+        return account_of(stage, method, rows, 24, here, limits=False).at_rows(rows)
+
+    assert found == 0 or at(found) <= memory
+    assert any(at(more) > memory for more in range(found + 1, found + 2 + found // 200))
+    other = account_of(stage, method, 8, 24, here)
+    assert other.most_rows(memory) == found or asked == 1
 
 
 def test_advice_names_what_fits() -> None:
@@ -378,7 +407,7 @@ def test_a_model_that_cannot_be_run_without_weights_is_stood_in_for(
     own = Stage.run
 
     def run(self: Stage, *given: Any) -> Any:
-        if self.settings.plan.config.model_type == "gpt2":
+        if self.settings.stand_in is None:
             raise RuntimeError("needs a kernel")
         return own(self, *given)
 
@@ -386,6 +415,52 @@ def test_a_model_that_cannot_be_run_without_weights_is_stood_in_for(
     found = plan(small("gpt2"), device=device(), length=16, methods=SOME, limits=False)
     assert "gpt2 model cannot be run without its weights (needs a kernel)" in found.assumed[0]
     assert found.parameters.total == count(build(small("gpt2"), torch.float32)).total
+
+
+def test_what_is_held_is_the_models_own_where_another_runs_in_its_place() -> None:
+    config = SwitchTransformersConfig(vocab_size=199, d_model=16, d_ff=48, num_layers=2, num_heads=2, d_kv=8, num_experts=4)  # fmt: skip
+    what = Plan("switch", config, "seq2seq")
+    found = plan(what, device=device(), length=16, limits=False)
+    real = auto_class("seq2seq").from_config(config)
+    own = sum(p.numel() for p in real.parameters())
+    assert found.row("evaluation").weights == held_bytes(real)
+    assert found.row("MeZO, weight space").trainable == own
+    assert found.row("AdamW").kept == 2 * 4 * own  # two moments
+    assert found.row("AdamW").working > 4 * own  # gradients among what a step has alive
+    assert "an encoder-decoder" in str(found.row("AdamW, prefix").why_not)
+    assert found.stand_in is not None
+    assert f"where the model has {own:,}" in found.stand_in
+    text = shown.spell_fits(found).splitlines()
+    assert text[1] == f"STAND-IN, NOT THE MODEL: {found.stand_in}"
+
+
+MIXTURE = MixtralConfig(vocab_size=199, hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=96)  # fmt: skip
+
+
+def test_a_mixture_of_experts_is_planned_as_it_runs() -> None:
+    what = Plan("mixtral", MIXTURE, "causal")
+    for dtype in ("float32", "bfloat16"):
+        found = plan(what, device=device(kind="cpu"), length=16, dtype=dtype, limits=False)
+        assert found.stand_in is None
+        assert found.row("evaluation").weights == held_bytes(build(what, getattr(torch, dtype)))
+    real = auto_class("causal").from_config(MIXTURE)
+    assert found.row("MeZO, weight space").trainable == sum(p.numel() for p in real.parameters())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_of_experts_make_what_they_make_of_numbers(turned: bool) -> None:
+    made = []
+    for where in ("cpu", "meta"):
+        x = torch.ones(6, 64, device=where, requires_grad=True)
+        w = torch.ones(*((4, 32, 64) if turned else (4, 64, 32)), device=where, requires_grad=True)
+        offsets = torch.tensor([1, 3, 4, 6], dtype=torch.int32, device=where)
+        with traced() as trace:
+            y = torch.nn.functional.grouped_mm(x, w.mT if turned else w, offs=offsets)
+            (y * y).sum().backward()
+        made.append([(t.shape, t.stride(), t.untyped_storage().nbytes()) for t in (y, x.grad, w.grad) if t is not None])  # fmt: skip
+    assert made[0] == made[1]
+    assert trace.flops == 3 * 2 * 6 * 64 * 32
+    assert trace.peak < 2 * 4 * (w.numel() + 4 * x.numel())
 
 
 def test_a_folder_needs_no_weights(tmp_path: Path) -> None:

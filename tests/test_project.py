@@ -146,6 +146,7 @@ ROOMS = [
     "machine",
     "skeleton",
     "rehearse",
+    "limits",
     "fits",
     "shown",
     "report",

@@ -7,7 +7,8 @@ storages of its results from their making to their end. So this knows of no arch
 - values. Where a model asks for one, the answer is "no" or 0: whether all of a mask are ones, for one, so masks are made
   as for rows of different length.
 
-Attention is a fused kernel, as torch chooses on CPUs and GPUs: scores [rows, heads, queries, keys] are never whole.
+Attention is a fused kernel, as torch chooses on CPUs and GPUs: scores [rows, heads, queries, keys] are never whole. Experts of a
+mixture are multiplied by one grouped kernel, which makes nothing but its result; every expert is taken to be asked by some token.
 """
 
 from __future__ import annotations
@@ -103,7 +104,11 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False if args[0].dtype == torch.bool else 0
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        result = func(*args, **(kwargs or {}))
+        of_experts = func._overloadpacket is _GROUPED and args[0].is_meta
+        if of_experts:
+            result, flops = _grouped(*args[:3])
+        else:
+            result, flops = func(*args, **(kwargs or {})), 0
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         held = {x.untyped_storage()._cdata for x in given}
         fresh = 0
@@ -121,7 +126,8 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if fresh or in_place:
             moved = sum(_bytes(x) for x in given) + (_bytes(given[0]) if in_place else fresh)
             counted = flop_registry.get(func._overloadpacket)
-            flops = 0 if counted is None else counted(*args, **(kwargs or {}), out_val=result)
+            if counted is not None and not of_experts:
+                flops = counted(*args, **(kwargs or {}), out_val=result)
             if moved > _SMALL:
                 self.trace.work.append((int(flops), moved))
         return result
@@ -130,6 +136,21 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         number, _ = self.sizes.pop(key)
         if not self.over:
             self.trace.events.append((number, ENDED))
+
+
+# The product of a mixture's experts, which torch knows on the meta device for bfloat16 alone; older versions have none.
+_GROUPED: Any = getattr(torch.ops.aten, "_grouped_mm", None)
+
+
+def _grouped(a: Tensor, b: Tensor, offsets: Tensor) -> tuple[Tensor, int]:
+    """Its result and its operations: rows [S, K] in groups by a matrix a group [G, K, N]; the gradients of both are such, too."""
+    if a.dim() == b.dim() == 2:  # groups of columns by groups of rows: a matrix a group
+        shape = (offsets.numel(), a.shape[0], b.shape[1])
+    else:
+        shape = (*a.shape[:-1], b.shape[-1]) if a.dim() == 2 else (a.shape[1], b.shape[1])
+    # of each element of what is in groups, one product with a row or a column of the other's
+    single, other = (a, b.shape[-1]) if a.dim() == 2 else (b, a.shape[1])
+    return a.new_empty(shape), 2 * single.numel() * other
 
 
 def _bytes(x: Tensor) -> int:

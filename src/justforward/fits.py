@@ -5,9 +5,7 @@ Memory of a method = the weights (parameters and buffers of the real classes, on
                    + what a step has alive at its peak (`rehearse`: the step itself, run without values)
                    + on a CPU what glibc's heap scatters (`heap`), and what a process takes by itself (`machine`).
 
-Of each storage in a step the size is c, c B, c L, c B L or c B L^2 in the batch B and the length L. So the bytes alive after each
-event are linear in B and quadratic in L, and rehearsals at two batches and three lengths give them for all; the peak is the largest
-over the events. The heap's share is taken to grow in proportion.
+How that grows with batch and length, and what fits, is in `limits`.
 
 Seconds of a step = the sum over its operations of max(floating-point operations / FLOP/s, bytes read and written / bandwidth),
 a roofline, forward by forward; of MeZO and for each sweep besides trainable weights x the time of a look, and for updates
@@ -16,62 +14,18 @@ along a direction a row 2 x rows x weights / FLOP/s. Nothing is added for starti
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from justforward.config import FitsConfig
 from justforward.errors import UserError
-from justforward.heap import taken
+from justforward.limits import account_of, process_of
 from justforward.machine import Device, device_of
 from justforward.prepare import use_threads
 from justforward.ranges import check_ranges
-from justforward.rehearse import METHODS, Method, Rehearsal, Settings, Stage
+from justforward.rehearse import FAILS, METHODS, Method, Settings, Stage
 from justforward.skeleton import Counts, Plan, build, count, read_plan, stand_in
 from justforward.stored import FORMATS, SLICE
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-MOST_ROWS = 1 << 20
-_UNKNOWN_CONTEXT = 1 << 20  # tokens, where a configuration bounds none
-# What a model that cannot be run without values raises on the meta device.
-_FAILS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError, ImportError)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Account:
-    """The memory of one method as a function of the batch, at the length asked for, and of the length, at the batch.
-
-    Attributes:
-        fixed: bytes of weights, of what is kept, and of the process.
-        spread: what is taken from the system for each byte alive, at least 1.
-    """
-
-    fixed: int
-    spread: float
-    of_rows: Callable[[int], int]
-    of_length: Callable[[int], int]
-
-    def at_rows(self, rows: int) -> int:
-        """Bytes with a batch of so many rows."""
-        return self.fixed + round(self.spread * self.of_rows(rows))
-
-    def at_length(self, length: int) -> int:
-        """Bytes with rows of so many tokens."""
-        return self.fixed + round(self.spread * self.of_length(length))
-
-    def most_rows(self, memory: int) -> int:
-        """The largest batch that fits; 0 if none does."""
-        return _largest(lambda rows: self.at_rows(rows) <= memory, MOST_ROWS)
-
-    def longest(self, memory: int, context: int) -> int:
-        """The largest length that fits and that the model has; 0 if none does."""
-        return _largest(lambda length: self.at_length(length) <= memory, context)
 
 
 @dataclass(frozen=True)
@@ -121,6 +75,7 @@ class Forecast:
         rows: one a method.
         advice: what to change for what does not fit, a sentence each.
         assumed: what was assumed.
+        stand_in: how what was run differs from the model, where something else was run in its place.
     """
 
     model: str
@@ -135,6 +90,7 @@ class Forecast:
     rows: list[Row] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
+    stand_in: str | None = None
 
     def row(self, method: str) -> Row:
         """That of a method."""
@@ -194,12 +150,13 @@ def plan(
         stage.run(METHODS[0], batch_size, length)
     except UserError:
         raise
-    except _FAILS as error:
-        said = " ".join(str(error).split())[:160] or type(error).__name__
-        what = stand_in(
-            what, f"a {what.config.model_type} model cannot be run without its weights ({said})"
+    except FAILS as error:
+        reason = (
+            f"a {what.config.model_type} model cannot be run without its weights ({_short(error)})"
         )
-        stage = Stage(replace(settings, plan=what))
+        other = stand_in(what, reason)
+        what = replace(what, assumed=other.assumed)
+        stage = Stage(replace(settings, stand_in=other))
     rows = [_row(stage, method, batch_size, length, device, limits) for method in methods]
     found = Forecast(
         what.name,
@@ -214,9 +171,14 @@ def plan(
         rows,
         [],
         [*what.assumed, *_assumed(dtype, device)],
+        "; ".join(what.assumed) or None,
     )
     found.advice.extend(_advice(found))
     return found
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _assumed(dtype: str, device: Device) -> list[str]:
@@ -243,18 +205,21 @@ def _assumed(dtype: str, device: Device) -> list[str]:
 def _row(stage: Stage, method: Method, rows: int, length: int, device: Device, limits: bool) -> Row:
     try:
         here = stage.run(method, rows, length)
-        account = account_of(stage, method, rows, length, device, here, limits)
+        account = account_of(stage, method, rows, length, device, limits)
     except UserError as error:
         return Row(method.name, method.options, str(error).split(": use ")[0])
+    except FAILS as error:
+        return Row(
+            method.name, method.options, f"its step cannot be run without values ({_short(error)})"
+        )
     memory = account.at_length(length)
-    process = _process(method, device)
+    process = process_of(method, device)
     seconds = (
         here.trace.seconds(device.flops, device.bandwidth)
         + here.sweeps * here.trainable * device.sweep
     )
     if method.way == "activation":
         seconds += 2 * rows * here.trainable / device.flops
-    context = stage.settings.plan.context or _UNKNOWN_CONTEXT
     kept = here.kept + here.made
     return Row(
         method.name,
@@ -268,106 +233,10 @@ def _row(stage: Stage, method: Method, rows: int, length: int, device: Device, l
         memory,
         memory <= device.memory,
         account.most_rows(device.memory) if limits else 0,
-        account.longest(device.memory, context) if limits else 0,
+        account.longest(device.memory, stage.settings.plan.context) if limits else 0,
         here.trace.flops,
         seconds,
     )
-
-
-def _process(method: Method, device: Device) -> int:
-    # LoRA's start is drawn by the same kernels as directions
-    kernels = method.way in ("weight", "activation") or method.tuner == "lora"
-    return device.overhead.base + kernels * device.overhead.kernels
-
-
-def account_of(
-    stage: Stage,
-    method: Method,
-    rows: int,
-    length: int,
-    device: Device,
-    here: Rehearsal | None = None,
-    limits: bool = True,
-) -> Account:
-    """The memory of a method around a batch of so many rows and tokens.
-
-    Args:
-        stage: of the model.
-        method: which.
-        rows, length: where exactness is asked for.
-        device: whose heap and process count.
-        here: what the stage says there, if it is known.
-        limits: without, the account is good for these rows and this length alone.
-
-    Raises:
-        UserError: as `Stage.run`.
-    """
-    here = here or stage.run(method, rows, length)
-    alive = here.trace.alive()
-    peak = int(alive.max())
-    spread = max(taken(here.trace.events) / peak, 1.0) if device.kind == "cpu" and peak else 1.0
-    fixed = here.weights + here.kept + _process(method, device)
-    if not limits:
-        return Account(fixed, spread, lambda _: peak, lambda _: peak)
-
-    def run(r: int, n: int) -> NDArray[np.int64]:
-        return stage.run(method, r, n).trace.alive()
-
-    # with one row some copies are not made, which are with more
-    base, low = (rows, alive) if rows > 1 else (2, run(2, length))
-    of_rows = _polynomial(base, 1, [low, run(base + 1, length)], {rows: peak})
-    step = max(length // 4, 1) if length >= 3 else -1
-    curve = [alive, run(rows, length - step), run(rows, length - 2 * step)]
-    of_length = _polynomial(length, -step, curve, {length: peak})
-    if of_rows is None:
-        of_rows = partial(_peak_at, lambda r: run(r, length))
-    if of_length is None:
-        of_length = partial(_peak_at, lambda n: run(rows, n))
-    return Account(fixed, spread, of_rows, of_length)
-
-
-def _peak_at(run: Callable[[int], NDArray[np.int64]], x: int) -> int:
-    return int(run(x).max())
-
-
-def _polynomial(
-    start: int, step: int, values: list[NDArray[np.int64]], known: dict[int, int]
-) -> Callable[[int], int] | None:
-    """x -> the largest of the polynomials through the values [events] at start, start + step, and so on.
-
-    By Newton's forward differences, in whole numbers. None where the events are not the same at all places.
-    """
-    if len({len(v) for v in values}) > 1:
-        return None
-    differences: list[NDArray[np.int64]] = []
-    row = values
-    while row:
-        differences.append(row[0])
-        row = [after - before for before, after in pairwise(row)]
-    stacked = np.unique(np.stack(differences, axis=1), axis=0)  # many events are alike
-
-    def peak(x: int) -> int:
-        if x in known:
-            return known[x]
-        t, term, weights = (x - start) / step, 1.0, []
-        for k in range(stacked.shape[1]):
-            weights.append(term)
-            term *= (t - k) / (k + 1)
-        return round(float((stacked @ np.array(weights)).max()))
-
-    return peak
-
-
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest x from 1 to most that fits, of which all smaller ones do; 0 if 1 does not."""
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 # ---------------------------------------------------------------------------------------------- advice

@@ -16,7 +16,7 @@ same padded length, with the logits of one answer position a row, as for label w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
@@ -36,6 +36,8 @@ from justforward.skeleton import Plan, build, held_bytes, round_maps
 from justforward.stored import HALVES, make_stored
 from justforward.tuners import attach
 
+# What a model that cannot be run without values raises on the meta device.
+FAILS = (RuntimeError, NotImplementedError, ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError, ArithmeticError)  # fmt: skip
 Way = Literal["evaluation", "weight", "activation", "adamw", "sgd"]
 Batch = dict[str, Tensor]
 CHOICES = 2  # label words that an answer is scored among
@@ -97,6 +99,8 @@ class Settings:
         lora_rank, lora_targets, prefix_length: as for train.
         keep_best: first-order: a copy of the trainable weights is kept in the same memory.
         wide: 16-bit weights are computed with in float32, as on a CPU (`stored`).
+        stand_in: what is run in the model's place, where that cannot be run without values; all that is held from step
+            to step stays the model's own.
     """
 
     plan: Plan
@@ -107,6 +111,7 @@ class Settings:
     prefix_length: int = 5
     keep_best: bool = True
     wide: bool = False
+    stand_in: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,14 @@ class Stage:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._models: dict[Tuner, Any] = {}
+        stand_in = settings.stand_in
+        # what runs; whoever asks for certain maps of the model names none of the stand-in's
+        self._runs = (
+            settings
+            if stand_in is None
+            else replace(settings, plan=stand_in, lora_targets=None, stand_in=None)
+        )
+        self._models: dict[tuple[Tuner, bool], Any] = {}
         self._traces: dict[tuple[Any, ...], Trace] = {}
 
     def run(self, method: Method, rows: int, length: int) -> Rehearsal:
@@ -148,14 +160,13 @@ class Stage:
 
         Raises:
             UserError: the method does not go with the model, its quantisation or its type of weights.
-            RuntimeError and others: the model cannot be run on the meta device.
+            FAILS: the model cannot be run on the meta device.
         """
         settings = self.settings
         _check(settings, method)
-        if method.tuner not in self._models:
-            self._models[method.tuner] = _tuned(settings, method.tuner)
-        model = self._models[method.tuner]
+        model, runs = self._model(method.tuner, False), self._model(method.tuner, True)
         tensors = [p for p in model.parameters() if p.requires_grad]
+        moved = [p for p in runs.parameters() if p.requires_grad]
         way = (
             "forward"
             if method.way in ("evaluation", "weight")
@@ -165,12 +176,13 @@ class Stage:
         )
         key = (method.tuner, way, method.checkpointing, rows, length)
         if key not in self._traces:
-            batch = _batch(settings, rows, length)
-            losses = losses_of(model, settings.plan.kind)
+            batch = _batch(self._runs, rows, length)
+            losses = losses_of(runs, self._runs.plan.kind)
             if way == "backward":
-                self._traces[key] = _backward(model, tensors, method.checkpointing, losses, batch)
+                trace = _backward(runs, moved, method.checkpointing, losses, batch)
+                self._traces[key] = trace if runs is model else _scaled(trace, tensors, moved)
             elif way == "activation":
-                self._traces[key] = _looked(model, losses, batch, rows)
+                self._traces[key] = _looked(runs, losses, batch, rows)
             else:
                 with torch.no_grad(), traced() as self._traces[key]:
                     losses(batch)
@@ -186,6 +198,20 @@ class Stage:
         trainable = 0 if method.way == "evaluation" else sum(p.numel() for p in tensors)
         kept, made = _state(settings, method, tensors)
         return Rehearsal(held_bytes(model), trainable, kept, made, trace, sweeps)
+
+    def _model(self, tuner: Tuner, runs: bool) -> Any:
+        runs = runs and self.settings.stand_in is not None
+        if (tuner, runs) not in self._models:
+            self._models[tuner, runs] = _tuned(self._runs if runs else self.settings, tuner)
+        return self._models[tuner, runs]
+
+
+def _scaled(trace: Trace, tensors: Sequence[Tensor], moved: Sequence[Tensor]) -> Trace:
+    """A stand-in's backward pass, whose gradients (what is left) are as large together as those of the model."""
+    ratio = sum(p.numel() for p in tensors) / sum(p.numel() for p in moved)
+    gradients = set(trace.left)
+    events = [(n, round(ratio * size) if n in gradients else size) for n, size in trace.events]
+    return Trace(events, trace.work)
 
 
 def _state(settings: Settings, method: Method, tensors: Sequence[Tensor]) -> tuple[int, int]:
@@ -231,7 +257,8 @@ def _tuned(settings: Settings, tuner: Tuner) -> Any:
         prefix_length=settings.prefix_length,
         start="base",
     )
-    return attach(model, cast(Any, Tokens(settings.plan.config)), config)
+    with traced():  # a prefix asks the model for keys and values
+        return attach(model, cast(Any, Tokens(settings.plan.config)), config)
 
 
 class Tokens:

@@ -49,6 +49,8 @@ def spell_fits(found: Forecast) -> str:
         f"{size(device.overhead.base)}, with compiled directions {size(device.overhead.base + device.overhead.kernels)} "
         f"({device.sources['overhead']})",
     ]
+    if found.stand_in is not None:
+        lines.insert(1, f"STAND-IN, NOT THE MODEL: {found.stand_in}")
     table = Table(box=None, pad_edge=False, header_style="")
     table.add_column("method", no_wrap=True)
     for title in (
@@ -85,7 +87,7 @@ def spell_fits(found: Forecast) -> str:
         if row.why_not is not None
     ]
     lines += [f"does not fit: {said}" for said in found.advice]
-    lines += [f"assumed: {said}" for said in found.assumed]
+    lines += [f"assumed: {said}" for said in found.assumed if said != found.stand_in]
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ those of Table 1 of the OPT paper (arXiv 2205.01068); feed-forward layers of fou
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ class Plan:
         name: as it was asked for.
         config: transformers' configuration.
         kind: causal, masked or seq2seq.
-        assumed: what could not be known and was assumed, a sentence each.
+        assumed: what could not be known and was assumed, a sentence each: of a stand-in, how it differs.
     """
 
     name: str
@@ -113,9 +113,11 @@ def read_plan(src: str) -> Plan:
     file = path / "config.json" if path.is_dir() else path
     raw = _raw(file) if file.suffix == ".json" and file.is_file() else None
     if raw is not None and not _known(raw.get("model_type")):
-        return _stand_in(
+        found = _stand_in(
             src, raw, f"model type {raw.get('model_type')!r} is not known to transformers"
         )
+        said = f"{found.assumed[0]}: all that follows is that Llama's, its weights, too"
+        return replace(found, assumed=(said,))
     where = str(path.parent) if path.name == "config.json" and path.is_file() else src
     config = config_of(where)
     return Plan(src, config, kind_of(src, config))
@@ -139,13 +141,19 @@ def opt_config(name: str) -> PretrainedConfig:
 
 
 def stand_in(plan: Plan, reason: str) -> Plan:
-    """A Llama of the same sizes, for a model that cannot be run without its weights.
+    """A Llama of the same sizes, for the steps of a model that cannot be run without its weights.
 
     Raises:
         UserError: its configuration does not say the sizes.
     """
     found = _stand_in(plan.name, plan.config.to_dict(), reason)
-    return Plan(plan.name, found.config, "causal", (*plan.assumed, *found.assumed))
+    own, other = (count(build(p, torch.float32)).total for p in (plan, found))
+    said = (
+        f"{found.assumed[0]}, {other:,} parameters where the model has {own:,}, for what a step has alive and its seconds alone: weights, what "
+        "is tuned and what is kept are the model's own, gradients in proportion. A Llama is dense and has no encoder: where "
+        "the model is otherwise, its steps take something else, and whether activation space knows it is not known"
+    )
+    return Plan(plan.name, found.config, "causal", (*plan.assumed, said))
 
 
 def _stand_in(name: str, raw: dict[str, Any], reason: str) -> Plan:
