@@ -9,6 +9,7 @@ import copy
 import math
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import justforward as jf
 from conftest import materialise
 from justforward import Blocks, MeZO, Modified, NonFiniteLoss, UserError, noise
 from justforward.directions import FAMILIES
+from justforward.playback import check_header
 from justforward.reference import direction, mezo_step
 from justforward.trajectory import Writer
 
@@ -747,8 +749,14 @@ def test_a_log_of_another_run_is_not_resumed(
     train(optimizer, model, 2)
     optimizer.close()
     raw = (tmp_path / "log").read_bytes()
+    again = copy.deepcopy(base)
     with pytest.raises(UserError, match=said):
-        MeZO(copy.deepcopy(base), log=tmp_path / "log", resume=True, **{"lr": 0.1, **options})
+        MeZO(again, log=tmp_path / "log", resume=True, **{"lr": 0.1, **options})
+    assert jf.fingerprint(again) == jf.fingerprint(base)  # so that it can be tried again
+    resumed = MeZO(again, lr=0.1, log=tmp_path / "log", resume=True)
+    assert resumed.steps == 2
+    resumed.close()
+    raw = (tmp_path / "log").read_bytes()
     with pytest.raises(UserError, match="the values differ"):
         MeZO(model, lr=0.1, log=tmp_path / "log", resume=True)
     with pytest.raises(UserError, match=r"parameter .*: another model or layout|which this model"):
@@ -785,6 +793,26 @@ def test_a_step_that_cannot_be_logged_is_not_taken(
     optimizer.close()
     assert jf.replay(base, tmp_path / "log") == 4
     assert jf.fingerprint(base) == jf.fingerprint(twin)
+
+
+def test_a_log_that_says_too_little_is_not_resumed(tmp_path: Path) -> None:
+    MeZO(classifier(), log=tmp_path / "log").close()
+    log = jf.read_log(tmp_path / "log")
+    header = {key: value for key, value in log.header.items() if key != "settings"}
+    with pytest.raises(UserError, match="the log does not say its settings, which is"):
+        check_header(replace(log, header=header), log.header)
+
+
+def test_a_log_takes_parameters_of_the_model_alone(tmp_path: Path) -> None:
+    """No replay would find another one."""
+    model = classifier()
+    before = jf.fingerprint(model)
+    outside = nn.Parameter(torch.zeros(6))
+    with pytest.raises(UserError, match=r"parameter param5, of shape \(6,\), is none of the model"):
+        MeZO([*model.parameters(), outside], model=model, log=tmp_path / "log")
+    assert jf.fingerprint(model) == before
+    assert list(tmp_path.iterdir()) == []
+    MeZO([*model.parameters(), outside], model=model)
 
 
 @pytest.mark.parametrize(

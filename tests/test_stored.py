@@ -26,6 +26,7 @@ from justforward.directions import FAMILIES, Weights
 from justforward.models import load_model, save_model
 from justforward.moves import Move
 from justforward.noise import cpu, half, plain, reference, spec
+from justforward.ondisk import keep_on_disk
 from justforward.progress import Progress
 from justforward.rebuild import evaluate, rebuild
 from justforward.run import train
@@ -192,12 +193,93 @@ def test_a_weight_that_float16_cannot_hold_is_named() -> None:
     move = Move(
         0, np.zeros(1, np.uint64), np.full((1, 1), 4e4, np.float32), np.zeros(1, np.float32)
     )
+    weights.update([move])
     with pytest.raises(
         UserError,
         match=r"body.w has reached 65504, the largest number of torch.float16, .*lower lr",
     ):
-        weights.update([move])
+        weights.check_held()
+    weights.check_held()  # it is said once
     assert stored.plain(p).isfinite().all()
+
+
+class AtTheEdge(nn.Module):
+    """A float16 matrix at the largest number that it holds, and something in float32 beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(8, 8, bias=False).half(), nn.Linear(8, 1)
+        self.a.weight.data.fill_(65504.0)
+
+    def loss(self) -> Tensor:
+        return self.b(torch.ones(4, 8)).square().mean() + (self.a.weight.mean() - 65504.0)
+
+
+def steps_to(last: int, opt: jf.MeZO, model: AtTheEdge, end: str | None = None) -> None:
+    while opt.steps < last:
+        opt.step(model.loss)
+    if end is not None:
+        getattr(opt, end)()
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("rule", ["sgd", "rms+adam(window=2)"])
+@pytest.mark.parametrize("family", ["gaussian", "rank1"])
+def test_what_is_held_back_is_in_the_log_and_a_lower_rate_goes_on(
+    family: str, rule: str, disk: bool, tmp_path: Path
+) -> None:
+    """In memory the step itself says so, in a file the next one, which is not taken: either way all agree."""
+    options: dict[str, Any] = {"eps": 1e-2, "seed": 3, "family": family, "rule": rule}
+    log = tmp_path / "log"
+
+    def edge() -> AtTheEdge:
+        model = AtTheEdge()
+        if disk:
+            keep_on_disk(model.parameters(), tmp_path)
+        return model
+
+    model = edge()
+    opt = jf.MeZO(model, lr=20.0, log=log, **options)
+
+    def same() -> None:
+        steps = len(jf.read_log(log).steps)
+        assert opt.steps == steps
+        again = AtTheEdge()
+        assert jf.replay(again, log) == steps
+        assert jf.fingerprint(again) == jf.fingerprint(model)
+        assert torch.equal(model.a.weight + 0, stored.plain(model.a.weight).float())
+
+    with pytest.raises(UserError, match=r"a.weight has reached 65504.*stands: lower lr"):
+        steps_to(50, opt, model)
+    assert opt.steps > 0
+    same()
+    opt.param_groups[0]["lr"] = 1e-6
+    for _ in range(2):
+        opt.step(model.loss)
+    opt.close()
+    same()
+    resumed = edge()
+    opt = jf.MeZO(resumed, lr=1e-6, log=log, resume=True, **options)
+    assert jf.fingerprint(resumed) == jf.fingerprint(model)
+    opt.step(resumed.loss)
+    opt.close()
+
+
+@pytest.mark.parametrize("end", ["state_dict", "close"])
+def test_what_the_last_step_held_back_is_said_at_the_end(end: str, tmp_path: Path) -> None:
+    found = []
+    for disk in (False, True):
+        model = AtTheEdge()
+        if disk:
+            keep_on_disk(model.parameters(), tmp_path)
+        opt = jf.MeZO(model, lr=20.0, eps=1e-2, seed=3)
+        with pytest.raises(UserError, match="has reached 65504"):
+            steps_to(found[0] if disk else 50, opt, model, end)
+        found.append(opt.steps)
+    assert found[0] == found[1]
+    getattr(opt, end)()
 
 
 # ------------------------------------------------------------------------------------- whole models

@@ -24,7 +24,7 @@ from justforward.errors import UserError
 from justforward.interrupts import Shield
 from justforward.moves import Move, parts_of
 from justforward.noise import spec
-from justforward.pool import share, together
+from justforward.pool import deal, share, together
 from justforward.stored import compute_wide, is_half, raw, settle, stored_dtype
 from justforward.trainable import check_apart, check_finite, check_trainable
 
@@ -321,22 +321,35 @@ class Weights:
                 home = np.float32(0.0 if back is None or self.halves[i] else back[group])
                 calls.append(self.bind(i, update, stream, dithers, ends, seeds, c, decay, home))
         self.sweep(calls, later=len(moves) == 1)
-        self.check_held()
 
     def come_home(self, seed: int, back: Sequence[float]) -> None:
         """`look` of the 16-bit tensors alone: a pass over the others brings them home itself."""
         for i, away in self._away.items():
             away.move(seed, float(np.float32(back[self.groups[i]])))
 
-    def check_held(self) -> None:
-        """Raise UserError where a 16-bit weight was held back at the largest number of its format."""
-        for i in self._away:
-            if self.exponents[i].any():
-                kind = stored_dtype(self.tensors[i])
-                raise UserError(
-                    f"parameter {self.names[i]} has reached {torch.finfo(kind).max:g}, the largest number of {kind}, and was held "
-                    "there: lower lr, or tune it in bfloat16 or float32"
-                )
+    def held(self, wait: bool = False) -> list[int]:
+        """The 16-bit tensors of which weights were held back at the largest number of their format, each told once.
+
+        Args:
+            wait: take the steps that wait for tensors in a file; else what they hold back is told once they are taken.
+        """
+        if wait:
+            for tensor, half in zip(self.tensors, self.halves, strict=True):
+                if half:
+                    settle(tensor)
+        found = [i for i, half in enumerate(self.halves) if half and self.exponents[i].any()]
+        for i in found:
+            self.exponents[i].zero_()
+        return found
+
+    def check_held(self, wait: bool = False) -> None:
+        """Raise UserError, once, where steps that were taken held 16-bit weights back; as `held`."""
+        for i in self.held(wait)[:1]:
+            kind = stored_dtype(self.tensors[i])
+            raise UserError(
+                f"parameter {self.names[i]} has reached {torch.finfo(kind).max:g}, the largest number of {kind}, and was held "
+                "there, by a step that is taken otherwise and stands: lower lr and go on, or tune it in bfloat16 or float32"
+            )
 
     def decays_of(self, i: int, decays: NDArray[np.float32]) -> NDArray[np.float32]:
         """Weight decay leaves biases and norm scales (tensors of fewer than two dimensions) alone."""
@@ -390,7 +403,7 @@ class Weights:
                 for call, exponents in zip(calls, self.exponents, strict=True)
             ]
             most = max(sum(tiles) // _SMALLEST_SHARE, 1)
-            self._shares = (key, _deal(tiles, min(_SHARES * threads, most)))
+            self._shares = (key, deal(tiles, min(_SHARES * threads, most)))
         shares = iter(self._shares[1])  # shared by all: a list's iterator hands out each item once
 
         def work() -> None:
@@ -438,23 +451,6 @@ def _behind(array: Any, count: int) -> Any:
     start = array.ctypes.data - count * array.itemsize
     room = (ctypes.c_char * (array.nbytes + count * array.itemsize)).from_address(start)
     return np.frombuffer(room, array.dtype)
-
-
-def _deal(tiles: Sequence[int], count: int) -> list[list[tuple[int, int, int]]]:
-    """Split all tiles of all tensors into `count` contiguous shares of (tensor, first, last)."""
-    total = sum(tiles)
-    shares: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]
-    per_share = max(-(-total // len(shares)), 1)
-    done = 0
-    for i, count in enumerate(tiles):
-        first = 0
-        while first < count:
-            share = done // per_share
-            last = min(count, first + (share + 1) * per_share - done)
-            shares[share].append((i, first, last))
-            done += last - first
-            first = last
-    return shares
 
 
 _compiled: set[tuple[Family, torch.dtype]] = set()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 Grads = Sequence[float]
 NEARER = 1.0 / 4.0  # times as long are the looks that see how the loss is rounded
@@ -42,3 +43,26 @@ def errors(
 def rms(values: Sequence[float]) -> float:
     """Root mean square."""
     return math.sqrt(math.fsum(value * value for value in values) / len(values))
+
+
+def resolution(groups: Sequence[dict[str, Any]], look: Callable[[], Grads]) -> tuple[float, float]:
+    """How much the loss changes between the signs of some looks, and how much of that its rounding makes alone.
+
+    Args:
+        groups: of parameters, whose `eps` says how far a look goes; it is as it was afterwards, whatever happens.
+        look: gives the projected gradients along the same directions each time.
+    """
+    seen, lengths = [], [group["eps"] for group in groups]
+    for part in (1.0, NEARER):
+        try:
+            for group, eps in zip(groups, lengths, strict=True):
+                group["eps"] = eps * part
+            seen.append(look())
+        finally:
+            for group, eps in zip(groups, lengths, strict=True):
+                group["eps"] = eps
+    here, near = seen
+    # of looks that are no longer the order is not asked
+    rounding, _ = errors(here, here, near, 1.0, 2)
+    rise = rms(here) * float(lengths[0])
+    return rise, rounding * rise

@@ -161,7 +161,6 @@ class Moments:
             calls[i] = run.call(i)
             floats += size
         weights.sweep(calls, later=len(moves) == 1)
-        weights.check_held()
 
     def state(self) -> dict[str, Any]:
         """All it remembers, for `restore`: some scalars, and copies of kept moments."""

@@ -28,17 +28,17 @@ from justforward.groups import (
     split,
 )
 from justforward.interrupts import Shield
-from justforward.looks import NEARER, errors, rms
+from justforward.looks import resolution
 from justforward.modified import measure
 from justforward.moments import compile_kernels, course_of
-from justforward.playback import apply_steps, base_of, check_base, check_header, header_for
+from justforward.playback import apply_steps, begin, header_for
 from justforward.private import Private, count_answers
 from justforward.recipe import Recipe
 from justforward.shards import check_sharded, weights_of
 from justforward.sights import Sight, check_places, see_rows, see_weights, warn_alone
 from justforward.stored import compute_model_wide
 from justforward.trainable import in_shards
-from justforward.trajectory import Log, Step, Writer, read_log
+from justforward.trajectory import Log, Step, Writer
 from justforward.variants import (
     Blocks,
     Modified,
@@ -136,13 +136,6 @@ class MeZO(Optimizer):
         super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             check_group(group)
-        base = "" if log is None else base_of(self.model, log, resume)
-        old = read_log(log) if log is not None and resume and os.path.exists(log) else None
-        if old is not None and self.model is not None:
-            check_base(self.model, old)
-
-        if self.model is not None:
-            compute_model_wide(self.model)
         tensors = [p for group in self.param_groups for p in group["params"]]
         if not tensors:
             raise UserError("there is nothing to tune: no parameter has requires_grad")
@@ -150,6 +143,25 @@ class MeZO(Optimizer):
         self._longest = [group["eps"] for group in self.param_groups]
         flat = [name for called in names for name in called]
         named = list(zip(flat, tensors, strict=True))
+        # What one-point looks compare with is kept as one more scalar of the rule's.
+        memory = self.rule.state_size + (looks == "one-point")
+        header: dict[str, Any] = {}
+        old: Log | None = None
+        if log is not None:  # refused, if it is, before the weights are touched
+            of = header_for(
+                named,
+                owners,
+                seed=self.seed,
+                family=self.family,
+                eps=self._longest,
+                rule=self.rule.spec,
+                rule_state=memory,
+                momentum=(last.beta, last.window) if (last := self.rule.momentum) else (0.0, 1),
+                settings=self._settings(),
+            )
+            header, old = begin(self.model, named, log, resume, of)
+        if self.model is not None:
+            compute_model_wide(self.model)
         if any(in_shards(tensor) for tensor in tensors):
             check_sharded(estimator, self.rule.moments is not None, (modified, private))
         family_here = FAMILIES[self.family]
@@ -157,9 +169,7 @@ class MeZO(Optimizer):
         self.weights.same({**self._kind(), "groups": owners, "log": log is None})
         if self.weights.compiled:
             compile_kernels(FAMILIES[self.family], self.rule.spec, *self.weights.dtypes)
-        self._course = course_of(seed, self.rule.spec)
-        # What one-point looks compare with is kept as one more scalar of the rule's.
-        memory = self.rule.state_size + (looks == "one-point")
+        self._course = course_of(self.seed, self.rule.spec)
         self._rule_state: tuple[float, ...] = (0.0,) * memory
         self._scales = (1.0,) * len(labels)
         self._norms: tuple[float, ...] = ()
@@ -167,22 +177,10 @@ class MeZO(Optimizer):
         self.projected_grads: tuple[float, ...] = ()  # of the last step, one a direction
         self.steps, self.log = 0, log
         self._writer: Writer | None = None
-        if log is not None:
-            header = header_for(
-                self.weights,
-                seed=seed,
-                family=self.family,
-                eps=self._longest,
-                rule=self.rule.spec,
-                rule_state=memory,
-                momentum=(last.beta, last.window) if (last := self.rule.momentum) else (0.0, 1),
-                base=base,
-                settings=self._settings(),
-            )
-            if old is not None:
-                self._continue(old, header)
-            elif self.weights.writes:
-                self._writer = Writer.create(log, header)
+        if old is not None:
+            self._continue(old)
+        elif log is not None and self.weights.writes:
+            self._writer = Writer.create(log, header)
 
     def _settings(self) -> dict[str, Any]:
         parts = {"modified": self.modified, "blocks": self.blocks, "private": self.private}
@@ -235,21 +233,7 @@ class MeZO(Optimizer):
             raise UserError(
                 "resolution: one-point looks are compared with the step before, private ones answer once: use others"
             )
-        seen, lengths = [], [group["eps"] for group in self.param_groups]
-        for part in (1.0, NEARER):
-            try:
-                for group, eps in zip(self.param_groups, lengths, strict=True):
-                    group["eps"] = eps * part
-                seen.append(self.estimate(closure, batch).projected_grads)
-            finally:
-                for group, eps in zip(self.param_groups, lengths, strict=True):
-                    group["eps"] = eps
-        here, near = seen
-        rounding, _ = errors(
-            here, here, near, 1.0, 2
-        )  # of looks that are no longer the order is not asked
-        rise = rms(here) * lengths[0]
-        return rise, rounding * rise
+        return resolution(self.param_groups, lambda: self.estimate(closure, batch).projected_grads)
 
     def look(
         self,
@@ -309,10 +293,14 @@ class MeZO(Optimizer):
         """Write the step to the log, then move the weights.
 
         Raises:
-            UserError: the step is not the next one, or the log cannot be written (the weights have not moved).
+            UserError: the step is not the next one, or the log cannot be written (the weights have not moved); or 16-bit weights
+                were held back at the largest number of their format. That step is taken, counted and in the log. Where
+                weights are in a file, steps wait until these are read: then the next call says so, and takes no step.
         """
         with Shield():
+            self.weights.check_held()
             self._apply(step, None, None)
+            self.weights.check_held()
 
     def step(self, closure: Any = None, batch: Any = None) -> float:  # type: ignore[override]
         """`apply(estimate(closure, batch))` with one pass over the weights fewer.
@@ -330,6 +318,7 @@ class MeZO(Optimizer):
         with Shield() as shield:
             step, back, draws = self._estimate(closure, batch, shield, keep_back=True)
             try:
+                self.weights.check_held()
                 self._apply(step, back, draws)
             except BaseException:
                 if back is not None and self.steps == step.index:
@@ -337,6 +326,7 @@ class MeZO(Optimizer):
                         self._direction(step.index, len(step.coefficients) - 1), back, 1.0
                     )
                 raise
+            self.weights.check_held()
         return step.loss
 
     def _estimate(
@@ -440,9 +430,8 @@ class MeZO(Optimizer):
     def _direction(self, step: int, lane: int) -> int:
         return noise.direction_seed(self.seed, step, lane)
 
-    def _continue(self, log: Log, header: dict[str, Any]) -> None:
+    def _continue(self, log: Log) -> None:
         """Go on with a log, whose steps are the next ones."""
-        check_header(log, header)
         self.follow(log.steps)
         count_answers(self.private, self.steps)
         if self.weights.writes:
@@ -454,18 +443,25 @@ class MeZO(Optimizer):
             if self._writer is not None:
                 self._writer.append(step)
         self.steps += apply_steps(self.weights, self._course, steps)
+        self.weights.held(wait=True)  # was said where they were taken first
         if steps:
             self._rule_state = steps[-1].rule_state
             self._scales, self._norms = steps[-1].scales, steps[-1].norms
 
     def close(self) -> None:
-        """Seal and close the log."""
+        """Seal and close the log; raises UserError where the last step held a weight back, in a file, and nobody has said so."""
         if self._writer is not None:
             self._writer.close()
+        self.weights.check_held(wait=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with what this optimizer keeps: a few scalars and the grids (a byte for 1,024 weights)."""
+        """torch's, with what this optimizer keeps: a few scalars and the grids (a byte for 1,024 weights).
+
+        Raises:
+            UserError: once, where a step that had waited held a weight back.
+        """
         self.weights.settle()
+        self.weights.check_held()
         return {
             **super().state_dict(),
             "justforward": {

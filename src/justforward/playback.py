@@ -75,21 +75,48 @@ def _slices(tensor: Any) -> Iterable[Any]:
         yield flat[start : start + (1 << 24)].cpu().contiguous().view(torch.uint8).numpy().data
 
 
-def base_of(model: nn.Module | None, log: str | os.PathLike[str], resume: bool) -> str:
-    """Fingerprint of the model that a log is to start from, or to go on with.
+def begin(
+    model: nn.Module | None,
+    named: Sequence[tuple[str, Tensor]],
+    path: str | os.PathLike[str],
+    resume: bool,
+    header: dict[str, Any],
+) -> tuple[dict[str, Any], Log | None]:
+    """The header of a log that is to be started, or gone on with, and what there is of it. For before the weights are touched.
+
+    Args:
+        model: that the parameters are of.
+        named: what is tuned.
+        path: of the log.
+        resume: go on with it, if it is there.
+        header: `header_for`; the base is put in here.
 
     Raises:
-        UserError: there is no model, or the log's place will not do. A log that exists must not cost the model
-            its exact base values, so this is for before the grid is laid.
+        UserError: there is no model, or it has not all that is tuned; the log's place will not do; or a log that is there is of
+            another model or other settings. A log must not cost the model its exact base values, and a refused one neither.
     """
     if model is None:
         raise UserError("log: the log names the model's parameters: pass the model (or model=...)")
-    if not resume and os.path.exists(log):
-        raise UserError(f"{log}: the log exists: resume it (resume=True) or choose another name")
-    folder = os.path.dirname(log)
+    there = os.path.exists(path)
+    if not resume and there:
+        raise UserError(f"{path}: the log exists: resume it (resume=True) or choose another name")
+    folder = os.path.dirname(path)
     if not os.path.isdir(folder or "."):
-        raise UserError(f"{log}: there is no folder {folder}: make it first")
-    return fingerprint(model)
+        raise UserError(f"{path}: there is no folder {folder}: make it first")
+    have = {id(p) for p in model.parameters()}
+    for name, tensor in named:
+        if id(tensor) not in have:
+            raise UserError(
+                f"log: parameter {name}, of shape {tuple(tensor.shape)}, is none of the model's, by whose names a log is replayed: "
+                "make it one (register_parameter), or leave the log out"
+            )
+    header = {**header, "base": fingerprint(model)}
+    if not there:
+        return header, None
+    log = read_log(path)
+    check_base(model, log, header["base"])
+    check_header(log, header)
+    return header, log
 
 
 def check_header(log: Log, header: dict[str, Any]) -> None:
@@ -99,6 +126,11 @@ def check_header(log: Log, header: dict[str, Any]) -> None:
         UserError: naming what differs, and both values.
     """
     for key, value in header.items():
+        if key not in log.header:
+            raise UserError(
+                f"{log.path}: cannot be resumed: the log does not say its {key}, which is {short(value)} now: use the version "
+                "that wrote it"
+            )
         if log.header[key] != value:
             raise UserError(
                 f"{log.path}: cannot be resumed: {key} is {short(log.header[key])} in the log and {short(value)} now"
@@ -112,7 +144,8 @@ def short(value: Any) -> str:
 
 
 def header_for(
-    weights: Weights,
+    named: Sequence[tuple[str, Tensor]],
+    groups: Sequence[int],
     *,
     seed: int,
     family: str,
@@ -120,13 +153,12 @@ def header_for(
     rule: str,
     rule_state: int,
     momentum: tuple[float, int],
-    base: str,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """All that a replay needs to know, and what resuming compares."""
+    """All that a replay needs to know, and what resuming compares; but for the base (`begin`)."""
     return {
         "noise": noise.NOISE_VERSION,
-        "base": base,
+        "base": "",
         "seed": seed,
         "family": family,
         "groups": [float(e) for e in eps],
@@ -136,15 +168,13 @@ def header_for(
         "settings": settings,
         "tensors": [
             [name, list(tensor.shape), str(stored_dtype(tensor)), group]
-            for name, tensor, group in zip(
-                weights.names, weights.tensors, weights.groups, strict=True
-            )
+            for (name, tensor), group in zip(named, groups, strict=True)
         ],
     }
 
 
-def check_base(model: nn.Module, log: Log) -> list[tuple[str, Tensor]]:
-    """The log's tensors in the model, in the log's order.
+def check_base(model: nn.Module, log: Log, base: str | None = None) -> list[tuple[str, Tensor]]:
+    """The log's tensors in the model, in the log's order; `base` is the model's fingerprint, where that is known.
 
     Raises:
         UserError: the model is not the log's base: noise version, a name, shape or dtype, or the values differ.
@@ -159,7 +189,7 @@ def check_base(model: nn.Module, log: Log) -> list[tuple[str, Tensor]]:
             f"{log.path}: directions are {header['family']!r}, this version knows {', '.join(FAMILIES)}: use the version that wrote it"
         )
     found = _tensors_of(model, log)
-    base = fingerprint(model)
+    base = fingerprint(model) if base is None else base
     if base != header["base"]:
         raise UserError(
             f"{log.path}: made from a base model with fingerprint {header['base'][:16]}..., this model has {base[:16]}...: "
@@ -198,12 +228,16 @@ def same_records(model: nn.Module, path: str | os.PathLike[str]) -> int:
         How many steps were applied.
 
     Raises:
-        UserError: the log is damaged, or tunes a parameter that the model has not, or has in another shape.
+        UserError: the log is damaged, or tunes a parameter that the model has not, or has in another shape; or its steps
+            go beyond the largest number of the format here.
     """
     log = read_log(path)
     tensors = _tensors_of(model, log, dtypes=False)
     compute_model_wide(model)
-    return apply_steps(*_of_log(tensors, log, model), log.steps)
+    weights, course = _of_log(tensors, log, model)
+    count = apply_steps(weights, course, log.steps)
+    weights.check_held(wait=True)
+    return count
 
 
 def replay(model: nn.Module, path: str | os.PathLike[str], steps: int | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -49,3 +49,20 @@ def share(call: Callable[[int, int], None], first: int, last: int, least: int) -
             call(start, min(start + size, last))
 
     together(work, threads)
+
+
+def deal(tiles: Sequence[int], count: int) -> list[list[tuple[int, int, int]]]:
+    """Split all tiles of all tensors into `count` contiguous shares of (tensor, first, last)."""
+    total = sum(tiles)
+    shares: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]
+    per_share = max(-(-total // len(shares)), 1)
+    done = 0
+    for i, count in enumerate(tiles):
+        first = 0
+        while first < count:
+            share = done // per_share
+            last = min(count, first + (share + 1) * per_share - done)
+            shares[share].append((i, first, last))
+            done += last - first
+            first = last
+    return shares

@@ -272,13 +272,13 @@ class RunOptimizer(MeZO):
         if self._writer is not None:
             self._writer.pace = Pace(sync)
 
-    def _continue(self, log: Log, header: dict[str, Any]) -> None:
+    def _continue(self, log: Log) -> None:
         first = _restored(self._snapshots, log, len(log.steps), self.weights, self._course)
         if first:
             last = log.steps[first - 1]
             self._rule_state, self._scales, self._norms = last.rule_state, last.scales, last.norms
         self.steps = first
-        super()._continue(replace(log, steps=log.steps[first:]), header)
+        super()._continue(replace(log, steps=log.steps[first:]))
 
     def snapshot(self, keep: int) -> None:
         """Write a snapshot of the run as it is.
