@@ -17,10 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     BertConfig,
+    DebertaV2Config,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     MixtralConfig,
     OPTConfig,
+    RobertaConfig,
     SwitchTransformersConfig,
     T5Config,
 )
@@ -474,6 +477,58 @@ def test_a_folder_needs_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         read_plan(str(tmp_path))
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **{k: v for k, v in SMALL["llama"].to_dict().items() if k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("vocab_size", 0, "vocab_size is 0"),
+        ("pad_token_id", 300, "pad_token_id is 300, and there are 199 tokens"),
+        ("num_key_value_heads", 3, "num_key_value_heads is 3, which does not divide"),
+        ("model_type", ["a"], r"model_type is \['a'\]"),
+        ("architectures", [None], r"architectures is \[None\]"),
+        ("architectures", "LlamaForCausalLM", "architectures is 'LlamaForCausalLM'"),
+    ],
+)
+def test_what_a_configuration_contradicts_is_named(
+    key: str, value: Any, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {key: value}))
+    with pytest.raises(UserError, match=rf"config\.json: {said}"):
+        plan(str(tmp_path), device=device(), length=16, batch_size=2, limits=False)
+
+
+def test_a_method_that_does_not_go_leaves_the_others() -> None:
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
+    found = plan(Plan("mamba", config, "causal"), device=device(), length=16, limits=False)
+    assert "do not all keep keys and values" in str(found.row("AdamW, prefix").why_not)
+    assert found.row("AdamW").why_not is found.stand_in is None
+    masked = DebertaV2Config(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)  # fmt: skip
+    found = plan(Plan("deberta", masked, "masked"), device=device(), length=16, limits=False)
+    assert "do not all keep keys and values" in str(found.row("AdamW, prefix").why_not)
+    assert found.row("MeZO, weight space").why_not is found.stand_in is None
+    found = plan(small("llama"), device=device(), length=16, lora_targets="(", limits=False)
+    assert "--lora-targets is '(': no regular expression" in str(found.row("AdamW, LoRA").why_not)
+    assert found.row("AdamW").why_not is None
+
+
+def test_quantisation_that_train_refuses_is_refused() -> None:
+    for name, quantize, dtype, said in (
+        ("llama", "int8", "bfloat16", "--dtype is 'bfloat16'"),
+        ("t5", "int8", "float32", "an encoder-decoder"),
+        ("llama", "gguf", "float32", "--quantize is 'gguf'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            plan(small(name), device=device(), length=16, quantize=quantize, dtype=dtype)
+
+
+def test_positions_of_a_padding_are_no_context() -> None:
+    sizes = SMALL["bert"].to_dict() | {"model_type": "roberta", "pad_token_id": 1}
+    assert Plan("roberta", RobertaConfig(**sizes), "masked").context == 94
+    assert small("bert").context == 96
 
 
 def test_a_length_beyond_the_context_is_refused() -> None:

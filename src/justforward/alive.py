@@ -182,6 +182,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    heads, groups = query.shape[-3], key.shape[-3]
+    if heads % groups or not (
+        enable_gqa or groups in (1, heads)
+    ):  # which the kernel does not ask here
+        raise RuntimeError(f"{heads} heads of queries and {groups} of keys do not go together")
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = (x.repeat_interleave(groups, -3) for x in (key, value))

@@ -23,8 +23,17 @@ from justforward.limits import account_of, process_of
 from justforward.machine import Device, device_of
 from justforward.prepare import use_threads
 from justforward.ranges import check_ranges
-from justforward.rehearse import FAILS, METHODS, Method, Settings, Stage
-from justforward.skeleton import Counts, Plan, build, count, read_plan, stand_in
+from justforward.rehearse import METHODS, Method, Settings, Stage
+from justforward.skeleton import (
+    FAILS,
+    Counts,
+    Plan,
+    build,
+    check_sizes,
+    count,
+    read_plan,
+    stand_in,
+)
 from justforward.stored import FORMATS, SLICE
 
 
@@ -125,13 +134,16 @@ def plan(
         limits: find out the largest batch and length too, which takes four times as long.
 
     Raises:
-        UserError: there is no such model, or a length that it does not have.
+        UserError: there is no such model, a length that it does not have, or a quantisation that train refuses too, or
+            whose sizes are not known here.
     """
     what = read_plan(model) if isinstance(model, str) else model
     if what.context is not None and length > what.context:
         raise UserError(
             f"--length is {length}: {what.name} has a context of {what.context} tokens: give at most that"
         )
+    if quantize is not None:
+        _check_quantised(what, quantize, dtype)
     device = device or device_of(dtype=FORMATS[dtype])
     whole = build(what, FORMATS[dtype])
     parameters = count(whole)
@@ -154,6 +166,7 @@ def plan(
         reason = (
             f"a {what.config.model_type} model cannot be run without its weights ({_short(error)})"
         )
+        check_sizes(what)
         other = stand_in(what, reason)
         what = replace(what, assumed=other.assumed)
         stage = Stage(replace(settings, stand_in=other))
@@ -175,6 +188,23 @@ def plan(
     )
     found.advice.extend(_advice(found))
     return found
+
+
+def _check_quantised(what: Plan, quantize: str, dtype: str) -> None:
+    """What `load_model` and `train` refuse, and a .gguf's own forms, whose sizes are in its tensors and nowhere else."""
+    if dtype != "float32":
+        raise UserError(
+            f"--dtype is {dtype!r}: what --quantize leaves as it is stays float32: leave it out"
+        )
+    if what.kind == "seq2seq":
+        raise UserError(
+            f"--quantize is {quantize!r}: {what.name} is an encoder-decoder, whose layers are not quantised: leave it out"
+        )
+    if quantize == "gguf":
+        raise UserError(
+            f"--quantize is 'gguf': it keeps the matrices of a .gguf as they are stored, and what {what.name} stores is not read "
+            "here: take the size of the .gguf for the weights, or plan with int8"
+        )
 
 
 def _short(error: BaseException) -> str:

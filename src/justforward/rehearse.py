@@ -36,8 +36,6 @@ from justforward.skeleton import Plan, build, held_bytes, round_maps
 from justforward.stored import HALVES, make_stored
 from justforward.tuners import attach
 
-# What a model that cannot be run without values raises on the meta device.
-FAILS = (RuntimeError, NotImplementedError, ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError, ArithmeticError)  # fmt: skip
 Way = Literal["evaluation", "weight", "activation", "adamw", "sgd"]
 Batch = dict[str, Tensor]
 CHOICES = 2  # label words that an answer is scored among

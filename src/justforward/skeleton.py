@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ _CALLED = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"),
     "tie_word_embeddings": ("tie_word_embeddings",),
 }  # fmt: skip
+# What transformers and torch raise of a model that cannot be made of its configuration, or be run without values.
+FAILS = (RuntimeError, NotImplementedError, ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError, ArithmeticError)  # fmt: skip
 _NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 
@@ -64,11 +67,13 @@ class Plan:
     kind: Kind
     assumed: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def context(self) -> int | None:
         """The most tokens that a text may have, if the configuration bounds them."""
         found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return found if isinstance(found, int) and found > 0 else None
+        if not isinstance(found, int) or found < 1:
+            return None
+        return found - (_skipped(self) if self.kind == "masked" else 0)
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,8 @@ def read_plan(src: str) -> Plan:
             ("opt-13b"), where there is no folder of that name.
 
     Raises:
-        UserError: there is no such model, it is no language model, or its architecture is not known and its
-            configuration does not say the sizes that a stand-in needs.
+        UserError: there is no such model, it is no language model, its configuration contradicts itself, or its
+            architecture is not known and its configuration does not say the sizes that a stand-in needs.
     """
     path = Path(src).expanduser()
     if src.lower() in OPT and not path.exists():
@@ -112,6 +117,13 @@ def read_plan(src: str) -> Plan:
         return Plan(src, config, "causal")
     file = path / "config.json" if path.is_dir() else path
     raw = _raw(file) if file.suffix == ".json" and file.is_file() else None
+    for key, kind, wanted in (("model_type", str, "a name"), ("architectures", list, "names")):
+        value = None if raw is None else raw.get(key)
+        inner = value if isinstance(value, list) else []
+        if value is not None and not (
+            isinstance(value, kind) and all(isinstance(x, str) for x in inner)
+        ):
+            raise UserError(f"{file}: {key} is {value!r}, not {wanted}: copy it again")
     if raw is not None and not _known(raw.get("model_type")):
         found = _stand_in(
             src, raw, f"model type {raw.get('model_type')!r} is not known to transformers"
@@ -120,7 +132,44 @@ def read_plan(src: str) -> Plan:
         return replace(found, assumed=(said,))
     where = str(path.parent) if path.name == "config.json" and path.is_file() else src
     config = config_of(where)
-    return Plan(src, config, kind_of(src, config))
+    found = Plan(src, config, kind_of(src, config))
+    check_sizes(found, vocabulary=True)
+    return found
+
+
+def check_sizes(plan: Plan, vocabulary: bool = False) -> None:
+    """Refuse a configuration whose sizes contradict each other; asked where a model cannot be made or run.
+
+    Args:
+        plan: the model.
+        vocabulary: look at whether there is one alone: the rest may be meant otherwise by an architecture that runs.
+
+    Raises:
+        UserError: naming file, key and value.
+    """
+    config = plan.config.get_text_config()
+    path = Path(plan.name).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+
+    def size(key: str) -> int | None:
+        value = getattr(config, key, None)
+        return value if isinstance(value, int) else None
+
+    tokens, padding = size("vocab_size"), size("pad_token_id")
+    heads, groups = size("num_attention_heads"), size("num_key_value_heads")
+    hint = "copy it again from where it came"
+    if tokens is not None and tokens < 1:
+        raise UserError(f"{file}: vocab_size is {tokens}: a model has one token at least: {hint}")
+    if vocabulary:
+        return
+    if tokens is not None and padding is not None and padding >= tokens:
+        raise UserError(
+            f"{file}: pad_token_id is {padding}, and there are {tokens} tokens (vocab_size), from 0: {hint}"
+        )
+    if heads and groups and (groups < 0 or heads % groups):
+        raise UserError(
+            f"{file}: num_key_value_heads is {groups}, which does not divide num_attention_heads, {heads}: {hint}"
+        )
 
 
 def opt_config(name: str) -> PretrainedConfig:
@@ -214,7 +263,8 @@ def build(plan: Plan, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: Any = auto_class(plan.kind).from_config(plan.config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except FAILS as error:
+        check_sizes(plan)
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{plan.name}: no model can be made of its configuration: {said}"
@@ -233,6 +283,14 @@ def count(model: Any) -> Counts:
     own = 0 if tied or head is None else rest.pop(id(head)).numel()
     vectors = sum(p.numel() for p in rest.values() if p.dim() < 2)
     return Counts(embedding, own, tied, sum(p.numel() for p in rest.values()) - vectors, vectors)
+
+
+def _skipped(plan: Plan) -> int:
+    """Positions that no token has: those of RoBERTa and its kin begin behind the one of the padding."""
+    for name, module in build(plan, torch.float32).named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
 
 
 def held_bytes(model: nn.Module) -> int:

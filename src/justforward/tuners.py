@@ -179,7 +179,7 @@ def find_targets(model: PreTrainedModel, pattern: str | None) -> list[str]:
             which is the attention's queries and values wherever they are matrices of their own.
 
     Raises:
-        UserError: it finds none, or a head that is tied to the embeddings.
+        UserError: it is no regular expression, finds none, or a head that is tied to the embeddings.
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
     from transformers.pytorch_utils import Conv1D
@@ -190,22 +190,20 @@ def find_targets(model: PreTrainedModel, pattern: str | None) -> list[str]:
     kind = str(model.config.model_type)
     if pattern is None:
         names = KNOWN.get(kind, USUAL_TARGETS)
-        found = [
-            name
-            for name in maps
-            if (
-                re.fullmatch(names, name)
-                if isinstance(names, str)
-                else name.split(".")[-1] in names
-            )
-        ]
+        if isinstance(names, str):
+            found = [name for name in maps if re.fullmatch(names, name)]
+        else:
+            found = [name for name in maps if name.split(".")[-1] in names]
         if not found:
             raise UserError(
                 f"--tuner is 'lora': no default targets are known for model type {kind!r}: "
                 f"name its attention's maps with --lora-targets (there are {_some(maps)})"
             )
         return found
-    found = [name for name in maps if re.search(pattern, name)]
+    try:
+        found = [name for name in maps if re.search(pattern, name)]
+    except re.error as error:
+        raise UserError(f"--lora-targets is {pattern!r}: no regular expression: {error}") from error
     if not found:
         raise UserError(
             f"--lora-targets is {pattern!r}: it finds none of the {len(maps)} linear maps, such as {_some(maps)}"
@@ -332,7 +330,8 @@ def real_activations(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Te
 
 def _cache_of(model: PreTrainedModel, tokens: Tensor) -> Any:
     if _task_type(model) is not None:
-        return model(input_ids=tokens, use_cache=True).past_key_values
+        output = model(input_ids=tokens, use_cache=True)
+        return getattr(output, "past_key_values", None)  # Mamba and RWKV hand out none
     from transformers import DynamicCache
 
     cache = DynamicCache()  # a masked model hands none out, and some fill one that they are given
