@@ -25,6 +25,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 import justforward as jf
 from conftest import make_model
 from justforward.errors import NonFiniteLoss, UserError
+from justforward.stored import as_stored
 from justforward.trainer import (
     MeZOConfig,
     MeZOSeq2SeqConfig,
@@ -289,6 +290,19 @@ def test_resumed_from_a_checkpoint_it_has_the_bits_of_an_undisturbed_run(
 
 def test_the_same_with_weights_of_16_bits(tmp_path: Path) -> None:
     check_resume(tmp_path, lambda: make_model("llama").to(torch.bfloat16), {})
+
+
+def test_a_model_of_16_bits_is_saved_as_one(tmp_path: Path) -> None:
+    """By hand, too, and a copy of it."""
+    trainer = make_trainer(make_model("llama").to(torch.bfloat16), tmp_path / "run")
+    trainer.train()
+    for name, model in (("it", trainer.model), ("copy", copy.deepcopy(trainer.model))):
+        model.save_pretrained(tmp_path / name)
+        loaded = type(model).from_pretrained(tmp_path / name)
+        assert loaded.dtype == torch.bfloat16
+        with as_stored(trainer.model):
+            pairs_of = zip(loaded.parameters(), trainer.model.parameters(), strict=True)
+            assert all(torch.equal(mine, theirs) for mine, theirs in pairs_of)
 
 
 def test_the_same_with_an_adapter(tmp_path: Path) -> None:
@@ -1026,6 +1040,18 @@ def test_what_is_pushed_to_a_hub_is_the_model_and_its_log(
     again = make_trainer(copy.deepcopy(base), tmp_path / "again", max_steps=6)
     again.train(resume_from_checkpoint=str(hub.folder / "last-checkpoint"))
     assert_replayed(base, again.model, tmp_path / "again", 6)
+
+
+def test_the_cache_of_the_device_is_emptied_as_often_as_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied: list[int] = []
+    monkeypatch.setattr(
+        "justforward.trainer.clear_device_cache", lambda: emptied.append(trainer.state.global_step)
+    )
+    trainer = make_trainer(make_model("gpt2"), tmp_path, torch_empty_cache_steps=2)
+    trainer.train()
+    assert emptied == [0, 2]
 
 
 class Filing(Trainer):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -216,6 +217,14 @@ def compute_model_wide(model: nn.Module) -> None:
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.dtype in HALVES:
                     setattr(module, name, buffer.float())
+            if callable(getattr(type(module), "save_pretrained", None)):
+                # transformers and peft write down a type that they ask the parameters for
+                module.save_pretrained = MethodType(_save_as_stored, module)  # type: ignore[assignment]
+
+
+def _save_as_stored(model: Any, *args: Any, **kwargs: Any) -> Any:
+    with as_stored(model):
+        return type(model).save_pretrained(model, *args, **kwargs)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -192,6 +193,9 @@ class MeZOTrainer(RowwiseTrainer):
             micro, self._micro = self._micro, []
             loss = self._take_step(model, micro)
             self._moved_at = self.state.global_step
+            every = self.args.torch_empty_cache_steps
+            if every is not None and self.state.global_step % every == 0:
+                clear_device_cache()
         return torch.tensor(loss, device=self.args.device)
 
     def _take_step(self, model: nn.Module, micro: MicroBatches) -> float:
