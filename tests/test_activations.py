@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import signal
-from collections import namedtuple
+from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 import justforward as jf
 from conftest import CONTEXT, MASKED, SEQ2SEQ, make_model, make_tokenizer, materialise
@@ -808,6 +809,19 @@ def test_batches_of_any_nesting_are_repeated() -> None:
     assert torch.equal(repeated["b"].first, torch.cat([y, y]))
     assert (repeated["b"].second, repeated["c"]) == (None, 3)
     assert repeat_rows(x, 1)[0] is x
+
+
+def test_a_batch_stays_what_it_is() -> None:
+    """A function may read attributes of a BatchEncoding."""
+    x = torch.arange(3)
+    for given_ in (BatchEncoding({"x": x}), OrderedDict(x=x), UserDict(x=x)):
+        repeated, rows = repeat_rows(given_, 2)
+        assert (type(repeated), rows) == (type(given_), 3)
+        assert torch.equal(repeated["x"], torch.cat([x, x]))
+        assert torch.equal(given_["x"], x)  # nothing of it was changed
+    model = nn.Linear(3, 1)
+    opt = jf.MeZO(model, estimator="activation")
+    opt.step(lambda b: model(b.x).mean(1), BatchEncoding({"x": torch.ones(4, 3)}))
 
 
 @pytest.mark.parametrize(

@@ -433,6 +433,9 @@ def test_what_it_says_of_itself_and_what_it_refuses() -> None:
     for said, do in refusals.items():
         with pytest.raises(UserError, match=f"is kept as Q8_0, frozen, and {said}: load the model without"), torch.no_grad():  # fmt: skip
             do()
+    for token in (40, -1):
+        with pytest.raises(UserError, match=f"an embedding of 40 rows is asked for row {token}: "):
+            nn.functional.embedding(torch.tensor([[3, token]]), p)
     p.requires_grad_(True)
     with pytest.raises(UserError, match="parameter weight is kept as Q8_0, which has no room for a step: freeze it"):  # fmt: skip
         jf.MeZO(module, lr=1e-3)

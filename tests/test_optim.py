@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -633,11 +634,15 @@ def test_state_carries_the_scales_of_moves_that_momentum_still_follows() -> None
     optimizer = MeZO(grouped(model, lr=0.002), model=model, **groups)
     train(optimizer, model, 3)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # from here on there is nothing but momentum
+        group["lr"] = 0.0
     copied = copy.deepcopy(model)
     other = MeZO(grouped(copied, lr=0.002), model=copied, **groups)
     other.load_state_dict(optimizer.state_dict())
     before = jf.fingerprint(model)
+    assert train(other, copied, 2) == train(optimizer, model, 2)
+    assert jf.fingerprint(copied) == jf.fingerprint(model) == before  # momentum has no rate either
+    for each in (optimizer, other):
+        each.param_groups[1]["lr"] = 0.02
     assert train(other, copied, 2) == train(optimizer, model, 2)
     assert jf.fingerprint(copied) == jf.fingerprint(model) != before
 
@@ -827,6 +832,75 @@ def test_a_log_that_cannot_be_made_is_refused(place: str, said: str, tmp_path: P
 # ------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16),
+    ],
+)
+def test_a_model_that_was_converted_since_is_named(
+    before: torch.dtype, after: torch.dtype, tmp_path: Path
+) -> None:
+    model = nn.Linear(4, 1).to(before)
+    optimizer = MeZO(model, lr=1e-3, log=tmp_path / "log")
+    step = optimizer.estimate(lambda: model(torch.ones(2, 4)).sum())
+    model.to(after)
+    said = f"parameter weight was {before} on cpu when the optimizer was made and is {after} on"
+    with pytest.raises(UserError, match=said):
+        optimizer.step(lambda: model(torch.ones(2, 4, dtype=after)).sum())
+    with pytest.raises(UserError, match=said):
+        optimizer.apply(step)
+    assert len(jf.read_log(tmp_path / "log").steps) == optimizer.steps == 0
+    optimizer.close()
+
+
+def test_no_group_is_added_to_an_optimizer() -> None:
+    model = classifier()
+    optimizer = MeZO(model.head, model=model)
+    with pytest.raises(UserError, match=r"add_param_group: .* make a new one of all groups"):
+        optimizer.add_param_group({"params": list(model.hidden.parameters())})
+    train(optimizer, model, 1)
+
+
+@pytest.mark.parametrize("rule", ["momentum(0.9, 3)", "sgd", "rms+adam(window=3)"])
+def test_a_rate_of_zero_moves_nothing(rule: str, tmp_path: Path) -> None:
+    """With momentum the steps of before would."""
+    base = classifier()
+    model = copy.deepcopy(base)
+    optimizer = MeZO(model, lr=0.1, rule=rule, log=tmp_path / "log")
+    train(optimizer, model, 2)
+    before = jf.fingerprint(model)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, model, 2)
+    assert jf.fingerprint(model) == before
+    optimizer.param_groups[0]["lr"] = 0.1
+    train(optimizer, model, 2)
+    assert jf.fingerprint(model) != before
+    optimizer.close()
+    assert jf.replay(base, tmp_path / "log") == 6
+    assert jf.fingerprint(base) == jf.fingerprint(model)
+
+
+def test_numbers_may_be_those_of_numpy(tmp_path: Path) -> None:
+    found = []
+    for number, whole in ((float, int), (np.float64, np.int64)):
+        model = classifier()
+        optimizer = MeZO(
+            model, lr=number(0.5), eps=number(0.25), weight_decay=number(0.125), seed=whole(3),
+            num_samples=whole(2), log=tmp_path / f"log-{whole.__name__}",
+        )  # fmt: skip
+        train(optimizer, model, 2)
+        optimizer.param_groups[0]["lr"] = np.float32(0.25)
+        train(optimizer, model, 1)
+        optimizer.close()
+        found.append(jf.fingerprint(model))
+    assert found[0] == found[1]
+    group = MeZO(classifier(), lr=np.float32(0.5), num_samples=lambda step: np.int32(1))
+    assert type(group.param_groups[0]["lr"]) is float
+
+
 def frozen() -> nn.Module:
     return classifier().requires_grad_(False)
 
@@ -871,7 +945,7 @@ REFUSALS: list[tuple[Callable[[], Any], dict[str, Any], str]] = [
     (lambda: [{"params": [WEIGHT], "eps": math.nan}], {}, "eps is nan"),
     (lambda: [nn.Parameter(torch.zeros(3).double())], {}, "param0 is torch.float64"),
     (lambda: classifier().double(), {}, "parameter norm.weight is torch.float64"),
-    (lambda: nn.Linear(2, 2, device="meta"), {}, "parameter weight is on the meta device"),
+    (lambda: nn.Linear(2, 2, device="meta"), {}, "parameter weight is on the meta device.*cpu_offload.*keep_on_disk"),
     (lambda: [nn.Parameter(torch.zeros(3, 2).T)], {}, "param0 is not contiguous"),
     (lambda: [nn.Parameter(torch.tensor([0.0, math.nan]))], {}, "param0 is nan at element 1"),
     (lambda: [WEIGHT], {"log": "never-made"}, "pass the model"),

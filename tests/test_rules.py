@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
@@ -183,6 +184,34 @@ def test_moments_are_read_and_spelled_out(
     assert rules.parse(chain.spec) == chain
     assert chain.moments == (moments and rules.Adam(*moments))
     assert chain.state_size == spelled.count("rms(")
+
+
+NUMBERS = {
+    "beta": st.floats(0.0, 0.9999),
+    "beta1": st.floats(0.0, 0.999999),
+    "beta2": st.floats(0.0, 0.999999),
+    "eps": st.floats(1e-30, 1e30),
+    "limit": st.floats(min_value=0.0, exclude_min=True, allow_infinity=False),
+    "window": st.integers(1, 1000),
+}
+
+
+@given(data=st.data(), last=st.sampled_from(["", "momentum", "adam", "rmsprop"]))
+def test_what_is_spelled_out_is_read_again(data: st.DataObject, last: str) -> None:
+    names = data.draw(st.lists(st.sampled_from(["sgd", "rms", "sign", "spread", "clip"]), min_size=1, max_size=3))  # fmt: skip
+    texts = []
+    for name in [*names, last][: len(names) + bool(last)]:
+        keys = [field.name for field in fields(rules.KINDS[name])]
+        parts = [f"{key}={data.draw(NUMBERS[key])!r}" for key in keys]
+        texts.append(f"{name}({', '.join(parts)})" if parts else name)
+    chain = rules.parse("+".join(texts))
+    assert chain.spec == "+".join(texts)
+    assert rules.parse(chain.spec) == chain
+
+
+@pytest.mark.parametrize("spec", ["clip(1e+3)", "sgd+clip( 1e+3 )", "adam(eps=1e+16)", "clip(1e+16)+momentum"])  # fmt: skip
+def test_exponents_have_signs(spec: str) -> None:
+    assert len(rules.parse(spec).spec) > len(spec) - 4
 
 
 @pytest.mark.parametrize(

@@ -460,12 +460,31 @@ def test_what_a_parameter_says_and_does() -> None:
         lambda: w.add_(1.0),
         lambda: w.__setitem__(0, 1.0),
         lambda: nn.init.ones_(w),
+        lambda: torch.add(torch.ones(2, 3), 1.0, out=w),
+        lambda: torch._foreach_add_([linear.bias, w], 1.0),
     ):
         with pytest.raises(
             UserError, match=r"stored as torch.bfloat16 is written by .* write to its .data"
         ):
             write()
     before = w.detach().clone()
+    for write in (
+        w[0].zero_,
+        lambda: w.view(-1).add_(1.0),
+        lambda: w.T[0].__setitem__(0, 1.0),
+        lambda: w.unbind()[1].mul_(2.0),
+        lambda: torch.add(torch.ones(3), 1.0, out=w[0]),
+    ):
+        with pytest.raises(UserError, match=r"a part .* is written by .*write to the .* .data"):
+            write()
+    assert torch.equal(w.detach(), before)
+    # what is no part of it is nobody else's
+    for own in (w + 0, w[0] + 0, w[[0, 1]], w.float(), w.view(-1).clone(), w[0].tolist()):
+        assert type(own) in (Tensor, list)
+    w[torch.tensor([0, 1])].add_(1.0)
+    part = pickle.loads(pickle.dumps(w.view(-1)))  # noqa: S301 - our own
+    assert type(part) is Tensor
+    assert torch.equal(part, w.detach().float().view(-1))
     w.data.add_(1.0)
     assert torch.equal(w.detach(), before + 1.0)
     again = copy.deepcopy(linear)
@@ -476,6 +495,18 @@ def test_what_a_parameter_says_and_does() -> None:
     assert (type(back), back.dtype) == (nn.Parameter, torch.bfloat16)
     assert linear.state_dict()["weight"].dtype == torch.bfloat16
     assert linear.float().weight.detach().dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["gaussian", "rank1"])
+@pytest.mark.parametrize("token", [16, 1000, -1])
+def test_a_token_that_the_table_has_no_row_for_is_named(token: int, family: str) -> None:
+    """A look made rows of whatever lies beside the table."""
+    table = nn.Embedding(16, 8).bfloat16()
+    opt = jf.MeZO(table, family=family)
+    assert opt.step(lambda: table(torch.empty(2, 0, dtype=torch.long)).sum()) == 0.0
+    with pytest.raises(UserError, match=rf"of 16 rows is asked for row {token}: .* from 0 to 15"):
+        opt.step(lambda: table(torch.tensor([[0, token, 15]])).square().mean())
+    assert opt.step(lambda: table(torch.tensor([[0, 15]])).square().mean()) > 0.0
 
 
 def test_max_norm_is_refused_by_name() -> None:

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from justforward.batches import change_rows as change_rows
+from justforward.batches import repeat_rows as repeat_rows
 from justforward.directions import Weights
 from justforward.errors import UserError
 from justforward.stored import addmm, embedding, linear, matmul, values
@@ -443,57 +445,3 @@ def among(first: int, last: int, rows: int) -> Iterator[None]:
         _under_way.pop()
         for tensor in tensors:
             tensor._jf_look = whole  # type: ignore[attr-defined]
-
-
-def repeat_rows(batch: Any, times: int) -> tuple[Any, int]:
-    """The batch concatenated with itself along the first axis of every tensor, and its number of rows.
-
-    Args:
-        batch: tensors nested in dicts, lists, tuples; other leaves are passed on as they are.
-        times: how often.
-
-    Raises:
-        UserError: no tensor, or tensors whose first axes differ.
-    """
-
-    def repeat(x: Tensor) -> Tensor:
-        return x.repeat(times, *([1] * (x.dim() - 1))) if times > 1 else x
-
-    return change_rows(batch, repeat)
-
-
-def change_rows(batch: Any, change: Callable[[Tensor], Tensor]) -> tuple[Any, int]:
-    """The batch with every tensor changed, and the number of rows that all of them had.
-
-    Args:
-        batch: tensors nested in dicts, lists, tuples; other leaves are passed on as they are.
-        change: what becomes of a tensor, rows first.
-
-    Raises:
-        UserError: no tensor, or tensors whose first axes differ.
-    """
-    rows: set[int] = set()
-
-    def changed(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            if x.dim() == 0:
-                raise UserError(
-                    "the batch has a tensor without rows (0-d): move it into the closure"
-                )
-            rows.add(x.shape[0])
-            return change(x)
-        if isinstance(x, dict) or hasattr(x, "keys"):
-            return {key: changed(x[key]) for key in x.keys()}  # noqa: SIM118 - BatchEncoding iterates otherwise
-        if isinstance(x, tuple) and hasattr(x, "_fields"):
-            return type(x)(*(changed(y) for y in x))
-        if isinstance(x, (list, tuple)):
-            return type(x)(changed(y) for y in x)
-        return x
-
-    result = changed(batch)
-    if len(rows) != 1:
-        raise UserError(
-            "every tensor of the batch must have one row an example; first axes are "
-            f"{sorted(rows) or 'none: the batch has no tensors'}"
-        )
-    return result, rows.pop()

@@ -26,7 +26,7 @@ from justforward.moves import Move, parts_of
 from justforward.noise import spec
 from justforward.pool import deal, share, together
 from justforward.stored import compute_wide, is_half, raw, settle, stored_dtype
-from justforward.trainable import check_apart, check_finite, check_trainable
+from justforward.trainable import check_apart, check_finite, check_formats, check_trainable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -120,8 +120,7 @@ class Weights:
         self.family = family
         self.places = [Place(i, 0, t.dim() >= 2) for i, (_, t) in enumerate(tensors)] if places is None else places  # fmt: skip
         self.floors = [grid_floor(e, family) for e in eps]
-        for name, tensor in tensors:
-            check_trainable(name, tensor)
+        self.formats = [check_trainable(name, tensor) for name, tensor in tensors]
         check_apart(self.names, self.tensors)
         self.halves = [is_half(tensor) for tensor in self.tensors]
         compute_wide([t for t, half in zip(self.tensors, self.halves, strict=True) if half])  # type: ignore[misc]
@@ -350,6 +349,10 @@ class Weights:
                 f"parameter {self.names[i]} has reached {torch.finfo(kind).max:g}, the largest number of {kind}, and was held "
                 "there, by a step that is taken otherwise and stands: lower lr and go on, or tune it in bfloat16 or float32"
             )
+
+    def check_formats(self) -> None:
+        """Raise UserError where a tensor has been converted or moved since."""
+        check_formats(self.names, self.tensors, self.formats)
 
     def decays_of(self, i: int, decays: NDArray[np.float32]) -> NDArray[np.float32]:
         """Weight decay leaves biases and norm scales (tensors of fewer than two dimensions) alone."""

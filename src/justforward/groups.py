@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ ESTIMATORS = ("weight", "activation")
 
 def check_seed(seed: int) -> int:
     """The seed, if it is one; else UserError."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
         raise UserError(f"seed is {seed!r}: it must be a whole number, at least 0 and below 2^64")
-    return seed
+    return int(seed)
 
 
 def parameter_groups(
@@ -73,7 +74,7 @@ def parameter_groups(
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Refuse a group whose lr, eps or weight_decay is out of range.
+    """Refuse a group whose lr, eps or weight_decay is out of range; numbers of other kinds (numpy's) become Python's.
 
     Raises:
         UserError: naming the value and what it may be.
@@ -85,9 +86,11 @@ def check_group(group: dict[str, Any]) -> None:
         ("weight_decay", -1e-300, math.inf, "finite and at least 0"),
     ):
         value = group[key]
-        good = isinstance(value, (int, float, Tensor)) and low < value <= high
-        if not good or math.isinf(value):
+        number = float(value) if isinstance(value, (Real, Tensor)) else math.nan
+        if not low < number <= high or math.isinf(number):
             raise UserError(f"{key} is {value!r}: it must be {allowed}")
+        if not isinstance(value, (int, float, Tensor)):
+            group[key] = number
 
 
 def check_state(own: Any, kind: dict[str, Any], exponents: Sequence[Tensor]) -> dict[str, Any]:

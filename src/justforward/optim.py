@@ -137,8 +137,6 @@ class MeZO(Optimizer):
         for group in self.param_groups:
             check_group(group)
         tensors = [p for group in self.param_groups for p in group["params"]]
-        if not tensors:
-            raise UserError("there is nothing to tune: no parameter has requires_grad")
         owners = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
         self._longest = [group["eps"] for group in self.param_groups]
         flat = [name for called in names for name in called]
@@ -154,9 +152,8 @@ class MeZO(Optimizer):
                 seed=self.seed,
                 family=self.family,
                 eps=self._longest,
-                rule=self.rule.spec,
+                rule=self.rule,
                 rule_state=memory,
-                momentum=(last.beta, last.window) if (last := self.rule.momentum) else (0.0, 1),
                 settings=self._settings(),
             )
             header, old = begin(self.model, named, log, resume, of)
@@ -181,6 +178,15 @@ class MeZO(Optimizer):
             self._continue(old)
         elif log is not None and self.weights.writes:
             self._writer = Writer.create(log, header)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """For torch's own constructor; raises UserError once the optimizer is made."""
+        if hasattr(self, "weights"):
+            raise UserError(
+                "add_param_group: noise, grids and log are those of the parameters that the optimizer was made with: make a new "
+                "one of all groups (blocks=Blocks(...) moves one part at a time)"
+            )
+        super().add_param_group(param_group)
 
     def _settings(self) -> dict[str, Any]:
         parts = {"modified": self.modified, "blocks": self.blocks, "private": self.private}
@@ -333,9 +339,8 @@ class MeZO(Optimizer):
         self, closure: Any, batch: Any, shield: Shield, keep_back: bool
     ) -> tuple[Step, list[float] | None, Draws | None]:
         if self.weights.sharded:
-            rates = [
-                [group[key] for key in ("lr", "eps", "weight_decay")] for group in self.param_groups
-            ]
+            keys = ("lr", "eps", "weight_decay")
+            rates = [[float(group[key]) for key in keys] for group in self.param_groups]
             self.weights.same({"steps": self.steps, "lr, eps or weight_decay": rates})
         else:
             warn_alone()
@@ -366,6 +371,7 @@ class MeZO(Optimizer):
             raise
 
     def _site(self, shield: Shield) -> Site:
+        self.weights.check_formats()
         before = self._rule_state[-1] if self.looks == "one-point" and self.steps else None
 
         def seed_of(lane: int) -> int:
@@ -409,6 +415,7 @@ class MeZO(Optimizer):
         if step.index != self.steps:
             raise UserError(f"step {step.index} cannot be applied: the next step is {self.steps}")
         self._course.check(step)
+        self.weights.check_formats()
         if self._writer is not None:
             self._writer.append(step)
         self._course.apply(self.weights, [step], back, draws)
@@ -449,17 +456,13 @@ class MeZO(Optimizer):
             self._scales, self._norms = steps[-1].scales, steps[-1].norms
 
     def close(self) -> None:
-        """Seal and close the log; raises UserError where the last step held a weight back, in a file, and nobody has said so."""
+        """Seal and close the log; raises UserError where a step that waited for its weights has held one back."""
         if self._writer is not None:
             self._writer.close()
         self.weights.check_held(wait=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with what this optimizer keeps: a few scalars and the grids (a byte for 1,024 weights).
-
-        Raises:
-            UserError: once, where a step that had waited held a weight back.
-        """
+        """torch's, with what this optimizer keeps: a few scalars and the grids (a byte for 1,024 weights); raises as `close`."""
         self.weights.settle()
         self.weights.check_held()
         return {

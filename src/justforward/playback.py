@@ -18,10 +18,10 @@ from justforward.course import Course
 from justforward.directions import FAMILIES, Weights
 from justforward.errors import UserError
 from justforward.moments import Moments, compile_kernels, course_of
-from justforward.rules import parse
+from justforward.rules import Chain, parse
 from justforward.shards import check_sharded, weights_of
 from justforward.stored import compute_model_wide, packed_in, plain, stored_dtype
-from justforward.trainable import in_shards
+from justforward.trainable import NOT_THERE, in_shards
 from justforward.trajectory import Log, Step, read_log
 
 
@@ -53,7 +53,7 @@ def fingerprint_of(named: Iterable[tuple[str, Tensor]]) -> str:
             continue
         seen[id(tensor)] = name
         if tensor.is_meta:
-            raise UserError(f"{name} is on the meta device and has no values: load it first")
+            raise UserError(f"{name} is on the meta device and has no values: {NOT_THERE}")
         for part in _slices(tensor.full_tensor() if in_shards(tensor) else tensor):  # type: ignore[attr-defined]
             digest.update(part)
     return digest.hexdigest()
@@ -150,9 +150,8 @@ def header_for(
     seed: int,
     family: str,
     eps: Sequence[float],
-    rule: str,
+    rule: Chain,
     rule_state: int,
-    momentum: tuple[float, int],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """All that a replay needs to know, and what resuming compares; but for the base (`begin`)."""
@@ -162,9 +161,9 @@ def header_for(
         "seed": seed,
         "family": family,
         "groups": [float(e) for e in eps],
-        "rule": rule,
+        "rule": rule.spec,
         "rule_state": rule_state,
-        "momentum": list(momentum),
+        "momentum": [last.beta, last.window] if (last := rule.momentum) else [0.0, 1],
         "settings": settings,
         "tensors": [
             [name, list(tensor.shape), str(stored_dtype(tensor)), group]

@@ -22,7 +22,7 @@ class Recipe:
         rates: per parameter group, the learning rate.
         decays: per parameter group, the weight decay, which the rate is multiplied with.
         shape: per parameter group, how far this step looks, in its eps, and how far it moves.
-        scales: of the step before, kept where nothing moves.
+        scales: of the step before, kept where no group has a rate; but with momentum, where past steps would move, they are 0.
         norms: what a modified estimate divides its looks by; () for the others.
     """
 
@@ -52,6 +52,8 @@ class Recipe:
             scales = tuple(
                 rounded(rate / lr * reach) for rate, reach in zip(self.rates, reaches, strict=True)
             )
+        elif self.rule.momentum is not None:
+            scales = (0.0,) * len(reaches)
         return Step(
             index=self.index,
             coefficients=tuple(rounded(factor * s / len(signal)) for s in signal),

@@ -239,7 +239,7 @@ def parse(spec: str) -> Chain:
     """
     rules: list[Rule] = []
     last: Rule | None = None
-    for part in str(spec).split("+"):
+    for part in re.split(r"\+(?![^()]*\))", str(spec)):  # not within parentheses: 1e+16
         match = re.fullmatch(r"\s*([A-Za-z0-9_]+)\s*(?:\((.*)\))?\s*", part)
         if match is None or match[1] not in KINDS:
             raise UserError(

@@ -25,7 +25,7 @@ from justforward.directions import Family, Place, Weights
 from justforward.errors import UserError
 from justforward.moves import Move
 from justforward.noise.spec import TILE
-from justforward.trainable import check_trainable, in_shards
+from justforward.trainable import check_trainable, formats_of, in_shards
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -194,6 +194,7 @@ class Shards(Weights):
         self.compiled, self.dtypes = True, self.inner.dtypes
         self.exponents, self.floors = self.inner.exponents, self.inner.floors
         self.halves = [False] * len(self.tensors)
+        self.formats = formats_of(self.tensors)
 
     def _pieces(self, name: str, tensor: Any) -> list[Piece]:
         part = tensor.to_local() if in_shards(tensor) else tensor

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from justforward.errors import UserError
+from justforward.lent import lend, written
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HALVES = (torch.bfloat16, torch.float16)
@@ -118,17 +119,18 @@ class Stored(nn.Parameter):
                         return pack(packed, args[0].shape)
                     settle(args[0])
                 return func(*args, **kwargs)
-            if isinstance(args[0] if args else None, Stored) and _writes(name):
-                refuse_packed(args[0], f"be written by {name}")
+            target = written(args, kwargs, name, Stored)
+            if target is not None:
+                refuse_packed(target, f"be written by {name}")
                 raise UserError(
-                    f"a parameter of {tuple(args[0].shape)} stored as {args[0].dtype} is written by {name}, which would "
+                    f"a parameter of {tuple(target.shape)} stored as {target.dtype} is written by {name}, which would "
                     "change a copy of it: write to its .data"
                 )
-            return func(*_wide(args), **_wide(kwargs))
-
-
-def _writes(name: str) -> bool:
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+            given = _wide(args)
+            made = [
+                new for new, old in zip(given[:1], args, strict=False) if isinstance(old, Stored)
+            ]
+            return lend(func(*given, **_wide(kwargs)), made)
 
 
 # Attributes that are not the same of what is stored.
@@ -421,7 +423,11 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """`F.embedding`: only the rows that are looked up are widened."""
+    """`F.embedding`: only the rows that are looked up are widened.
+
+    Raises:
+        UserError: a number has no row in the table, whose memory would be read beyond its ends; it has a max_norm.
+    """
     with _plain():
         if max_norm is not None:
             raise UserError(
@@ -437,7 +443,14 @@ def embedding(
         if packed is None and away is None:
             y = F.embedding(input, weight, padding_idx)
             return y if dtype is None else y.to(dtype)
-        used, place = torch.unique(input, return_inverse=True)
+        used, place = torch.unique(input, return_inverse=True)  # in order
+        for one in used[:: max(len(used) - 1, 1)].tolist():
+            if not 0 <= one < weight.shape[0]:
+                raise UserError(
+                    f"an embedding of {weight.shape[0]} rows is asked for row {one}: token ids go from 0 to {weight.shape[0] - 1}: "
+                    "is the tokenizer another model's, or has it got tokens that the model has no rows for "
+                    "(resize_token_embeddings)?"
+                )
         rows = torch.empty(len(used), weight.shape[1], dtype=dtype, device=weight.device)
         (away.rows if packed is None else packed.unpack)(used, rows)
         return F.embedding(place, rows)

@@ -12,17 +12,22 @@ from torch import Tensor, nn
 from justforward.errors import UserError
 from justforward.stored import HALVES, Stored, is_half, packed_in, plain, stored_dtype
 
+NOT_THERE = (
+    "load it first; where accelerate keeps it elsewhere (cpu_offload, disk_offload, device_map), keep it in memory, or in a "
+    "file by --offload FOLDER (justforward.ondisk.keep_on_disk)"
+)
+
 
 def in_shards(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor: of what it says it is this process may have a part."""
     return hasattr(tensor, "device_mesh")
 
 
-def check_trainable(name: str, tensor: Tensor) -> None:
-    """Raise UserError where a tensor cannot be moved exactly in place."""
+def check_trainable(name: str, tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    """Raise UserError where a tensor cannot be moved exactly in place; else what it is stored as, and where."""
     advice = "freeze it (requires_grad_(False))"
     if tensor.is_meta:
-        raise UserError(f"parameter {name} is on the meta device and has no values: load it first")
+        raise UserError(f"parameter {name} is on the meta device and has no values: {NOT_THERE}")
     packed = packed_in(tensor)
     if packed is not None:
         raise UserError(
@@ -44,6 +49,29 @@ def check_trainable(name: str, tensor: Tensor) -> None:
             f"{tensor.stride() if tensor.layout == torch.strided else tensor.layout}): "
             f"replace it by its .contiguous() copy or {advice}"
         )
+    return stored_dtype(tensor), tensor.device
+
+
+def formats_of(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, torch.device]]:
+    """What each tensor is stored as, and where."""
+    return [(stored_dtype(tensor), tensor.device) for tensor in tensors]
+
+
+def check_formats(
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    formats: Sequence[tuple[torch.dtype, torch.device]],
+) -> None:
+    """Raise UserError where a tensor is not as it was found: kernels and grids are made for what it was."""
+    now = formats_of(tensors)
+    if now == formats:
+        return
+    for name, there, here in zip(names, formats, now, strict=True):
+        if there != here:
+            raise UserError(
+                f"parameter {name} was {there[0]} on {there[1]} when the optimizer was made and is {here[0]} on {here[1]} now: "
+                "convert or move the model first, and make the optimizer after that"
+            )
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

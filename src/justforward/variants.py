@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 from justforward.errors import UserError
@@ -37,11 +38,12 @@ def sample_schedule(num_samples: int | Callable[[int], int]) -> Callable[[int], 
     """
     if callable(num_samples):
         return num_samples
-    if not isinstance(num_samples, int) or num_samples < 1:
+    if not isinstance(num_samples, Integral) or num_samples < 1:
         raise UserError(
             f"num_samples is {num_samples!r}: it must be a whole number, at least 1, or a function of the step"
         )
-    return lambda step: num_samples
+    count = int(num_samples)
+    return lambda step: count
 
 
 def sample_count(schedule: Callable[[int], int], step: int) -> int:
@@ -51,11 +53,11 @@ def sample_count(schedule: Callable[[int], int], step: int) -> int:
         UserError: the schedule gives no whole number of at least 1.
     """
     samples = schedule(step)
-    if not isinstance(samples, int) or samples < 1:
+    if not isinstance(samples, Integral) or samples < 1:
         raise UserError(
             f"num_samples gave {samples!r} at step {step}: it must be a whole number, at least 1"
         )
-    return samples
+    return int(samples)
 
 
 def linear_samples(first: int, last: int, steps: int) -> Callable[[int], int]:
