@@ -141,11 +141,12 @@ def test_where_a_run_starts_and_how_patient_it_is_unless_told() -> None:
     assert resolved(plain).eval_every is None  # likewise
     assert resolved(replace(plain, eval_every=7)).eval_every == 7
     given: tuple[dict[str, Any], ...] = (
-        {"tuner": "lora"}, {"tuner": "prefix"}, {"tuner": "prompt"}, {"tune": "mlp"},
+        {"tuner": "prefix"}, {"tuner": "prompt"}, {"tune": "mlp"}, {"tuner": "lora", "tune": "B"},
     )  # fmt: skip
     for options in given:
         assert resolved(replace(plain, **options)).start == "base", options
-    assert resolved(replace(plain, tuner="head")).start == "auto"
+    for tuner in ("head", "lora"):
+        assert resolved(replace(plain, tuner=tuner)).start == "auto"
 
 
 @pytest.mark.parametrize("start", ["probe", "deep"])
