@@ -9,6 +9,7 @@ import io
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from justforward import ondisk
 from justforward.config import TrainConfig
+from justforward.memory import in_memory
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -52,6 +55,15 @@ CORPUS = [
     "bad acting , bad music and a terrible story that was not very good",
     "Premise: the film was long. Question: was it short? Answer: yes no maybe\n",
 ] * 4
+
+
+@pytest.fixture(autouse=True, scope="session")
+def any_folder_will_do() -> Iterator[None]:
+    """Where the tests' folders are on a tmpfs, weights in a file are tested there."""
+    with pytest.MonkeyPatch.context() as patch:
+        if in_memory(tempfile.gettempdir()) is not None:
+            patch.setattr(ondisk, "in_memory", lambda folder: None)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,22 @@ def test_a_container_sees_its_own_group_at_the_top(system: Path) -> None:
     write(system / "proc/self/cgroup", "0::/not/here\n")
     write(system / "groups/memory.max", "2000000\n")
     assert memory.allowed() == 2000000
+
+
+def test_a_folder_in_memory_is_known(system: Path) -> None:
+    assert memory.in_memory(system) is None
+    root = Path(os.path.realpath(system))
+    inside = str(root / "a b").replace(" ", "\\040")
+    write(
+        system / "proc/self/mounts",
+        f"/dev/vda / ext4 rw 0 0\ntmpfs {inside} tmpfs rw 0 0\n"
+        f"none {root}/a ramfs rw 0 0\n/dev/vdb {root}/a/disk ext4 rw 0 0\n",
+    )
+    (root / "a/disk").mkdir(parents=True)
+    (root / "link").symlink_to(root / "a b")
+    for place, kind in (("a", "ramfs"), ("a b", "tmpfs"), ("a b/c", "tmpfs"), ("link", "tmpfs"),
+                        ("ab", None), ("a/disk", None), ("a/disk/x", None)):  # fmt: skip
+        assert memory.in_memory(root / place) == kind, place
 
 
 def test_what_is_free_is_what_the_limit_leaves(system: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import MASKED, make_model, make_tokenizer
 from justforward import cli, kept, models
@@ -98,7 +101,7 @@ def test_broken_folders(model_folder: Path, tmp_path: Path) -> None:
     (folder := copy("bad-config")).joinpath("config.json").write_text("{")
     refused(folder, "cannot load config.json: .*not a valid JSON")
     edit_config(folder := copy("unknown-type"), model_type="martian")
-    refused(folder, "cannot load config.json: .*martian")
+    refused(folder, "cannot load config.json: .*martian.*: pip install --upgrade transformers")
     edit_config(
         folder := copy("code"), model_type="martian", auto_map={"AutoConfig": "code.Config"}
     )
@@ -111,9 +114,11 @@ def test_broken_folders(model_folder: Path, tmp_path: Path) -> None:
     refused(folder, r"cannot load the weights \(safetensors\)")
     weights = (folder := copy("cut")) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    refused(folder, r"cannot load the weights .*copy the folder again")
+    refused(
+        folder, r"cannot load the weights .*model.safetensors is cut short.*copy the folder again"
+    )
     weights.write_bytes(b"junk")
-    refused(folder, r"cannot load the weights")
+    refused(folder, r"cannot load the weights .*model.safetensors is damaged: its header")
     (folder := copy("pickle")).joinpath("model.safetensors").rename(folder / "pytorch_model.bin")
     refused(folder, r"cannot load the weights")
     edit_config(folder := copy("deeper"), n_layer=3)
@@ -425,6 +430,57 @@ def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(not name.startswith(".") for name in os.listdir(tmp_path / "cache"))
     (folder / "other.gguf").write_bytes(b"x")
     refused(folder, "holds 2 .gguf files")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda raw: raw[: len(raw) // 2], r"is cut short: it has \d+ bytes of \d+"),
+        (lambda raw: b"", "is empty"),
+        (lambda raw: bytes(range(200)) * 9, "is damaged: its header cannot be read"),
+    ],
+)
+def test_the_file_of_many_that_is_damaged_is_named(
+    damage: Callable[[bytes], bytes], said: str, model_folder: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = load_model(model_folder)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path)
+    second = sorted(tmp_path.glob("*.safetensors"))[1]
+    (tmp_path / "another.safetensors").write_bytes(b"of nobody's concern")
+    load_model(tmp_path)
+    second.write_bytes(damage(second.read_bytes()))
+    refused(tmp_path, f"cannot load the weights .*{second.name} {said}: copy the folder again")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.float64, "")]
+)
+def test_numbers_of_8_bits_are_no_weights(
+    dtype: torch.dtype, name: str, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "changed"))
+    weights = load_file(folder / "model.safetensors")
+    key = max(weights, key=lambda key: weights[key].numel())
+    weights[key] = weights[key].to(dtype)
+    weights["of.nobody"] = torch.zeros(3, dtype=torch.int8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if not name:
+        load_model(folder)
+    else:
+        refused(
+            folder,
+            f"{re.escape(key)} is stored as {name}, and config.json has no quantization_config",
+        )
+
+
+def test_a_nan_is_not_called_too_large(model_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "changed"))
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[3] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="has a NaN: the checkpoint is damaged"):
+        load_model(folder, dtype="float16")
 
 
 def test_a_gguf_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

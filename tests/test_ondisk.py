@@ -279,6 +279,11 @@ def test_a_place_that_cannot_keep_them_is_named(
     ):
         keep_on_disk(model.parameters(), tmp_path / "nowhere")
 
+    with monkeypatch.context() as patch:
+        patch.setattr(ondisk, "in_memory", lambda folder: "tmpfs")
+        with pytest.raises(UserError, match=r"--offload is '.*on a tmpfs, which is memory itself"):
+            keep_on_disk(model.parameters(), tmp_path)
+
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -70,6 +70,7 @@ ROOMS = [
     "blocks",
     "mapped",
     "kept",
+    "checkpoints",
     "models",
     "training_arguments",
     "loop",

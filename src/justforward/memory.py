@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
+import re
 from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
@@ -51,6 +53,19 @@ def _kilobytes(file: str, name: str) -> int | None:
         if key == name:
             return int(value.split()[0]) * 1024
     return None
+
+
+def in_memory(folder: str | Path) -> str | None:
+    """What a folder is on, if that is a file system of memory: "tmpfs" or "ramfs"; None elsewhere, and where the system does not say."""
+    table = PROCESSES / "self/mounts"
+    path, best, found = os.path.realpath(folder), "", ""
+    for line in table.read_text(errors="replace").splitlines() if table.is_file() else []:
+        _, where, kind, *_ = line.split(" ")
+        where = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), where)
+        inside = path == where or path.startswith(where.rstrip("/") + "/")
+        if inside and len(where) >= len(best):  # of two at one place the later one is seen
+            best, found = where, kind
+    return found if found in ("tmpfs", "ramfs") else None
 
 
 def mapped_files() -> list[tuple[int, int, str]]:

@@ -12,13 +12,13 @@ import hashlib
 import importlib.metadata
 import io
 import logging
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from justforward.checkpoints import check_range, check_stored, damage_named
 from justforward.errors import UserError
 from justforward.kept import cache_folder, whole_folder
 from justforward.mapped import build, check_header, read_header
@@ -182,7 +182,8 @@ def _load(
         if weights is not None:
             made: Any = weights(auto_class(kind), config)
             return made.eval(), tokenizer
-        with _one_line(name, "the weights (safetensors)", hint):
+        folder = Path(name) if local else None
+        with _one_line(name, "the weights (safetensors)", hint), damage_named(folder):
             loaded: Any = auto_class(kind).from_pretrained(
                 name,
                 config=config,
@@ -209,7 +210,9 @@ def _load(
     model.eval()
     if quantize is not None:
         settle(model, quantize, name)
-    _check_range(model, name, dtype)
+    if local:
+        check_stored(Path(name), info["unexpected_keys"])
+    check_range(model, name, dtype)
     compute_model_wide(model)
     return model, tokenizer
 
@@ -220,17 +223,6 @@ def _spell_key(entry: Any) -> str:
         return entry
     name, held, wanted = entry
     return f"{name} ({list(held)} where the model has {list(wanted)})"
-
-
-def _check_range(model: Any, name: str, dtype: str) -> None:
-    """Refuse weights that float16 has no numbers for; bfloat16 has float32's range."""
-    if dtype != "float16":
-        return
-    for place, p in model.named_parameters():
-        if p.numel() and not math.isfinite(torch.linalg.vector_norm(p.detach(), math.inf)):
-            raise UserError(
-                f"{name}: {place} has numbers beyond 65504, the largest of float16: use --dtype bfloat16"
-            )
 
 
 def auto_class(kind: Kind) -> Any:
@@ -335,6 +327,9 @@ def _one_line(name: str, part: str, hint: str) -> Iterator[None]:
                 f"{name}: needs Python code from the checkpoint, which is never run: "
                 "give a model that transformers knows itself"
             ) from error
+        if "does not recognize this architecture" in said:
+            said = said.split(". ")[0]
+            hint = "it may be newer than this transformers: pip install --upgrade transformers"
         if len(said) > 240:
             said = said[:237] + "..."
         raise UserError(

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from justforward.errors import UserError
-from justforward.memory import free, give_back, mapped_files
+from justforward.memory import free, give_back, in_memory, mapped_files
 from justforward.stored import make_stored, plain, settle
 
 _LINUX = sys.platform == "linux"
@@ -53,11 +53,16 @@ def keep_on_disk(tensors: Iterable[nn.Parameter], folder: str | Path) -> int:
         Bytes of the file.
 
     Raises:
-        UserError: the folder cannot be written, has no room, or is no place for mapped files.
+        UserError: the folder cannot be written, has no room, is on a file system of memory, or is no place for mapped files.
     """
     found = [p for p in dict.fromkeys(tensors) if p.numel() and p.device.type == "cpu"]
     if not found:
         return 0
+    kind = in_memory(folder)
+    if kind is not None:
+        raise UserError(
+            f"--offload is {str(folder)!r}: that is on a {kind}, which is memory itself: give a folder on a local disk"
+        )
     overlay = _Overlay(folder, [plain(p) for p in found])
     mapped = mapped_files()
     for place, p in enumerate(found):
