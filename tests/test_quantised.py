@@ -33,6 +33,7 @@ from justforward.quantised import LIBRARIES, is_quantised, quantised_maps
 from justforward.rebuild import evaluate, rebuild
 from justforward.run import train
 from justforward.settings import resolved
+from justforward.stream import dense_of
 from justforward.tasks import Task
 
 Result = dict[str, Any]
@@ -276,7 +277,7 @@ def settings(folder: Any, tmp_path: Path, sentiment_csv: Path, quantize: str) ->
             "model": folder(architecture), "data": str(sentiment_csv), "template": "{text} It was",
             "labels": {"neg": "great", "pos": "terrible"}, "out": str(tmp_path / "run"), "tuner": tuner,
             "max_forwards": 16, "eval_every": 8, "lr": 3e-2, "threads": 1, "lr_schedule": "constant",
-            "quantize": quantize, "keep": "last",
+            "quantize": quantize, "keep": "last", "start": "base",
         }  # fmt: skip
         return TrainConfig(**{**base, **values})
 
@@ -348,6 +349,19 @@ def test_it_learns(settings: Any) -> None:
     asked = settings("llama", "lora", max_forwards=160, lr_schedule="linear", lr=5e-2, keep="best")
     result = quiet(train, asked)
     assert result["loss"] < result["before_loss"] - 0.03
+
+
+def test_lora_starts_deep_on_it(settings: Any, quantize: str) -> None:
+    asked = settings("llama", "lora", start="deep", max_forwards=24, probe_rows=40)
+    result = quiet(train, asked)
+    folder = RunFolder(asked.out)
+    assert folder.read_config().start == "deep"
+    assert quiet(evaluate, EvalConfig(run=asked.out))["fingerprint"] == result["fingerprint"]
+    linear = load_model(asked.model, quantize=quantize)[0].get_submodule(
+        "model.layers.1.mlp.up_proj"
+    )
+    x = torch.randn(5, linear.in_features)
+    torch.testing.assert_close(x @ dense_of(linear).T, linear(x), atol=1e-4, rtol=1e-3)
 
 
 def test_a_part_of_it_on_a_masked_model(settings: Any) -> None:

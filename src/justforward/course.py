@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,29 +15,11 @@ from justforward.errors import UserError
 from justforward.moves import Move
 from justforward.trajectory import Step
 
-# 2^this is how many grid units a step goes at most: z, momentum's window and what moments divide by take less than the
-# 2^27 to where float32 ends.
-_MOST_UNITS = 100
-
 
 def directions_of(step: Step, seed: int) -> list[int]:
     """Seeds of a step's directions, in a run of this seed."""
     lanes = range(len(step.coefficients))
     return [noise.direction_seed(seed, step.index, lane) for lane in lanes]
-
-
-def check_reach(step: Step, weights: Weights) -> None:
-    """Refuse a step that float32 could not hold: its moves in units of the finest grid there may be, with room for sums of them.
-
-    Raises:
-        UserError: naming the step and how far it goes.
-    """
-    longest = 1.0 if step.rates else math.fsum(map(abs, step.coefficients))
-    for scale, floor in zip(step.rates or step.scales, weights.floors, strict=True):
-        if longest * abs(scale) > 2.0 ** (_MOST_UNITS + floor):
-            raise UserError(
-                f"step {step.index} would move weights by up to {longest * abs(scale):.3g} times z, which float32 cannot do: lower lr"
-            )
 
 
 @dataclass

@@ -25,7 +25,7 @@ from justforward.head import Inside, Started, fit_head, kept_head, own_head, put
 from justforward.models import inner_model
 from justforward.probe import Features, Probe, fit_probe, head_of, hidden_states, seen_at
 from justforward.prompts import eval_mode
-from justforward.stream import Norm, Stream, find_norm, find_stream, matrix_of, write, writing_too
+from justforward.stream import Norm, Stream, dense_of, find_norm, find_stream, write, writing_too
 from justforward.trunk import stack_of
 
 MOST_ROWS = 4000  # that a probe is fitted on: products of all pairs are kept
@@ -169,7 +169,7 @@ def loudness(stream: Stream, norm: Norm, seen: Features, heard: float = READ) ->
     read = torch.zeros(width, width)
     for maps, scale in stream.readers:
         for linear in maps:
-            weight = matrix_of(linear).float().cpu() * scale.cpu()
+            weight = dense_of(linear) * scale.cpu()
             read += weight.T @ weight / len(weight)
     total = held / held.trace() + heard * read / read.trace().clamp_min(1e-12)
     if norm.centred:  # the mean is taken off what is written there

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from justforward import noise, rules
-from justforward.course import check_reach
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
 from justforward.estimators import Draws, RowLooks, Site, look_weights, looking_mode
@@ -416,7 +415,6 @@ class MeZO(Optimizer):
         if step.index != self.steps:
             raise UserError(f"step {step.index} cannot be applied: the next step is {self.steps}")
         self._course.check(step)
-        check_reach(step, self.weights)
         self.weights.check_formats()
         if self._writer is not None:
             self._writer.append(step)

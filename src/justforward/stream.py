@@ -45,6 +45,15 @@ def matrix_of(linear: Any) -> Tensor:
     return weight.T if _is_transposed(linear) else weight
 
 
+def dense_of(linear: Any) -> Tensor:
+    """[out, in] float32 on the CPU, of a map whose matrix is kept in any way: of one that is not plain, what it makes of unit vectors."""
+    if type(linear.weight) is nn.Parameter and linear.weight.is_floating_point():
+        return matrix_of(linear).float().cpu()
+    units = torch.eye(_inputs(linear), device=linear.weight.device)
+    columns: Tensor = linear(units) - linear(torch.zeros_like(units[:1]))  # without the bias
+    return columns.T.float().cpu()
+
+
 def _is_transposed(linear: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
