@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from justforward import stored
-from justforward.directions import FAMILIES, Move, Weights
+from justforward.directions import FAMILIES, Move, Place, Weights
 from justforward.moments import Moments
 from justforward.noise import devices, plain, reference, spec
 from justforward.rules import Adam
@@ -438,6 +438,34 @@ def test_whole_runs_in_16_bits_end_at_the_cpu_s_bits(
         steps = [Step(i, (0.5, -2.0), scales=(1.0, 0.25), decays=(0.0, 0.5), rates=(0.015625, 0.5)) for i in range(2)]  # fmt: skip
         Moments(3, Adam(window=2)).apply(weights, steps)
         return [*seen, *(stored.plain(t) for t in weights.tensors), *weights.exponents]
+
+    assert same(run(DEVICE, False), run(torch.device("cpu"), True))
+
+
+@pytest.mark.parametrize("signs", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *stored.HALVES])
+def test_parts_of_weights_end_at_the_cpu_s_bits(
+    dtype: torch.dtype, signs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What processes have of a model in shards: tiles of the whole from some place on."""
+    monkeypatch.setattr(devices, "kernels", lambda _: gpu)
+    theta = (torch.randn(1500, generator=torch.Generator().manual_seed(0)) * 0.05).to(dtype)
+    move = Move(4, np.array([3, 2**63], np.uint64), f32([[1e-3, -2e-2]]), f32([1e-3]))
+
+    def run(device: torch.device, compiled: bool) -> list[Tensor]:
+        p = torch.nn.Parameter(theta.clone().to(device), False)
+        family = FAMILIES["rademacher" if signs else "gaussian"]
+        weights = Weights([("w", p)], [0], family, [1e-2], [Place(7, 2**21 + 5, True)])
+        weights.compiled = compiled
+        for away in weights._away.values():
+            away.kernels, away.compiled = weights.kernels(0), compiled
+        weights.look(1, [1e-2], 1.0)
+        looked = stored.plain(p).clone()
+        weights.look(1, [1e-2], -1.0)
+        weights.look(2**63, [1e-2], -1.0)
+        weights.update([move], back=[1e-2])
+        weights.update([move, move])
+        return [looked, stored.plain(p), *weights.exponents]
 
     assert same(run(DEVICE, False), run(torch.device("cpu"), True))
 

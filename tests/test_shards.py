@@ -20,8 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import justforward as jf
+from justforward.directions import FAMILIES, Place, Weights
+from justforward.moves import Move
+from justforward.noise import reference
 from justforward.noise.spec import TILE
 from justforward.shards import cut, pieces_of
+from justforward.stored import make_stored, plain
 from processes import together
 
 # ----------------------------------------------------------------------------------------- where parts are
@@ -133,8 +137,8 @@ class Net(nn.Module):
                 p.uniform_(-0.5, 0.5, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.second(torch.tanh(self.first(x))) * self.scale
-        return found
+        found: Tensor = self.second(torch.tanh(self.first(x.to(self.scale.dtype)))) * self.scale
+        return found.float()
 
 
 def batch(step: int, part: int, parts: int) -> tuple[Tensor, Tensor]:
@@ -144,7 +148,7 @@ def batch(step: int, part: int, parts: int) -> tuple[Tensor, Tensor]:
     return x, x.argmax(1)
 
 
-def sharded(kind: str, size: int) -> nn.Module:
+def sharded(kind: str, size: int, dtype: torch.dtype = torch.float32) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import (
@@ -153,7 +157,7 @@ def sharded(kind: str, size: int) -> nn.Module:
         parallelize_module,
     )
 
-    net, mesh = Net(), init_device_mesh("cpu", (size,))
+    net, mesh = Net().to(dtype), init_device_mesh("cpu", (size,))
     if kind == "fsdp":
         fully_shard(net.first, mesh=mesh)
         fully_shard(net.second, mesh=mesh)
@@ -168,11 +172,22 @@ OPTIONS = {"lr": 1e-2, "eps": 1e-2, "seed": 5, "weight_decay": 0.1}
 STEPS = 6
 
 
-def run(kind: str, log: Path, options: dict[str, Any]) -> tuple[str, list[float]]:
+def slow(weights: Any) -> None:
+    """Move them as those of another device."""
+    weights.compiled = weights.inner.compiled = False
+    for i, away in weights.inner._away.items():
+        away.kernels, away.compiled = weights.inner.kernels(i), False
+
+
+def run(
+    kind: str, log: Path, options: dict[str, Any], dtype: torch.dtype
+) -> tuple[str, list[float]]:
     """Some steps of each process, with rows of its own (fsdp) or all with the same (tp)."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    net = sharded(kind, size)
+    net = sharded(kind, size, dtype)
     opt = jf.MeZO(net, log=log, **{**OPTIONS, **options})
+    if rank == 1:
+        slow(opt.weights)  # any mixture of devices leaves the same bits
     losses = []
     for step in range(STEPS):
         x, y = batch(step, rank, size) if kind == "fsdp" else batch(step, 0, 1)
@@ -181,9 +196,14 @@ def run(kind: str, log: Path, options: dict[str, Any]) -> tuple[str, list[float]
     return jf.fingerprint(net), losses
 
 
-def whole(kind: str, log: Path, size: int, options: dict[str, Any]) -> str:
+def whole(
+    kind: str, log: Path, size: int, options: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> str:
     """The same by one process: the mean of the losses of the parts."""
-    net = Net()
+    net = Net().to(dtype)
+    if dtype != torch.float32:
+        for p in net.parameters():
+            make_stored(p, dtype)  # computed with in 16 bits, too, as parts are
     opt = jf.MeZO(net, log=log, **{**OPTIONS, **options})
     parts = size if kind == "fsdp" else 1
     for step in range(STEPS):
@@ -193,29 +213,35 @@ def whole(kind: str, log: Path, size: int, options: dict[str, Any]) -> str:
     return jf.fingerprint(net)
 
 
+FZOO = {"family": "rademacher", "num_samples": 2, "looks": "one-sided", "rule": "spread"}
+
+
 @pytest.mark.parametrize(
-    ("kind", "size", "options"),
+    ("kind", "size", "options", "dtype"),
     [
-        ("fsdp", 2, {"rule": "rms"}),
-        ("fsdp", 3, {"family": "rademacher", "num_samples": 2, "looks": "one-sided", "rule": "spread"}),
-        ("tp", 2, {"rule": "sgd+momentum(window=3)"}),
+        ("fsdp", 2, {"rule": "rms"}, torch.float32),
+        ("fsdp", 3, FZOO, torch.float32),
+        ("tp", 2, {"rule": "sgd+momentum(window=3)"}, torch.float32),
+        ("fsdp", 2, {"rule": "rms", "eps": 0.05}, torch.bfloat16),
+        ("fsdp", 3, FZOO, torch.float16),
+        ("tp", 2, {"rule": "rms", "eps": 0.05}, torch.bfloat16),
     ],
-    ids=["fsdp", "rademacher", "tp"],
-)  # fmt: skip
+    ids=["fsdp", "rademacher", "tp", "bfloat16", "float16", "tp-bfloat16"],
+)
 def test_steps_have_the_bits_of_the_whole_model(
-    tmp_path: Path, kind: str, size: int, options: dict[str, Any]
+    tmp_path: Path, kind: str, size: int, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     log = tmp_path / "run.jfl"
-    found = together(size, tmp_path, run, kind, log, options)
+    found = together(size, tmp_path, run, kind, log, options, dtype)
     assert all(one == found[0] for one in found)
     steps = jf.read_log(log).steps
     assert len(steps) == STEPS
     # the log is that of the whole model
-    net = Net()
+    net = Net().to(dtype)
     assert jf.replay(net, log) == STEPS
     assert jf.fingerprint(net) == found[0][0]
-    assert jf.fingerprint(net) != jf.fingerprint(Net())
-    alone = whole(kind, tmp_path / "alone.jfl", size, options)
+    assert jf.fingerprint(net) != jf.fingerprint(Net().to(dtype))
+    alone = whole(kind, tmp_path / "alone.jfl", size, options, dtype)
     if kind == "fsdp":  # a product that is cut in two and summed is rounded otherwise
         assert alone == found[0][0]
         assert jf.read_log(tmp_path / "alone.jfl").steps == steps
@@ -243,6 +269,74 @@ def test_a_run_goes_on_in_shards_and_is_replayed_there(tmp_path: Path) -> None:
     net = Net()
     assert jf.replay(net, log) == 2 * STEPS
     assert found == [[STEPS, 2 * STEPS, jf.fingerprint(net), jf.fingerprint(net)]] * 2
+
+
+def at_the_end(log: Path) -> list[Any]:
+    """A step that takes one process's part of float16 weights to the largest number."""
+    net = sharded("fsdp", 2, torch.float16)
+    with torch.no_grad():
+        if dist.get_rank() == 1:
+            net.get_parameter("first.weight").to_local().fill_(65504.0)  # type: ignore[attr-defined]
+    opt = jf.MeZO(net, log=log, **{**OPTIONS, "lr": 2.0, "weight_decay": 0.0})
+    rises = iter([1.0, 0.0])
+    said = ""
+    try:
+        opt.step(lambda: next(rises))
+    except jf.UserError as error:
+        said = str(error)
+    opt.close()
+    return [said, opt.steps, jf.fingerprint(net)]
+
+
+def test_a_part_that_reaches_the_largest_number_is_named_by_all(tmp_path: Path) -> None:
+    first, second = together(2, tmp_path, at_the_end, tmp_path / "run.jfl")
+    assert first == second
+    assert re.match(r"parameter first\.weight has reached 65504, the largest number of torch\.float16", first[0])  # fmt: skip
+    assert first[1] == len(jf.read_log(tmp_path / "run.jfl").steps) == 1
+
+
+@given(
+    first=st.integers(0, 3),
+    tiles=st.integers(1, 3),
+    short=st.integers(0, TILE - 1),
+    seed=st.integers(0, 2**63),
+    signs=st.booleans(),
+    compiled=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_a_part_moves_as_the_whole_does(
+    first: int, tiles: int, short: int, seed: int, signs: bool, compiled: bool, dtype: torch.dtype
+) -> None:
+    """Looks, steps from a look's end and several steps at once, by Numba's kernels and by plain torch's."""
+    size = (first + tiles) * TILE - short
+    theta = (reference.normal(seed, 9, 0, size) * 0.05).to(dtype)
+    seeds = np.array([seed, 5], np.uint64)
+    rates = np.full((1, 2), 1e-2, np.float32)
+    moves = [Move(s, seeds, rates, np.full(1, 1e-3, np.float32)) for s in range(2)]
+    found, looked = [], []
+    for start in (0, first):
+        part = nn.Parameter(theta[start * TILE :].clone(), requires_grad=False)
+        family = FAMILIES["rademacher" if signs else "gaussian"]
+        # no tensor is the whole one of a part: looks of 16 bits move these alike
+        weights = Weights([("w", part)], [0], family, [1e-2], [Place(0, start, True)])
+        weights.compiled = compiled
+        for away in weights._away.values():
+            away.kernels, away.compiled = weights.kernels(0), compiled
+        before = plain(part).clone()
+        weights.look(seed, [1e-2], 1.0)
+        weights.look(5, [1e-2], -1.0)
+        looked.append(plain(part)[(first - start) * TILE :].clone())
+        weights.look(5, [1e-2], 1.0)
+        weights.look(seed, [1e-2], -1.0)
+        assert torch.equal(plain(part), before)
+        weights.look(5, [1e-2], -1.0)
+        weights.update(moves[:1], back=[1e-2])
+        weights.update(moves)
+        found.append(plain(part)[(first - start) * TILE :])
+    assert torch.equal(*looked)
+    assert torch.equal(*found)
+    assert not torch.equal(looked[0], theta[first * TILE :])
+    assert not torch.equal(found[0], theta[first * TILE :])
 
 
 # ----------------------------------------------------------------------------------------------- refusals
@@ -307,7 +401,7 @@ SAID = [
     "look, Workers: of a model in shards",
     "look, Workers: of a model in shards",
     "the model is needed where weights are in shards",
-    r"parameter .* is torch\.float64 on cpu: parts are moved in float32 on the CPU so far",
+    r"parameter scale is torch\.float64: only float32, bfloat16 and float16 can be tuned",
     "the processes of a model in shards differ in lr, eps or weight_decay",
     "step 0: the loss is nan",
     "as before",

@@ -1,7 +1,8 @@
-"""Looks of weights that are stored in 16 bits: they are not moved, what is computed with is."""
+"""Looks of weights that are stored in 16 bits: they are not moved, what is computed with is. Parts of such weights are, and put back."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from justforward import pool
 from justforward.noise import spec
-from justforward.stored import plain
+from justforward.stored import SLICE, plain
 
 Factors = Callable[[Any], tuple[Any, Any]]
 _LEAST = 64 * spec.TILE  # elements: a thread's smallest share
@@ -30,7 +31,10 @@ class LookAway:
 
     Attributes:
         kernels, compiled: as given.
+        skip: how many tiles of the whole tensor come before it, where it is a part.
     """
+
+    skip = 0
 
     def __init__(
         self,
@@ -57,7 +61,7 @@ class LookAway:
 
     def values(self, first: int, last: int, out: Tensor) -> None:
         """Fill `out` [last - first] with elements first .. last: float32, or 16 bits, each rounded once."""
-        flat = plain(self._p).view(-1)
+        flat = self._base()
         if out.dtype != torch.float32 and (self.compiled or self._factors is not None):
             wide = torch.empty(last - first, device=out.device)
             self.values(first, last, wide)
@@ -69,14 +73,16 @@ class LookAway:
             self._add_outer(matrix, slice(first // columns, last // columns))
         elif self.compiled:
             bits, room = flat.view(torch.int16).numpy().view(np.uint16), out.numpy()
-            rest, widen = self._directions(), self._widen
+            rest, widen, skip = self._directions(), self._widen, self.skip * spec.TILE
+            bits = behind(bits, skip)
 
             def part(start: int, end: int) -> None:
-                widen(bits, room[start - first : end - first], start, end, *rest)
+                widen(bits, room[start - first : end - first], skip + start, skip + end, *rest)
 
             pool.share(part, first, last, _LEAST)
         else:
-            self._widen(flat, out, first, last, *self._directions())
+            skip = self.skip * spec.TILE
+            self._widen(flat, out, skip + first, skip + last, *self._directions(), skip=self.skip)
 
     def rows(self, which: Tensor, out: Tensor) -> None:
         """Fill `out` [R, columns] with rows `which` (int64 [R]) of a matrix; as `values`."""
@@ -91,6 +97,10 @@ class LookAway:
         else:
             flat = plain(self._p).view(-1)
             self.kernels.widen_rows(flat, out, which, *self._directions(), self._signs)
+
+    def _base(self) -> Tensor:
+        """What it goes out from, in order."""
+        return plain(self._p).view(-1)
 
     @property
     def _widen(self) -> Any:
@@ -108,3 +118,42 @@ class LookAway:
                 self._known[seed] = self._factors(np.array([seed], np.uint64))  # type: ignore[misc]
             a, b = (torch.as_tensor(part[0]) for part in self._known[seed])
             matrix.addr_(a[rows] * length, b)
+
+
+class LookHere(LookAway):
+    """Where a part of a tensor stands that others compute with as it is: a look moves it, each weight rounded once, and a copy is kept.
+
+    Args:
+        skip: as the attribute.
+    """
+
+    def __init__(self, *given: Any, skip: int) -> None:
+        super().__init__(*given)
+        self.skip = skip
+        self._kept: Tensor | None = None
+
+    def move(self, seed: int, length: float) -> None:
+        """See `LookAway.move`; back where it began, every bit is as it was."""
+        flat = plain(self._p).view(-1)
+        if self._kept is None:
+            self._kept = flat.clone()
+        super().move(seed, length)
+        if self._lengths:
+            for start in range(0, len(flat), SLICE):
+                end = min(start + SLICE, len(flat))
+                self.values(start, end, flat[start:end])
+        else:
+            flat.copy_(self._kept)
+            self._kept = None
+
+    def _base(self) -> Tensor:
+        return super()._base() if self._kept is None else self._kept
+
+
+def behind(array: Any, count: int) -> Any:
+    """The array of which this one is what comes after `count` numbers that are not there: nobody may ask for those."""
+    if not count:
+        return array
+    start = array.ctypes.data - count * array.itemsize
+    room = (ctypes.c_char * (array.nbytes + count * array.itemsize)).from_address(start)
+    return np.frombuffer(room, array.dtype)

@@ -7,7 +7,6 @@ depends on another, so which thread does which never changes a bit.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from justforward.away import LookAway
+from justforward.away import LookAway, LookHere, behind
 from justforward.errors import UserError
 from justforward.interrupts import Shield
 from justforward.moves import Move, parts_of
@@ -93,7 +92,7 @@ class Weights:
         groups: parameter group of each tensor.
         family: shape of the directions.
         eps: per group, the longest look there will be; sets the finest grid.
-        places: of tensors that are parts of weights (`shards`); CPU, dense directions and rules without moments only.
+        places: of tensors that are parts of weights (`shards`); dense directions and rules without moments only.
 
     Attributes:
         sharded: whether each process has parts of these alone (`shards`).
@@ -143,8 +142,11 @@ class Weights:
             if self.halves[i]:
                 factors = partial(self.factors, i) if self.is_outer(i) else None
                 kernels = self.kernels(i)
-                p: Any = self.tensors[i]
-                self._away[i] = LookAway(p, i, family.signs, factors, kernels, self.compiled)
+                place, signs = self.places[i], family.signs
+                given: Any = (self.tensors[i], place.stream, signs, factors, kernels, self.compiled)
+                self._away[i] = (
+                    LookAway(*given) if places is None else LookHere(*given, skip=place.first)
+                )
             else:
                 self.kernels(i).lay_grid(self._flat(i), self._grid(i), self.floors[group])
 
@@ -174,8 +176,10 @@ class Weights:
     def bind(self, i: int, kernel: Any, *rest: Any) -> Callable[[int, int], None]:
         """A kernel with tensor i, its grid and all the rest but the range of tiles: for `sweep`."""
         theta, grid, first = self._flat(i), self._grid(i), self.places[i].first
-        if first:  # kernels go by the whole tensor's tiles
-            theta, grid = _behind(theta, first * spec.TILE), _behind(grid, first)
+        if first and self.compiled:  # kernels go by the whole tensor's tiles
+            theta, grid = behind(theta, first * spec.TILE), behind(grid, first)
+        elif first:
+            kernel = partial(kernel, skip=first)
         return lambda low, high: kernel(theta, grid, first + low, first + high, *rest)
 
     def is_outer(self, i: int) -> bool:
@@ -447,13 +451,6 @@ class _Waiting:
 def grid_floor(eps: float, family: Family) -> int:
     """The finest grid exponent k on which a look of length eps stays within GRID_LOOK multiples of 2^k."""
     return max(math.ceil(math.log2(eps * family.largest / spec.GRID_LOOK)), -100)
-
-
-def _behind(array: Any, count: int) -> Any:
-    """The array of which this one is what comes after `count` numbers that are not there: nobody may ask for those."""
-    start = array.ctypes.data - count * array.itemsize
-    room = (ctypes.c_char * (array.nbytes + count * array.itemsize)).from_address(start)
-    return np.frombuffer(room, array.dtype)
 
 
 _compiled: set[tuple[Family, torch.dtype]] = set()

@@ -36,8 +36,7 @@ from justforward.private import Private, count_answers
 from justforward.recipe import Recipe
 from justforward.shards import check_sharded, weights_of
 from justforward.sights import Sight, check_places, see_rows, see_weights, warn_alone
-from justforward.stored import compute_model_wide
-from justforward.trainable import in_shards
+from justforward.stored import compute_model_wide, in_shards
 from justforward.trajectory import Log, Step, Writer
 from justforward.variants import (
     Blocks,

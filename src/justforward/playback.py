@@ -20,8 +20,8 @@ from justforward.errors import UserError
 from justforward.moments import Moments, compile_kernels, course_of
 from justforward.rules import Chain, parse
 from justforward.shards import check_sharded, weights_of
-from justforward.stored import compute_model_wide, packed_in, plain, stored_dtype
-from justforward.trainable import NOT_THERE, in_shards
+from justforward.stored import compute_model_wide, in_shards, packed_in, plain, stored_dtype
+from justforward.trainable import NOT_THERE
 from justforward.trajectory import Log, Step, read_log
 
 

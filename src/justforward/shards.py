@@ -5,6 +5,9 @@ moves the tiles that it has whole where they are; of a tile that a cut goes thro
 every other process with a part of it does, and takes its own part out. Nothing is sent for a move: a log that was written
 by a model in shards is that of the whole model.
 
+The modules of such a model compute with what FSDP or a DTensor makes of the parts, where nothing can be handed out in their
+place. So a look moves parts in 16 bits, too, each weight rounded once, and what they were is kept meanwhile (`away.LookHere`).
+
 What is sent is a loss: each process calls the closure, for whatever its model makes of it, and the step is taken along the mean.
 """
 
@@ -25,7 +28,8 @@ from justforward.directions import Family, Place, Weights
 from justforward.errors import UserError
 from justforward.moves import Move
 from justforward.noise.spec import TILE
-from justforward.trainable import check_trainable, formats_of, in_shards
+from justforward.stored import in_shards, is_half, plain
+from justforward.trainable import check_trainable, formats_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -150,7 +154,7 @@ class Shards(Weights):
         model: that they belong to, to put FSDP's modules back in parts before their weights move.
 
     Raises:
-        UserError: as `Weights`; parts of a kind that is not known, not in float32, or not on the CPU; directions of rank one.
+        UserError: as `Weights`; parts of a kind that is not known; directions of rank one.
     """
 
     sharded = True
@@ -186,26 +190,22 @@ class Shards(Weights):
         places, owners = [], []
         for i, (name, tensor) in enumerate(tensors):
             for piece in self._pieces(name, tensor):
-                named.append((name, piece.flat))
+                named.append((name, nn.Parameter(piece.flat, requires_grad=False)))
                 places.append(Place(i, piece.first, tensor.dim() >= 2))
                 owners.append(groups[i])
         self.inner = Weights(named, owners, family, eps, places)
         self._put_back()
-        self.compiled, self.dtypes = True, self.inner.dtypes
+        self.compiled, self.dtypes = self.inner.compiled, self.inner.dtypes
         self.exponents, self.floors = self.inner.exponents, self.inner.floors
-        self.halves = [False] * len(self.tensors)
+        self.halves = [is_half(tensor) for tensor in self.tensors]
         self.formats = formats_of(self.tensors)
+        self._held: list[int] = []
 
     def _pieces(self, name: str, tensor: Any) -> list[Piece]:
         part = tensor.to_local() if in_shards(tensor) else tensor
-        if part.device.type != "cpu" or part.dtype != torch.float32:
-            raise UserError(
-                f"parameter {name} is in a model in shards and is {part.dtype} on {part.device}: parts are moved in float32 on the "
-                "CPU so far"
-            )
-        check_trainable(name, part)
+        check_trainable(name, nn.Parameter(part, requires_grad=False))
         if not in_shards(tensor):
-            return [Piece(tensor.detach().view(-1), 0)]
+            return [Piece(plain(tensor).view(-1), 0)]
         try:
             pieces = pieces_of(tensor)
         except UserError as error:
@@ -253,6 +253,21 @@ class Shards(Weights):
         self._check_copies()
         self.inner.update(moves, back)
         self._put_back()
+        if any(self.halves):
+            self._held += self._all_held()
+
+    def _all_held(self) -> list[int]:
+        """Tensors of which any process has held weights back (a collective)."""
+        mine = [self.inner.places[i].stream for i in self.inner.held()]
+        flags = torch.zeros(len(self.tensors), dtype=torch.float64)
+        flags[torch.tensor(mine, dtype=torch.int64)] = 1.0
+        found: list[int] = self._gather(flags).amax(0).nonzero()[:, 0].tolist()
+        return found
+
+    def held(self, wait: bool = False) -> list[int]:
+        """See `Weights.held`; the same in all processes."""
+        found, self._held = sorted(set(self._held)), []
+        return found
 
     def settle(self) -> None:
         """Nothing waits."""
@@ -277,10 +292,12 @@ class Shards(Weights):
             )
 
     def _gather(self, mine: Tensor) -> Tensor:
-        """[processes, n] of [n]."""
+        """[processes, n] of [n], on the CPU."""
+        ways = dist.get_backend_config()  # as cpu:gloo,cuda:nccl
+        mine = mine.to("cpu" if "cpu:" in ways else ways.partition(":")[0])
         found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(found, mine)
-        return torch.stack(found)
+        return torch.stack(found).cpu()
 
 
 def check_sharded(estimator: str, moments: bool, variants: Sequence[Any]) -> None:

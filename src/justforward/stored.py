@@ -211,8 +211,18 @@ def settle(p: Tensor) -> None:
         due()
 
 
+def in_shards(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor: of what it says it is this process may have a part."""
+    return hasattr(tensor, "device_mesh")
+
+
 def compute_model_wide(model: nn.Module) -> None:
-    """`compute_wide` of all parameters; 16-bit buffers, which are small, become float32 where these compute so."""
+    """`compute_wide` of all parameters; 16-bit buffers, which are small, become float32 where these compute so.
+
+    A model in shards computes with what it has.
+    """
+    if any(map(in_shards, model.parameters())):
+        return
     compute_wide(list(model.parameters()))
     if any(type(p) is Stored and p.dtype == torch.float32 for p in model.parameters()):
         for module in model.modules():

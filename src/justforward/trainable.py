@@ -18,11 +18,6 @@ NOT_THERE = (
 )
 
 
-def in_shards(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor: of what it says it is this process may have a part."""
-    return hasattr(tensor, "device_mesh")
-
-
 def check_trainable(name: str, tensor: Tensor) -> tuple[torch.dtype, torch.device]:
     """Raise UserError where a tensor cannot be moved exactly in place; else what it is stored as, and where."""
     advice = "freeze it (requires_grad_(False))"

@@ -53,6 +53,7 @@ _FAMILY = [
 
 # ---------------------------------------------------------------------------------------------- kernels
 # Numbers that change from call to call are not to be specialised on: that would compile anew.
+# `skip` tiles of a tensor come before theta and exponents, where these are a part of it: `size` and `first` count them.
 
 
 @triton.jit(do_not_specialize=["tiles", "stream"])
@@ -80,10 +81,11 @@ def _lay_kernel(theta, exponents, size, floor):
     tl.store(exponents + tile, k.to(tl.int8))
 
 
-@triton.jit(do_not_specialize=["first", "low", "high", "stream"])
+@triton.jit(do_not_specialize=["skip", "first", "low", "high", "stream"])
 def _look_kernel(
-    theta, exponents, size, first, low, high, stream, c, times, DOMAIN: tl.constexpr, SIGNS: tl.constexpr,
+    theta, exponents, size, skip, first, low, high, stream, c, times, DOMAIN: tl.constexpr, SIGNS: tl.constexpr,
 ):  # fmt: skip
+    theta, exponents = theta - skip.to(tl.int64) * _TILE, exponents - skip
     tile, at, inside = place(first, size)
     w = tl.load(theta + at, mask=inside, other=0.0)
     k = tl.load(exponents + tile).to(tl.int32)
@@ -102,11 +104,12 @@ def _look_outer_kernel(theta, exponents, size, first, a, b, columns, times):
     tl.store(theta + at, look_along(w, k, z, 1.0, times), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first", "stream", "count"])
+@triton.jit(do_not_specialize=["skip", "first", "stream", "count"])
 def _update_kernel(
-    theta, exponents, size, first, stream, steps, ends, count, decays, lanes,
+    theta, exponents, size, skip, first, stream, steps, ends, count, decays, lanes,
     seeds, cs, back, FORM: tl.constexpr, DOMAIN: tl.constexpr, SIGNS: tl.constexpr,
 ):  # fmt: skip
+    theta, exponents = theta - skip.to(tl.int64) * _TILE, exponents - skip
     tile, at, inside = place(first, size)
     w = read(theta, at, inside, FORM)
     k = tl.load(exponents + tile).to(tl.int32)
@@ -194,11 +197,12 @@ def _adapt_kernel(
         tl.store(sum2 + at, v, mask=inside)
 
 
-@triton.jit(do_not_specialize=["length", "most", "stream", "count"])
+@triton.jit(do_not_specialize=["skip", "length", "most", "stream", "count"])
 def _widen_kernel(
-    theta, out, starts, length, most, stream, seeds, cs, count,
+    theta, out, skip, starts, length, most, stream, seeds, cs, count,
     FORM: tl.constexpr, OUT: tl.constexpr, DOMAIN: tl.constexpr, SIGNS: tl.constexpr,
 ):  # fmt: skip
+    theta = theta - skip.to(tl.int64) * _TILE
     row = (tl.program_id(0) // most).to(tl.int64)
     first = tl.load(starts + row)
     tile = first // _TILE + tl.program_id(0) % most
@@ -245,6 +249,11 @@ def _seen(theta: Tensor) -> Tensor:
     return theta if theta.dtype == torch.float32 else theta.view(torch.int16)
 
 
+def _size(theta: Tensor, skip: int) -> int:
+    """How many elements the tensor has up to the end of this part."""
+    return skip * TILE + len(theta)
+
+
 def _tiles(size: int) -> int:
     return -(-size // TILE)
 
@@ -277,17 +286,19 @@ def lay_grid(theta: Tensor, exponents: Tensor, floor: int) -> int:
     return -1
 
 
-def look(theta, exponents, first, last, seed, stream, c, times, *, signs: bool = False) -> None:
-    """See `cpu.look`."""
+def look(
+    theta, exponents, first, last, seed, stream, c, times, *, signs: bool = False, skip: int = 0
+) -> None:  # fmt: skip
+    """See `plain.look`."""
     seed = int(seed)
     words = (_signed(seed & 0xFFFFFFFF), _signed(seed >> 32), _signed(int(stream)))
-    _launch(_look_kernel, last - first, theta.device, theta, exponents, len(theta), first, *words,
+    _launch(_look_kernel, last - first, theta.device, theta, exponents, _size(theta, skip), skip, first, *words,
             float(c), float(times), **_FAMILY[signs])  # fmt: skip
 
 
-def look_signs(*arguments: Any) -> None:
-    """See `cpu.look_signs`."""
-    look(*arguments, signs=True)
+def look_signs(*arguments: Any, skip: int = 0) -> None:
+    """See `plain.look_signs`."""
+    look(*arguments, signs=True, skip=skip)
 
 
 def look_outer(theta, exponents, first, last, columns, a, b, times) -> None:
@@ -297,18 +308,18 @@ def look_outer(theta, exponents, first, last, columns, a, b, times) -> None:
 
 
 def update(
-    theta, exponents, first, last, stream, steps, ends, seeds, cs, decays, back, *, signs: bool = False
+    theta, exponents, first, last, stream, steps, ends, seeds, cs, decays, back, *, signs: bool = False, skip: int = 0
 ) -> None:  # fmt: skip
-    """See `cpu.update`."""
+    """See `plain.update`."""
     device = theta.device
     directions = _put(seeds, np.uint64, device), _put(cs, np.float32, device)
-    _launch(_update_kernel, last - first, device, _seen(theta), exponents, len(theta), first,
+    _launch(_update_kernel, last - first, device, _seen(theta), exponents, _size(theta, skip), skip, first,
             *_taken(theta, stream, steps, ends, decays), *directions, float(back), FORM=_FORMS[theta.dtype], **_FAMILY[signs])  # fmt: skip
 
 
-def update_signs(*arguments: Any) -> None:
-    """See `cpu.update_signs`."""
-    update(*arguments, signs=True)
+def update_signs(*arguments: Any, skip: int = 0) -> None:
+    """See `plain.update_signs`."""
+    update(*arguments, signs=True, skip=skip)
 
 
 def update_outer(
@@ -365,24 +376,28 @@ def adapt_outer(
            stream, directions, **_FAMILY[0], OUTER=True)  # fmt: skip
 
 
-def _widen(theta, out, starts: Tensor, length: int, stream, seeds, cs, signs: bool) -> None:
+def _widen(
+    theta, out, starts: Tensor, length: int, stream, seeds, cs, signs: bool, skip: int = 0
+) -> None:  # fmt: skip
     most = (length + TILE - 2) // TILE + 1  # tiles that so many elements touch, wherever they begin
     directions = _put(seeds, np.uint64, theta.device), _put(cs, np.float32, theta.device)
-    _launch(_widen_kernel, len(starts) * most, theta.device, _seen(theta), _seen(out), starts, length, most,
+    _launch(_widen_kernel, len(starts) * most, theta.device, _seen(theta), _seen(out), skip, starts, length, most,
             _signed(int(stream)), *directions, len(seeds), FORM=_FORMS[theta.dtype], OUT=_FORMS[out.dtype],
             **_FAMILY[signs])  # fmt: skip
 
 
-def widen(theta, out, first, last, stream, seeds, cs, *, signs: bool = False) -> None:
+def widen(
+    theta, out, first, last, stream, seeds, cs, *, signs: bool = False, skip: int = 0
+) -> None:  # fmt: skip
     """See `plain.widen`."""
     if last > first:
         starts = _put([first], np.int64, theta.device)
-        _widen(theta, out, starts, last - first, stream, seeds, cs, signs)
+        _widen(theta, out, starts, last - first, stream, seeds, cs, signs, skip)
 
 
-def widen_signs(*arguments: Any) -> None:
+def widen_signs(*arguments: Any, skip: int = 0) -> None:
     """See `plain.widen_signs`."""
-    widen(*arguments, signs=True)
+    widen(*arguments, signs=True, skip=skip)
 
 
 def widen_rows(theta, out, rows, stream, seeds, cs, signs) -> None:

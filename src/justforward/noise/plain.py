@@ -74,10 +74,12 @@ def _look(theta: Tensor, exponents: Tensor, moves: Tensor, times: float) -> None
     theta.add_(steps * (_power(exponents, size) * float(times)))
 
 
-def _chunks(theta: Tensor, exponents: Tensor, first: int, last: int, most: int = _CHUNK) -> Any:
+def _chunks(
+    theta: Tensor, exponents: Tensor, first: int, last: int, most: int = _CHUNK, skip: int = 0
+) -> Any:
     for tile in range(first, last, most):
-        end = min(tile + most, last)
-        yield tile * TILE, theta[tile * TILE : end * TILE], exponents[tile:end]
+        here, end = tile - skip, min(tile + most, last) - skip
+        yield tile * TILE, theta[here * TILE : end * TILE], exponents[here:end]
 
 
 def look(
@@ -90,9 +92,13 @@ def look(
     c: Any,
     times: Any,
     signs: bool = False,
+    skip: int = 0,
 ) -> None:
-    """See `cpu.look`; scaling by a power of two is exact, so c z / q and (c / q) z are the same."""
-    for start, part, grid in _chunks(theta, exponents, first, last):
+    """See `cpu.look`; scaling by a power of two is exact, so c z / q and (c / q) z are the same.
+
+    `skip` tiles of the tensor come before `theta`, which is a part of it.
+    """
+    for start, part, grid in _chunks(theta, exponents, first, last, skip=skip):
         z = _z(seed, stream, start, len(part), signs, theta.device)
         _look(part, grid, z * float(c), times)
 
@@ -106,9 +112,10 @@ def look_signs(
     stream: Any,
     c: Any,
     times: Any,
+    skip: int = 0,
 ) -> None:
     """See `cpu.look_signs`."""
-    look(theta, exponents, first, last, seed, stream, c, times, signs=True)
+    look(theta, exponents, first, last, seed, stream, c, times, True, skip)
 
 
 def _outer(start: int, size: int, columns: int, a: Tensor, b: Tensor) -> Tensor:
@@ -138,11 +145,11 @@ _FORMS = {torch.bfloat16: spec.BFLOAT16, torch.float16: spec.FLOAT16}
 
 
 def _opened(
-    theta: Tensor, exponents: Tensor, first: int, last: int, most: int = _CHUNK
+    theta: Tensor, exponents: Tensor, first: int, last: int, most: int = _CHUNK, skip: int = 0
 ) -> Iterator[tuple[int, Tensor, Tensor, spec.Form | None]]:
     """As `_chunks`, with 16-bit weights as float32: what has become of them is written back behind the caller."""
     form = _FORMS.get(theta.dtype)
-    for start, part, grid in _chunks(theta, exponents, first, last, most):
+    for start, part, grid in _chunks(theta, exponents, first, last, most, skip):
         wide = part.float()  # the very part where it is float32
         yield start, wide, grid, form
         if form is not None:
@@ -179,19 +186,27 @@ def widen(
     seeds: Any,
     cs: Any,
     signs: bool = False,
+    skip: int = 0,
 ) -> None:
-    """See `half._make_widen`; here `out` may be of 16 bits, and what is written is rounded to the nearest."""
-    wide = theta[first:last].float()
+    """See `half._make_widen`; here `out` may be of 16 bits, and what is written is rounded to the nearest; `skip` as in `look`."""
+    wide = theta[first - skip * TILE : last - skip * TILE].float()
     for seed, c in zip(seeds, cs, strict=True):
         wide += _z(seed, stream, first, last - first, signs, theta.device) * float(c)
     out.copy_(wide)
 
 
 def widen_signs(
-    theta: Tensor, out: Tensor, first: int, last: int, stream: Any, seeds: Any, cs: Any
+    theta: Tensor,
+    out: Tensor,
+    first: int,
+    last: int,
+    stream: Any,
+    seeds: Any,
+    cs: Any,
+    skip: int = 0,
 ) -> None:
     """`widen` with z rademacher."""
-    widen(theta, out, first, last, stream, seeds, cs, signs=True)
+    widen(theta, out, first, last, stream, seeds, cs, True, skip)
 
 
 def widen_rows(
@@ -241,9 +256,10 @@ def update(
     decays: Any,
     back: Any,
     signs: bool = False,
+    skip: int = 0,
 ) -> None:
-    """See `cpu.update`."""
-    for start, part, grid, form in _opened(theta, exponents, first, last):
+    """See `cpu.update`; `skip` as in `look`."""
+    for start, part, grid, form in _opened(theta, exponents, first, last, skip=skip):
         d = 0
         for s, step in enumerate(steps):
             total = torch.zeros_like(part)
@@ -269,9 +285,11 @@ def update_signs(
     cs: Any,
     decays: Any,
     back: Any,
+    skip: int = 0,
 ) -> None:
     """See `cpu.update_signs`."""
-    update(theta, exponents, first, last, stream, steps, ends, seeds, cs, decays, back, signs=True)
+    given = (theta, exponents, first, last, stream, steps, ends, seeds, cs, decays, back)
+    update(*given, True, skip)
 
 
 def update_outer(
