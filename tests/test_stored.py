@@ -509,6 +509,23 @@ def test_a_token_that_the_table_has_no_row_for_is_named(token: int, family: str)
     assert opt.step(lambda: table(torch.tensor([[0, 15]])).square().mean()) > 0.0
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_state_dict_is_loaded_into_what_is_stored(dtype: torch.dtype) -> None:
+    """Whatever the type it comes in; also while a look is under way, which goes out from it."""
+    net, other = nn.Linear(3, 2).to(dtype), nn.Linear(3, 2)
+    opt = jf.MeZO(net, lr=1e-3, eps=1e-2)
+    net.load_state_dict(other.state_dict())
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(stored.plain(p), q.detach().to(dtype))
+    opt.weights.look(1, [1e-2], 1.0)
+    net.load_state_dict({name: torch.zeros_like(x) for name, x in other.state_dict().items()})
+    assert net.weight.detach().eq(0).all()
+    assert (net.weight + 0.0).abs().max() > 0.0  # the look alone
+    opt.weights.look(1, [1e-2], -1.0)
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        net.weight.copy_(other.weight)  # as of any parameter
+
+
 def test_max_norm_is_refused_by_name() -> None:
     table = nn.Embedding(4, 2, max_norm=1.0).bfloat16()
     compute_wide(list(table.parameters()))

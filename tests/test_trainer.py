@@ -442,6 +442,25 @@ def test_a_log_of_another_run_is_kept_and_a_second_train_goes_on(tmp_path: Path)
     assert_replayed(base, model, tmp_path, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_were_loaded_between_two_trainings_begin_a_log(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """The grids and the log of the first one are of the others."""
+    base = make_model("gpt2").to(dtype)
+    model = copy.deepcopy(base)
+    trainer = make_trainer(model, tmp_path)
+    trainer.train()
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    model.load_state_dict(other.state_dict())
+    trainer.train()
+    assert_replayed(other, model, tmp_path, 4)
+    jf.replay(base, tmp_path / "trajectory-1.jfl")
+
+
 def test_the_newest_whole_checkpoint_is_resumed(tmp_path: Path) -> None:
     common: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     whole = Prints()

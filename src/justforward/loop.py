@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import logging
@@ -20,6 +21,7 @@ from transformers.utils import logging
 from justforward.errors import UserError
 from justforward.optim import MeZO
 from justforward.playback import check_header
+from justforward.stored import plain
 from justforward.trajectory import Log, Step, Writer, read_log
 
 logger = logging.get_logger(__name__)
@@ -53,6 +55,7 @@ class LoopMeZO(MeZO):
         self.last: Step | None = None
         self.step_was_skipped = False
         self.path: Path | None = None
+        self._left: list[int] | None = None
         # Its place is taken when it is known that no checkpoint is resumed, which has one.
         self._new = beside / f".{LOG}.new"
         if writes:
@@ -120,6 +123,17 @@ class LoopMeZO(MeZO):
         """Seal the log and let go of it, until it is opened again."""
         self.close()
         self._writer = None
+        self._left = self._sums()
+
+    def was_left_alone(self) -> bool:
+        """Whether the weights are as the last step left them, when the log was closed."""
+        return self._left is None or self._left == self._sums()
+
+    def _sums(self) -> list[int]:
+        """Of each tuned tensor's bits, as integers."""
+        kinds = {4: torch.int32, 2: torch.int16}
+        flat = [plain(p).view(-1) for p in self.weights.tensors]
+        return [int(x.view(kinds[x.element_size()]).sum(dtype=torch.int64)) for x in flat]
 
 
 class SavesAtStepEnd(JITCheckpointCallback):

@@ -119,6 +119,10 @@ class Stored(nn.Parameter):
                         return pack(packed, args[0].shape)
                     settle(args[0])
                 return func(*args, **kwargs)
+            if func is Tensor.copy_ and isinstance(args[0], Stored):  # load_state_dict's
+                refuse_packed(args[0], "be written by copy_")
+                settle(args[0])
+                return func(args[0], *_wide(args[1:]), **_wide(kwargs))
             target = written(args, kwargs, name, Stored)
             if target is not None:
                 refuse_packed(target, f"be written by {name}")

@@ -311,6 +311,16 @@ class MeZOTrainer(RowwiseTrainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         self._moved_at = -1
+        old = self.optimizer
+        if (
+            resume_from_checkpoint is None
+            and isinstance(old, LoopMeZO)
+            and not old.was_left_alone()
+        ):
+            logger.warning(
+                "the tuned weights were changed since train() ended: a new log begins with them"
+            )
+            self.optimizer = None  # its grid and its log are of the others
         self.create_optimizer()
         with as_stored(self.model):  # accelerate puts the weights where they are to be
             prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
