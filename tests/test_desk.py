@@ -437,7 +437,7 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
 
     def refused(**changes: Any) -> str:
         said = {"name": "other", "protocol": PROTOCOL, "version": justforward.__version__}
-        said |= {"header": header, "rows": "d" * 64, **changes}
+        said |= {"header": header, "rows": "d" * 64, "tokens": "", **changes}
         line = Line(DeskLink(desk), KEY, 1.0)
         line.open()
         with pytest.raises(UserError) as caught:
@@ -456,7 +456,9 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
         header={**header, "tensors": header["tensors"][:1]}
     )
     assert "its rows have sha256 'eee'" in refused(rows="eee")
+    assert "its tokenizer makes other tokens" in refused(tokens="fff")
     assert "neither what it tunes" in refused(header=None)
+    assert "neither what it tunes" in refused(tokens=None)
     assert "needs a name of 1 to 64 letters" in refused(name="\n")
     assert [m["name"] for m in desk.conductor.status()["members"]] == ["w"]
 
@@ -493,7 +495,7 @@ def test_a_client_that_sends_rubbish_is_struck_off_and_the_others_go_on(tmp_path
     assert (members["bad"]["strikes"], members["good"]["strikes"]) == (3, 0)
     line = Line(DeskLink(desk), KEY, 1.0)
     line.open()
-    said = {"name": "bad", "protocol": PROTOCOL, "version": justforward.__version__}
+    said = {"name": "bad", "protocol": PROTOCOL, "version": justforward.__version__, "tokens": ""}
     with pytest.raises(UserError, match="bad: it sent what is no answer"):
         line.call("join", zipped({**said, "header": good._header, "rows": "d" * 64}))
 

@@ -135,12 +135,18 @@ def test_what_differs_is_named(
     other_model = tmp_path / "other"
     shutil.copytree(model_folder, other_model)
     make_model("gpt2", seed=1).save_pretrained(other_model)
+    other_tokens = tmp_path / "tokens"
+    shutil.copytree(model_folder, other_tokens)
+    file = other_tokens / "tokenizer.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({**said, "normalizer": {"type": "Lowercase"}}))
     other_key = tmp_path / "other.key"
     other_key.write_text("0123456789abcdef0123456789abcdef")
     with running(tmp_path / "run", model="m", workers=2, **OPTIONS) as hub:
         # the first one that joins says what the run's rows and model are
         _found(hub, model_folder, sentiment_csv)
         assert "its rows have sha256" in refused(hub, model_folder, other_rows)
+        assert "its tokenizer makes other tokens" in refused(hub, other_tokens, sentiment_csv)
         said = refused(hub, other_model, sentiment_csv)
         assert said.startswith("error: the hub's log: made from a base model with fingerprint")
         assert "does not take this key" in refused(hub, model_folder, sentiment_csv, str(other_key))
@@ -163,7 +169,9 @@ def _found(hub: Running, model: Path, data: Path) -> None:
     told = line.ask("run")
     config = worker_config(JoinConfig(str(model), str(data)), told["config"])
     own = Own(config, False, print)
-    made = Worker(line, "founder", own.build, Rows(own.batch, own.losses, own.digest), 5)
+    made = Worker(
+        line, "founder", own.build, Rows(own.batch, own.losses, own.digest, own.tokens), 5
+    )
     with TemporaryDirectory() as folder:
         made._begin(Path(folder), 0)
         assert made.opt is not None

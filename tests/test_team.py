@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -158,6 +160,27 @@ def whole(config: TrainConfig) -> Any:
         return go(config)
     except jf.UserError as error:
         return str(error)
+
+
+def unlike(*configs: TrainConfig) -> Any:
+    """Each process has its own."""
+    return whole(configs[dist.get_rank()])
+
+
+def test_processes_with_other_rows_or_tokens_are_refused(
+    config: TrainConfig, tmp_path: Path, sentiment_csv: Path
+) -> None:
+    rows, tokens = tmp_path / "others.csv", tmp_path / "tokens"
+    rows.write_text(sentiment_csv.read_text().replace("film 7 ", "film seven "))
+    shutil.copytree(config.model, tokens)
+    said = json.loads((tokens / "tokenizer.json").read_text())
+    said["normalizer"] = {"type": "Lowercase"}
+    (tokens / "tokenizer.json").write_text(json.dumps(said))
+    for changes in ({"data": str(rows)}, {"model": str(tokens)}):
+        ours = replace(config, out=str(tmp_path / f"run-{min(changes)}"))
+        other = replace(config, out=str(tmp_path / "other"), **changes)
+        for found in together(2, tmp_path, unlike, ours, other):
+            assert "workers differ at the start: data is 'sha256 " in found, found
 
 
 def test_an_objective_of_all_rows_is_refused(

@@ -292,7 +292,7 @@ def test_another_version_model_rows_or_settings(
     with trial("another version, model, rows or settings"):
         line = Line(DeskLink(desk), KEY, 1.0)
         line.open()
-        offer = {"name": "other", "protocol": PROTOCOL, "version": justforward.__version__, "rows": "d" * 64}  # fmt: skip
+        offer = {"name": "other", "protocol": PROTOCOL, "version": justforward.__version__, "rows": "d" * 64, "tokens": ""}  # fmt: skip
         outside = {name: value for name, value in changes.items() if name in offer}
         header = {**first._header, **{k: v for k, v in changes.items() if k not in offer}}
         with pytest.raises(UserError, match=said):

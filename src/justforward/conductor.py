@@ -91,7 +91,7 @@ class Conductor:
         self._began = now
         if kept is None:
             folder.make()
-            kept = {"run": secrets.token_hex(16), "rows_sha256": None}
+            kept = {"run": secrets.token_hex(16), "rows_sha256": None, "tokens_sha256": None}
         else:
             folder.lock()
         self.kept: dict[str, Any] = {**kept, "protocol": PROTOCOL, "terms": asdict(terms)}
@@ -169,32 +169,39 @@ class Conductor:
         """Let a worker take part. The first one's header and rows are the run's; it makes the log.
 
         Args:
-            said: by the worker: "protocol", "version", "header" (of its log), "rows" (sha256 of what it draws from).
+            said: by the worker: "protocol", "version", "header" (of its log), "rows" (sha256 of what it draws from), "tokens"
+                (sha256 of what its tokenizer makes of texts).
             number: the worker's from now on.
             name: what to call it.
 
         Raises:
             UserError: naming what differs from the run.
         """
-        header, rows = said.get("header"), said.get("rows")
+        header, rows, tokens = said.get("header"), said.get("rows"), said.get("tokens")
         for what, theirs, ours in (
             ("protocol", said.get("protocol"), PROTOCOL),
             ("version of justforward", said.get("version"), justforward.__version__),
         ):
             if theirs != ours:
                 raise UserError(f"{name}: its {what} is {theirs!r}, and the hub's is {ours!r}: use the same")  # fmt: skip
-        if not isinstance(header, dict) or not (rows is None or isinstance(rows, str)):
+        texts = isinstance(rows, str | None) and isinstance(tokens, str)
+        if not isinstance(header, dict) or not texts:
             raise UserError(f"{name}: it says neither what it tunes nor what its rows are")
         expected = self.header if self.header is not None else self._expected()
         wrong = difference(expected, header)
         if wrong is not None:
             raise UserError(f"{name}: {wrong}")
         if self._writer is None:
-            self._found(header, rows)
+            self._found(header, rows, str(tokens))
         if not self.terms.plan.private and rows != self.kept["rows_sha256"]:
             raise UserError(
                 f"{name}: its rows have sha256 {short(rows)}, and the run's {short(self.kept['rows_sha256'])}: with shared "
                 "rows all workers must have the same file"
+            )
+        if tokens != self.kept["tokens_sha256"]:
+            raise UserError(
+                f"{name}: its tokenizer makes other tokens than the first worker's (sha256 {short(tokens)}, and the run's "
+                f"{short(self.kept['tokens_sha256'])}): give all workers the same tokenizer files"
             )
         if number in self.rounds.members and self.rounds.dropped(number):
             raise UserError(f"{name}: it sent what is no answer, and is not listened to any more")
@@ -213,7 +220,7 @@ class Conductor:
             "settings": settings_of(config.estimator, config.looks),
         }
 
-    def _found(self, header: dict[str, Any], rows: str | None) -> None:
+    def _found(self, header: dict[str, Any], rows: str | None, tokens: str) -> None:
         """The log is the last of the run's files: where this fails or is killed before, the next worker founds the run."""
         draft = self.folder.log.with_name(f".{self.folder.log.name}.new")
         draft.unlink(missing_ok=True)
@@ -223,7 +230,7 @@ class Conductor:
                 found = read_log(draft).header
             except UserError as error:
                 raise UserError(f"what it tunes makes no log: {error}") from None
-            self.kept["rows_sha256"] = rows
+            self.kept.update(rows_sha256=rows, tokens_sha256=tokens)
             self._write_state()
             self.folder.write_environment(
                 {

@@ -7,9 +7,11 @@ in `prompts`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -63,6 +65,14 @@ class Evaluation:
     metrics: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     rights: list[float] = field(default_factory=list)
+
+
+# Of which `Scorer.digest` wants to know the tokens.
+_TEXTS = (
+    "The quick brown fox jumps over 12,345 lazy dogs.",
+    "  Zażółć gęślą jaźń — 漢字, ελληνικά, 🙂\n\tdef f(x):",
+    "",
+)
 
 
 class Scorer:
@@ -130,6 +140,14 @@ class Scorer:
         for example, row in zip(new, self.prompts.rows(new), strict=True):
             self._numbers[id(example)] = len(self._known)
             self._known.append((example, row))
+
+    def digest(self, examples: Sequence[Example]) -> str:
+        """sha256 of the tokens of some rows, and of a few texts: two tokenizers that agree in it make the same batches of them."""
+        self.prepare(examples)
+        rows = [self._known[self._numbers[id(e)]][1] for e in examples]
+        said = [self.tokenizer(text)["input_ids"] for text in _TEXTS]
+        said += [[row.prompt, list(row.choices), row.right] for row in rows]
+        return sha256(json.dumps(said).encode()).hexdigest()
 
     def encode(
         self, examples: Sequence[Example], answers: Answers = "all", common: bool = False

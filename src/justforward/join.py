@@ -76,6 +76,11 @@ class Own:
         rows = drawn[first:stop] if self.digest is not None else drawn[: stop - first]
         return self.scorer.encode_training([self.train[row] for row in rows])
 
+    def tokens(self) -> str:
+        """See `Rows`."""
+        assert self.scorer is not None
+        return self.scorer.digest(self.train if self.digest is not None else [])
+
     def losses(self, batch: Any) -> Any:
         """See `Rows`."""
         assert self.scorer is not None
@@ -104,7 +109,7 @@ def join(config: JoinConfig, progress: Progress | None = None) -> Result:
         use_threads(config.threads)
         own = Own(own_config, told["private"], note)
         name = f"{config.name[:48]}-{secrets.token_hex(4)}"
-        rows = Rows(own.batch, own.losses, own.digest)
+        rows = Rows(own.batch, own.losses, own.digest, own.tokens)
         worker = Worker(line, name, own.build, rows, told["hash_every"], note)
         note(f"joining as {name}, {len(own.train)} rows")
         steps = worker.run(told["log"])

@@ -198,7 +198,7 @@ class Session:
             self.folder.append_metric(metric)
 
     def _make_optimizer(self) -> None:
-        config, folder = self.config, self.folder
+        config, folder, rows = self.config, self.folder, (self.scorer, self.splits.train)
         assert self.model is not None
         if self.log is None:
             folder.write_config(config)
@@ -214,7 +214,7 @@ class Session:
         )
         set_eps(self.opt, config.eps)
         self._move_part()
-        self.team.join(self.opt, config.rows_at_once, self.data_sha256)
+        self.team.join(self.opt, config.rows_at_once, self.data_sha256, *rows)
         self.parts = len(self.opt.param_groups)
         first = self.depth.cost(config, self.lines.all, first=True) if self.depth else 0
         check_enough(config, self.parts, first)

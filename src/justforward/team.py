@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,9 @@ from justforward.workers import Workers
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from justforward.data import Example
+    from justforward.evaluate import Scorer
 
 # Longest wait within a run: one machine may take so much longer over a validation than another.
 PATIENCE = 300.0
@@ -42,14 +45,23 @@ class Team:
         self._peers = peers
         self._workers: Workers | None = None
 
-    def join(self, opt: MeZO, rows_at_once: int | None, data: str) -> None:
-        """Take this optimizer's steps from now on; `data` is the digest of the rows.
+    def join(
+        self,
+        opt: MeZO,
+        rows_at_once: int | None,
+        data: str,
+        scorer: Scorer | None,
+        rows: Sequence[Example],
+    ) -> None:
+        """Take this optimizer's steps from now on; `data` is the digest of the rows, which this scorer reads.
 
         Raises:
             UserError: the processes differ.
         """
         if self._peers is not None or rows_at_once is not None:
             size = 1 if rows_at_once is None else rows_at_once
+            assert scorer is not None
+            data = f"sha256 {data[:12]}, tokens {scorer.digest(rows)[:12]}"
             self._workers = Workers(
                 opt, rows_at_once=size, data=data, timeout=PATIENCE, group=self._peers
             )

@@ -36,11 +36,13 @@ class Rows:
         batch: rows of a step: of its index, the places wanted (from, to), and how many the step has.
         losses: of such a batch, one a row.
         digest: sha256 of what rows are drawn from; None: they are this worker's own.
+        tokens: sha256 of what its tokenizer makes of texts, once the model is built; "": it has none.
     """
 
     batch: Callable[[int, int, int, int], Any]
     losses: Callable[[Any], Any]
     digest: str | None = None
+    tokens: Callable[[], str] = str
 
 
 class Worker:
@@ -149,6 +151,7 @@ class Worker:
             "version": justforward.__version__,
             "header": self._header,
             "rows": self.rows.digest,
+            "tokens": self.rows.tokens(),
         }
         self.line.call("join", zipped(said))
 
