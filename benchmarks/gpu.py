@@ -5,6 +5,7 @@
 Without a GPU the same calls are run small by Triton's interpreter, where it is installed: that shows whether the bits are
 equal, and no speed is measured. The model has the shapes of OPT-13B, 40 layers of 5,120, random weights: in bfloat16
 (26 GB), computed with as they are, and in float32 (52 GB, where they fit; --layers 20 needs half), multiplied in TF32.
+Then one of OPT-30B's shapes in bfloat16 (60 GB) takes two steps in each space, where torch may have no more than 80 GB.
 """
 
 from __future__ import annotations
@@ -137,13 +138,13 @@ def kernels_by_family(
         table.add(f"{name}: thousand million weights a second", speed, "-", True)
 
 
-def large_step(
-    table: Table, kernels: Any, dtype: torch.dtype, layers: int, rows: int, length: int, rounds: int
-) -> None:
-    """Steps of an OPT, in weight space and in activation space, against two bare forwards of the same batch."""
+def opt_of(
+    dtype: torch.dtype, width: int, heads: int, layers: int, rows: int, length: int
+) -> tuple[Any, torch.Tensor, Callable[[Any], torch.Tensor]]:
+    """An OPT of random weights, a batch, and the losses of its rows."""
     import transformers
 
-    width, heads = (5120, 40) if GPU else (32, 2)
+    width, heads = (width, heads) if GPU else (32, 2)
     torch.set_float32_matmul_precision("high")
     config = transformers.OPTConfig(
         hidden_size=width,
@@ -162,6 +163,15 @@ def large_step(
     def losses(ids: Any) -> Any:
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         return torch.nn.functional.cross_entropy(logits.float(), ids[:, 0], reduction="none")
+
+    return model, ids, losses
+
+
+def large_step(
+    table: Table, kernels: Any, dtype: torch.dtype, layers: int, rows: int, length: int, rounds: int
+) -> None:
+    """Steps of OPT-13B, in weight space and in activation space, against two bare forwards of the same batch."""
+    model, ids, losses = opt_of(dtype, 5120, 40, layers, rows, length)
 
     @torch.no_grad()
     def two_forwards() -> None:
@@ -192,6 +202,24 @@ def large_step(
     table.add(
         f"peak GPU memory, {model_is} (GB)", torch.cuda.max_memory_allocated() / 1e9, "-", True
     )
+
+
+def in_80_gb(table: Table, kernels: Any, rows: int, length: int) -> None:
+    """Steps of OPT-30B where torch may have 80 GB, which the paper needs an A100 for."""
+    total = torch.cuda.get_device_properties(DEVICE).total_memory if GPU else 0
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_per_process_memory_fraction(min(80e9 / total, 1.0))
+    model, ids, losses = opt_of(torch.bfloat16, 7168, 56, 48 if GPU else 1, rows, length)
+    for estimator in ("weight", "activation"):
+        opt = jf.MeZO(model, lr=1e-6, eps=1e-2, estimator=estimator)  # type: ignore[arg-type]
+        on_device(opt.weights, kernels)
+        for _ in range(2):
+            opt.step(losses, ids)
+    if GPU:
+        peak, millions = torch.cuda.max_memory_allocated() / 1e9, sum(p.numel() for p in model.parameters()) // 10**6  # fmt: skip
+        what = f"peak GPU memory of steps, {millions:,} M bfloat16 weights, {rows} x {length} (GB)"
+        table.add(what, peak, "at most 80", peak <= 80.0)
 
 
 def main() -> None:
@@ -225,6 +253,10 @@ def main() -> None:
             continue
         large_step(table, gpu, dtype, *size)
         torch.cuda.empty_cache()
+    if GPU and torch.cuda.get_device_properties(DEVICE).total_memory < 75e9:
+        print("OPT-30B in bfloat16 does not fit: not measured")
+    else:
+        in_80_gb(table, gpu, *((8, given.length) if GPU else (2, 8)))
     table.print()
 
 
