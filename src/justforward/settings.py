@@ -245,10 +245,15 @@ def _check_parts(config: TrainConfig) -> None:
     Raises:
         UserError: naming the option that wants it.
     """
-    whole = undivided(config.looks, config.modified, config.private)
-    if config.rows_at_once is not None and whole is not None:
+    whole, size = undivided(config.looks, config.modified), config.rows_at_once
+    if config.private and size not in (None, 1):
         raise UserError(
-            f"--rows-at-once is {config.rows_at_once}: a step with --{whole} sees all its rows at once: leave one of them out"
+            f"--rows-at-once is {size}: a step with --private runs each row by itself: in company the last bits of a row's loss "
+            "tell of the others: leave it out"
+        )
+    if size is not None and whole is not None:
+        raise UserError(
+            f"--rows-at-once is {size}: a step with --{whole} sees all its rows at once: leave one of them out"
         )
 
 
