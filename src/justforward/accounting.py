@@ -18,6 +18,7 @@ from justforward.variants import LEAST_NOISE, MOST_NOISE
 # Losses are rounded up to multiples of this; of epsilons in the hundreds a larger one, for time and memory.
 _INTERVAL, _WIDE = 1e-3, 200.0
 _TOLERANCE = 1e-3
+MOST_DELTA = 1e-5
 
 
 def library() -> ModuleType:
@@ -34,6 +35,21 @@ def library() -> ModuleType:
         ) from error
     module: ModuleType = dp_accounting
     return module
+
+
+def delta_for(rows: int, given: float | None, name: str) -> float:
+    """The delta of a run with so many training rows: as given under this name, or 1e-5, or a tenth of 1 / rows if that is less.
+
+    Raises:
+        UserError: it is no protection.
+    """
+    delta = min(MOST_DELTA, 0.1 / rows) if given is None else given
+    if delta * rows >= 1.0:
+        raise UserError(
+            f"{name} is {delta:g}, and there are {rows} training rows: with 1 / rows or more one of them could be "
+            f"published as it is: choose less than {1.0 / rows:.2g}"
+        )
+    return delta
 
 
 @lru_cache(maxsize=256)

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from justforward.errors import UserError
 from justforward.optim import MeZO
 from justforward.playback import check_header
+from justforward.private import count_answers
 from justforward.trajectory import Log, Step, Writer, read_log
 
 logger = logging.get_logger(__name__)
@@ -41,6 +42,7 @@ class LoopMeZO(MeZO):
         writes: as given.
         path: of the log, whoever writes it; None until it has a name.
         last: the last step that was taken.
+        ahead: steps that the log has behind those that the weights have taken: of a private run that is resumed.
         step_was_skipped: whether the last one was not: accelerate's name, by which the learning rate stays.
     """
 
@@ -53,6 +55,7 @@ class LoopMeZO(MeZO):
         self.last: Step | None = None
         self.step_was_skipped = False
         self.path: Path | None = None
+        self.ahead: list[Step] = []
         # Its place is taken when it is known that no checkpoint is resumed, which has one.
         self._new = beside / f".{LOG}.new"
         if writes:
@@ -96,8 +99,39 @@ class LoopMeZO(MeZO):
         if self._writer is None:
             self._writer = Writer.resume(read_log(self.path))
 
+    def let_ahead(self, log: Log) -> None:
+        """Count what a log has behind the steps that the weights have taken as answered: `again` takes it."""
+        self.ahead = list(log.steps[self.steps :])
+        count_answers(self.private, len(log.steps))
+
+    def again(self) -> bool:
+        """Take the next step that the log has already; whether there was one."""
+        if not self.ahead:
+            return False
+        writer, self._writer = self._writer, None  # it is written
+        try:
+            self.follow([self.ahead.pop(0)])
+        finally:
+            self._writer = writer
+        self.last = None
+        return True
+
+    def log_bytes(self) -> bytes:
+        """The whole log, whatever of it is ahead."""
+        assert self.path is not None
+        return self.path.read_bytes()
+
+    def copy_log(self, to: Path) -> None:
+        """The log up to where the weights are."""
+        assert self.path is not None
+        shutil.copyfile(self.path, to)
+        if self.ahead:
+            Writer.rewind(read_log(to), self.steps)
+
     def take_log(self, path: Path, saved: Path) -> None:
         """Go on with a checkpoint's log, whose state has been loaded, under a name.
+
+        Where steps are private and the log there goes on where the checkpoint's ends, it stays: its steps are `ahead`.
 
         Raises:
             UserError: it is of other settings, or does not end where the state does.
@@ -108,10 +142,15 @@ class LoopMeZO(MeZO):
             raise UserError(
                 f"{saved}: has {len(log.steps)} steps, the state beside it {self.steps}: take another checkpoint"
             )
+        self.ahead = []
         if self.writes:
             self.close_log()
             self._new.unlink(missing_ok=True)
-            put_log(log, path)
+            longer = longer_log(log, path) if self.private is not None else None
+            if longer is None:
+                put_log(log, path)
+            else:
+                self.let_ahead(longer)
             self.log = path
             self._writer = Writer.resume(read_log(path))
         self.path = path
@@ -149,6 +188,15 @@ def put_log(log: Log, path: Path) -> None:
     new = path.with_name(f".{path.name}.copy")
     shutil.copyfile(log.path, new)
     os.replace(new, path)
+
+
+def longer_log(log: Log, path: Path) -> Log | None:
+    """What is at a place, if it goes on where a log ends."""
+    if not path.exists():
+        return None
+    found = read_log(path)
+    same = found.header == log.header and found.steps[: len(log.steps)] == log.steps
+    return found if same and len(found.steps) > len(log.steps) else None
 
 
 def what_lacks(checkpoint: Path) -> str:
