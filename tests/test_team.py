@@ -121,7 +121,7 @@ def test_private_steps_of_two_are_those_of_one(
     config = replace(
         config, private=True, noise_multiplier=0.7, clip=2.0, estimator="weight", start="base"
     )
-    config = replace(config, lr_schedule="constant", backoff=None, patience=None, keep=None)
+    config = replace(config, lr_schedule="constant", backoff=None, patience=None, max_minutes=None)
     short = replace(config, max_forwards=12, out=str(tmp_path / "short"))
     one, two = (replace(config, out=str(tmp_path / name)) for name in ("one", "two"))
     for name in VARIABLES:
@@ -151,7 +151,12 @@ def test_private_steps_of_two_are_those_of_one(
     ("given", "said"),
     [
         (
-            {"private": True, "target_epsilon": 8.0, "estimator": "weight"},
+            {
+                "private": True,
+                "target_epsilon": 8.0,
+                "estimator": "weight",
+                "max_minutes": None,
+            },
             "--rows-at-once is 2: a step with --private runs each row by itself",
         ),
         ({"looks": "one-point", "estimator": "weight"}, "a step with --looks one-point"),
