@@ -99,6 +99,7 @@ def test_epsilon_is_told_and_no_loss(tmp_path: Path) -> None:
     assert not shown(trainer, "loss")
     assert not shown(trainer, "train_loss")
     assert "train_loss" not in found.metrics
+    assert (found.metrics["epsilon"], found.metrics["delta"]) == (epsilon(6), DELTA)
     assert all(0.0 < size < 1e3 for size in shown(trainer, "grad_norm"))
     assert len(shown(trainer, "eval_loss")) == 2
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
@@ -267,6 +268,28 @@ def test_it_cannot_end_before_what_was_answered(tmp_path: Path) -> None:
         UserError, match="has 4 steps behind the checkpoint, and max_steps leaves 2"
     ):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_steps_that_are_left_when_training_ends_are_the_first_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died(tmp_path)
+    before = jf.read_log(tmp_path / "trajectory.jfl").steps
+    drawn = count_draws(monkeypatch)
+    trainer = private_trainer(tmp_path, more={"callbacks": [Dies(5)]}, **saves())
+    said: list[str] = []
+    monkeypatch.setattr("justforward.loop.logger.warning", said.append)
+    with pytest.raises(OSError, match="the power is gone"):
+        trainer.train(resume_from_checkpoint=True)
+    assert "has 2 steps more than the weights" in said[0]
+    trainer.callback_handler.pop_callback(Dies)
+    trainer.train()
+    log = jf.read_log(tmp_path / "trajectory.jfl").steps
+    assert log[:7] == before
+    assert (len(log), len(drawn), trainer.optimizer.private.answers) == (13, 6, 13)
+    base = make_model("llama")
+    jf.replay(base, tmp_path / "trajectory.jfl")
+    assert jf.fingerprint(base) == jf.fingerprint(trainer.model)
 
 
 def test_the_noise_for_a_target_is_that_of_the_run(tmp_path: Path) -> None:

@@ -190,6 +190,8 @@ class DrawnTrainer(RowwiseTrainer):
         known = [logs.pop(key, None) for key in ("loss", "train_loss")]
         if any(loss is not None for loss in known):
             logs["epsilon"] = self._spent(self.optimizer.private.answers)
+        if known[1] is not None:
+            logs["delta"] = self._delta
 
     # -- rows -----------------------------------------------------------------------------------------------------
 

@@ -157,6 +157,10 @@ class LoopMeZO(MeZO):
 
     def close_log(self) -> None:
         """Seal the log and let go of it, until it is opened again."""
+        if self.ahead:
+            logger.warning(
+                f"{self.path}: has {len(self.ahead)} steps more than the weights, which were answered before: the next train() takes them first"
+            )
         self.close()
         self._writer = None
 
