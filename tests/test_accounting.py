@@ -45,6 +45,22 @@ def test_without_sampling_it_is_the_closed_form(noise: float, answers: int) -> N
     assert exact - 1e-9 <= found <= exact + 0.01
 
 
+@pytest.mark.parametrize(
+    ("noise", "rate", "answers"),
+    [(20.0, 0.001, 100_000), (2.0, 0.001, 20_000), (10.0, 0.01, 10_000)],
+)
+def test_many_answers_that_cost_little_each(noise: float, rate: float, answers: int) -> None:
+    """What is rounded up is no part of the figure that matters: a far finer accountant says almost the same."""
+    dp = pytest.importorskip("dp_accounting")
+    from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
+
+    one = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise))
+    accountant = PLDAccountant(dp.NeighboringRelation.REPLACE_SPECIAL, 3e-6)
+    fine = accountant.compose(dp.SelfComposedDpEvent(one, answers)).get_epsilon(1e-6)
+    found = epsilon_of(noise_multiplier=noise, rate=rate, answers=answers, delta=1e-6)
+    assert fine <= found < 1.02 * fine
+
+
 @settings(max_examples=10)
 @given(st.floats(0.4, 3.0), st.floats(0.01, 0.3), st.integers(1, 200))
 def test_it_grows_with_answers_and_rate_and_falls_with_noise(

@@ -221,6 +221,7 @@ def test_planned_steps_are_those_that_fit(
         ({"start": "probe"}, "--start is 'probe', with --private: it is fitted to training rows"),
         ({"start": "deep"}, "--start is 'deep', with --private"),
         ({"backoff": True}, "--backoff is True, with --private: it takes steps back by the losses"),
+        ({"max_minutes": 5.0}, "--max-minutes is 5.0, with --private: how long steps take depends on the rows"),
         ({"cache": "kept"}, "--cache is 'kept', with --private"),
         ({"target_epsilon": 3.0}, "--private takes either --target-epsilon or --noise-multiplier"),
         ({"noise_multiplier": None}, "--private takes either --target-epsilon or"),

@@ -27,6 +27,7 @@ from justforward.progress import Progress
 from justforward.run import train
 from processes import together
 from reliability import trial
+from test_private_workers import known_entropy
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -109,12 +110,56 @@ def test_one_process_with_parts_does_what_two_do(
     assert max(rows) == config.batch_size * both
 
 
+def go_privately(*configs: TrainConfig) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        known_entropy(patch, dist.get_rank())
+        return go(*configs)
+
+
+def test_private_steps_of_two_are_those_of_one(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With known entropy: logs byte for byte, also of a plain run; what was spent, and nothing else, is said; one goes on with two's."""
+    config = replace(
+        config, private=True, noise_multiplier=0.7, clip=2.0, estimator="weight", start="base"
+    )
+    config = replace(config, lr_schedule="constant", backoff=None, patience=None, max_minutes=None)
+    short = replace(config, max_forwards=12, out=str(tmp_path / "short"))
+    one, two = (replace(config, out=str(tmp_path / name)) for name in ("one", "two"))
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with monkeypatch.context() as patch:
+        known_entropy(patch)
+        alone = train(one, Progress(io.StringIO()))
+    first, second = together(2, tmp_path, go_privately, two, short)
+    assert isinstance(first, list), first
+    assert first[0][:2] == second[0][:2] == [alone["fingerprint"], 10]
+    assert second[0][3] == second[1][3] == ""
+    assert RunFolder(one.out).log.read_bytes() == RunFolder(two.out).log.read_bytes()
+    assert kept(one.out) == kept(two.out)
+    lines = [m for m in RunFolder(two.out).read_metrics()[0] if m["kind"] == "private"]
+    assert len(lines) == 10
+    assert not any("loss" in line for line in lines)
+    spent = RunFolder(two.out).read_result()["privacy"]
+    assert spent == RunFolder(one.out).read_result()["privacy"]
+    assert spent["answers"] == 10
+    begun = jf.read_log(RunFolder(short.out).log).steps
+    ((again,),) = together(1, tmp_path, go, replace(short, max_forwards=20, resume=True))
+    assert again[1] == RunFolder(short.out).read_result()["privacy"]["answers"] == 10
+    assert jf.read_log(RunFolder(short.out).log).steps[: len(begun)] == begun
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (
-            {"private": True, "target_epsilon": 8.0, "estimator": "weight"},
-            "--rows-at-once is 2: a step with --private",
+            {
+                "private": True,
+                "target_epsilon": 8.0,
+                "estimator": "weight",
+                "max_minutes": None,
+            },
+            "--rows-at-once is 2: a step with --private runs each row by itself",
         ),
         ({"looks": "one-point", "estimator": "weight"}, "a step with --looks one-point"),
         ({"modified": "variance", "estimator": "weight"}, "a step with --modified sees all"),

@@ -1530,7 +1530,7 @@ def test_what_differs_or_cannot_be_shared_is_refused(shared: tuple[Path, dict[st
     assert "data is '10 rows, 2 x 1 a step' in worker 0, '11 rows, 2 x 1 a step'" in said["rows"]
     assert "rule is 'rms(beta=0.9)' in worker 0, 'sgd' in worker 1" in said["rule"]
     for name in ("looks", "modified"):
-        assert "one-point and private estimates cannot be shared by workers" in said[name]
+        assert "modified and one-point estimates cannot be shared by workers" in said[name]
     assert "even_batches=False" in said["even"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from justforward.accounting import epsilon_of, library, noise_for
+from justforward.accounting import delta_for, epsilon_of, library, noise_for
 from justforward.config import TrainConfig
 from justforward.errors import UserError
 from justforward.private import Private
@@ -14,7 +14,6 @@ from justforward.schedules import planned_steps
 if TYPE_CHECKING:
     from justforward.trajectory import Log
 
-MOST_DELTA = 1e-5
 SHARED = "trajectory.jfl, config.yaml, and the model that replay makes of them"
 KEPT = (
     "metrics.jsonl, result.json, plot.png, environment.json, seen.txt, and what the command prints"
@@ -29,12 +28,7 @@ def with_delta(config: TrainConfig, rows: int) -> TrainConfig:
     """
     if not config.private:
         return config
-    delta = min(MOST_DELTA, 0.1 / rows) if config.target_delta is None else config.target_delta
-    if delta * rows >= 1.0:
-        raise UserError(
-            f"--target-delta is {delta:g}, and there are {rows} training rows: with 1 / rows or more one of them could be "
-            f"published as it is: choose less than {1.0 / rows:.2g}"
-        )
+    delta = delta_for(rows, config.target_delta, "--target-delta")
     if config.batch_size > rows:
         raise UserError(
             f"--batch-size is {config.batch_size}: with --private it is how many of the {rows} training rows a step has on "

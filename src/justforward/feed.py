@@ -59,7 +59,9 @@ def feed(
 
 def _privately(scorer: Scorer, rows: list[Example]) -> tuple[Callable[..., Tensor], Any]:
     # Each row by itself: in company its length would pad others, and the last bits of their losses would tell.
-    def losses(alone: list[Any]) -> Tensor:
-        return torch.cat([scorer.losses(batch) for batch in alone])
+    alone = [scorer.encode_training([row]) for row in rows]
 
-    return losses, [scorer.encode_training([row]) for row in rows]
+    def losses(places: Tensor) -> Tensor:
+        return torch.cat([scorer.losses(alone[place]) for place in places.tolist()])
+
+    return losses, torch.arange(len(rows))

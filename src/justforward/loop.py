@@ -21,6 +21,7 @@ from transformers.utils import logging
 from justforward.errors import UserError
 from justforward.optim import MeZO
 from justforward.playback import check_header
+from justforward.private import count_answers
 from justforward.stored import plain
 from justforward.trajectory import Log, Step, Writer, read_log
 
@@ -43,6 +44,7 @@ class LoopMeZO(MeZO):
         writes: as given.
         path: of the log, whoever writes it; None until it has a name.
         last: the last step that was taken.
+        ahead: steps that the log has behind those that the weights have taken: of a private run that is resumed.
         step_was_skipped: whether the last one was not: accelerate's name, by which the learning rate stays.
     """
 
@@ -56,6 +58,7 @@ class LoopMeZO(MeZO):
         self.step_was_skipped = False
         self.path: Path | None = None
         self._left: list[int] | None = None
+        self.ahead: list[Step] = []
         # Its place is taken when it is known that no checkpoint is resumed, which has one.
         self._new = beside / f".{LOG}.new"
         if writes:
@@ -99,8 +102,39 @@ class LoopMeZO(MeZO):
         if self._writer is None:
             self._writer = Writer.resume(read_log(self.path))
 
+    def let_ahead(self, log: Log) -> None:
+        """Count what a log has behind the steps that the weights have taken as answered: `again` takes it."""
+        self.ahead = list(log.steps[self.steps :])
+        count_answers(self.private, len(log.steps))
+
+    def again(self) -> bool:
+        """Take the next step that the log has already; whether there was one."""
+        if not self.ahead:
+            return False
+        writer, self._writer = self._writer, None  # it is written
+        try:
+            self.follow([self.ahead.pop(0)])
+        finally:
+            self._writer = writer
+        self.last = None
+        return True
+
+    def log_bytes(self) -> bytes:
+        """The whole log, whatever of it is ahead."""
+        assert self.path is not None
+        return self.path.read_bytes()
+
+    def copy_log(self, to: Path) -> None:
+        """The log up to where the weights are."""
+        assert self.path is not None
+        shutil.copyfile(self.path, to)
+        if self.ahead:
+            Writer.rewind(read_log(to), self.steps)
+
     def take_log(self, path: Path, saved: Path) -> None:
         """Go on with a checkpoint's log, whose state has been loaded, under a name.
+
+        Where steps are private and the log there goes on where the checkpoint's ends, it stays: its steps are `ahead`.
 
         Raises:
             UserError: it is of other settings, or does not end where the state does.
@@ -111,16 +145,25 @@ class LoopMeZO(MeZO):
             raise UserError(
                 f"{saved}: has {len(log.steps)} steps, the state beside it {self.steps}: take another checkpoint"
             )
+        self.ahead = []
         if self.writes:
             self.close_log()
             self._new.unlink(missing_ok=True)
-            put_log(log, path)
+            longer = longer_log(log, path) if self.private is not None else None
+            if longer is None:
+                put_log(log, path)
+            else:
+                self.let_ahead(longer)
             self.log = path
             self._writer = Writer.resume(read_log(path))
         self.path = path
 
     def close_log(self) -> None:
         """Seal the log and let go of it, until it is opened again."""
+        if self.ahead:
+            logger.warning(
+                f"{self.path}: has {len(self.ahead)} steps more than the weights, which were answered before: the next train() takes them first"
+            )
         self.close()
         self._writer = None
         self._left = self._sums()
@@ -163,6 +206,15 @@ def put_log(log: Log, path: Path) -> None:
     new = path.with_name(f".{path.name}.copy")
     shutil.copyfile(log.path, new)
     os.replace(new, path)
+
+
+def longer_log(log: Log, path: Path) -> Log | None:
+    """What is at a place, if it goes on where a log ends."""
+    if not path.exists():
+        return None
+    found = read_log(path)
+    same = found.header == log.header and found.steps[: len(log.steps)] == log.steps
+    return found if same and len(found.steps) > len(log.steps) else None
 
 
 def what_lacks(checkpoint: Path) -> str:

@@ -264,7 +264,8 @@ class MeZO(Optimizer):
         Raises:
             As `estimate`; UserError: rows or samples that the step has not; as `variants.check_shared`.
         """
-        check_shared(self.looks, self.modified, self.private, self.weights.sharded)
+        alone = self.private and self.private.alone
+        check_shared(self.looks, self.modified, alone, self.weights.sharded)
         with Shield() as shield, looking_mode(self.model):
             count = sample_count(self.samples, self.steps)
             samples = range(count) if samples is None else samples
@@ -272,7 +273,8 @@ class MeZO(Optimizer):
             check_places("rows", rows, of)
             site = replace(self._site(shield), eps=self._reaches(self._norms))
             if self.estimator == "weight":
-                return see_weights(site, closure, batch, samples, rows)
+                see = see_weights if self.private is None else self.private.see
+                return see(site, closure, batch, samples, rows)
             own = [sample * of + row for sample in samples for row in rows]
             site = replace(site, seed_of=lambda lane: self._direction(self.steps, own[lane]))
             return see_rows(site, self._row_looks, closure, batch, samples, rows)
@@ -289,10 +291,11 @@ class MeZO(Optimizer):
         Raises:
             UserError: as `look`; there are none, or they are of another step, or contradict each other.
         """
-        check_shared(self.looks, self.modified, self.private)
-        samples = sample_count(self.samples, self.steps)
-        apart = self.estimator == "activation"
-        return self._recipe(self._norms).combined(sights, samples=samples, of=of, apart=apart)
+        check_shared(self.looks, self.modified, self.private and self.private.alone)
+        samples, recipe = sample_count(self.samples, self.steps), self._recipe(self._norms)
+        if self.private is not None:
+            return self.private.combined(sights, recipe, samples, self.looks)
+        return recipe.combined(sights, samples=samples, of=of, apart=self.estimator == "activation")
 
     def apply(self, step: Step) -> None:
         """Write the step to the log, then move the weights.
@@ -439,7 +442,6 @@ class MeZO(Optimizer):
     def _continue(self, log: Log) -> None:
         """Go on with a log, whose steps are the next ones."""
         self.follow(log.steps)
-        count_answers(self.private, self.steps)
         if self.weights.writes:
             self._writer = Writer.resume(log)
 
@@ -450,6 +452,7 @@ class MeZO(Optimizer):
                 self._writer.append(step)
         self.steps += apply_steps(self.weights, self._course, steps)
         self.weights.held(wait=True)  # was said where they were taken first
+        count_answers(self.private, self.steps)
         if steps:
             self._rule_state = steps[-1].rule_state
             self._scales, self._norms = steps[-1].scales, steps[-1].norms

@@ -15,6 +15,10 @@ whole number, which has the privacy of the Gaussian (rounding is post-processing
 floating point has (Mironov 2012, "On significance of the least significant bits for differential privacy").
 
 Everything that follows from answers costs nothing more. What they cost is counted in `accounting`.
+
+Processes of one owner that look at a part of the rows each (`Workers`) send each other what they saw of each row, and make the
+answer of all of it. Rows and noise are drawn in one of them, which tells the others: so there is one sample and one noise a
+step, however many processes there are, and none that could be drawn again.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from decimal import Context
 from typing import Any
@@ -32,8 +36,10 @@ from torch import Tensor
 
 from justforward.errors import UserError
 from justforward.estimators import AHEAD, Seen, Site, describe, look_weights
-from justforward.sights import rises_by_row
-from justforward.variants import LEAST_NOISE, MOST_NOISE
+from justforward.recipe import Recipe
+from justforward.sights import Sight, put_together, rises_by_row
+from justforward.trajectory import Step
+from justforward.variants import LEAST_NOISE, MOST_NOISE, forwards_of
 
 GRID = 1 << 20  # steps of the answer's grid that C is long
 # A little less than all of it: what floating point makes too long in the last bit stays within.
@@ -84,6 +90,27 @@ class Private:
         self.noise_multiplier, self.clip = float(noise_multiplier), clip
         self.answers = 0
         self._drawn: int | None = None  # rows that wait to be looked at
+        self._decided: Callable[[Callable[[], Any]], Any] | None = None  # by the first of several
+
+    @property
+    def alone(self) -> bool:
+        """Whether all rows are looked at in this process."""
+        return self._decided is None
+
+    def join(self, decided: Callable[[Callable[[], Any]], Any]) -> None:
+        """Look at a part of the rows from now on, in one of several processes that have the same rows and the same owner.
+
+        Args:
+            decided: gives all processes what its argument comes to in one of them; it is not called in the others.
+
+        Raises:
+            UserError: rows wait, which this process has drawn by itself.
+        """
+        if self._drawn is not None:
+            raise UserError(
+                f"private: the {self._drawn} rows drawn last are this process's own: draw when the processes are together"
+            )
+        self._decided = decided
 
     @property
     def rate(self) -> float:
@@ -126,13 +153,33 @@ class Private:
             raise UserError(
                 f"private: the {self._drawn} rows drawn last were not looked at: step with them, whatever they are"
             )
+        rows: list[int] = self._in_one(self._sample)
+        self._drawn = len(rows)
+        return rows
+
+    def _sample(self) -> list[int]:
         taken = np.arange(self.rows)
         if self.batch_size < self.rows:
             words = np.frombuffer(os.urandom(8 * self.rows), "<u8")
             taken = np.flatnonzero(words < np.uint64((self.batch_size << 64) // self.rows))
-        self._drawn = len(taken)
         rows: list[int] = taken.tolist()
         return rows
+
+    def _in_one(self, drawn: Callable[[], Any]) -> Any:
+        """What is drawn, in one of the processes, for all of them."""
+        return drawn() if self._decided is None else self._decided(drawn)
+
+    def waiting(self) -> int:
+        """How many rows were drawn for the look that is next.
+
+        Raises:
+            UserError: none were drawn.
+        """
+        if self._drawn is None:
+            raise UserError(
+                "private: no rows were drawn for this look: each needs its own, rows = private.draw()"
+            )
+        return self._drawn
 
     def look(self, site: Site, closure: Any, batch: Any, samples: int, stay: bool) -> Seen:
         """As `estimators.look_weights`; what comes of it are the noisy answers alone.
@@ -141,30 +188,54 @@ class Private:
             UserError: rows were not drawn, or the closure returns other than one loss for each of them; whatever the
                 closure raises. Weights are home, nothing was answered, and the rows wait.
         """
-        count = self._drawn
-        if count is None:
-            raise UserError(
-                "private: no rows were drawn for this look: each needs its own, rows = private.draw()"
-            )
-        kept: list[list[float]] = []
+        seen, rises = _unmarked(site, closure, batch, samples, self.waiting(), stay)
+        return replace(
+            seen, losses={AHEAD: [math.nan]}, rises=self._answer(rises, samples, site.eps)
+        )
 
-        def hidden(*arguments: Any) -> float:
-            kept.append(_row_losses(closure(*arguments), count) if count else [])
-            return 0.0
+    def see(
+        self, site: Site, closure: Any, batch: Any, samples: Sequence[int], rows: Sequence[int]
+    ) -> Sight:
+        """As `sights.see_weights`: what one of several processes sees of its rows. It has no noise: it is for the others alone.
 
-        seen = look_weights(site, hidden, batch, samples, stay)
-        eps = max(site.eps)
-        rises = rises_by_row(site.kind, kept, samples)
+        Rises that are not finite are in it as they are. Raises as `look`.
+        """
+        here = replace(site, seed_of=lambda lane: site.seed_of(samples[lane]))
+        seen, rises = _unmarked(here, closure, batch, len(samples), len(rows), stay=False)
+        found = tuple(map(tuple, rises))
+        return Sight(site.step, tuple(samples), tuple(rows), found, 0.0, seen.forwards)
+
+    def combined(self, sights: Iterable[Sight], recipe: Recipe, samples: int, looks: str) -> Step:
+        """The step that all processes' sights come to, with one noise: the one that a process takes which sees all rows.
+
+        Raises:
+            UserError: rows were not drawn; a sight is of another step, or of rows that were not drawn.
+        """
+        rows = range(self.waiting())
+        rises: list[list[float]] = [[] for _ in range(samples)]
+        if rows:
+            view = put_together(sights, recipe.index, samples, len(rows)).rises
+            rises = [[view[sample][row] for row in rows] for sample in range(samples)]
+        eps = [each * reach for each, (reach, _) in zip(recipe.eps, recipe.shape, strict=True)]
+        step = recipe.step(self._answer(rises, samples, eps))
+        return replace(step, loss=math.nan, forwards=forwards_of(looks, samples))
+
+    def _answer(
+        self, rises: Sequence[Sequence[float]], samples: int, lengths: Sequence[float]
+    ) -> list[float]:
+        """Noisy rises along each direction, from those of each row; the rows that were drawn have been looked at."""
+        eps = max(lengths)
         grads = zip(*([rise / eps for rise in row] for row in rises), strict=True)
+        sums = bounded_sum(grads, samples, self.clip)
         self._drawn = None
         self.answers += 1
-        answers = self._noisy(bounded_sum(grads, samples, self.clip))
-        return replace(seen, losses={AHEAD: [math.nan]}, rises=[answer * eps for answer in answers])
+        return [answer * eps for answer in self._noisy(sums)]
 
     def _noisy(self, sums: Sequence[int]) -> list[float]:
         deviation = self.noise_multiplier * GRID
         unit = (1.0 if self.clip is None else self.clip) / GRID / self.batch_size
-        return [(total + whole_gaussian(deviation)) * unit for total in sums]
+        noisy = self._in_one(lambda: [total + whole_gaussian(deviation) for total in sums])
+        return [total * unit for total in noisy]
 
 
 def count_answers(private: Private | None, given: int) -> None:
@@ -215,6 +286,22 @@ def whole_gaussian(deviation: float) -> int:
 def _odd() -> int:
     """Evenly in (-2^_BITS, 2^_BITS), and never 0."""
     return 2 * secrets.randbits(_BITS) + 1 - (1 << _BITS)
+
+
+def _unmarked(
+    site: Site, closure: Any, batch: Any, samples: int, rows: int, stay: bool
+) -> tuple[Seen, list[list[float]]]:
+    """Looks of which nothing but rises is kept: of each sample and row, in float32, as processes send them to each other."""
+    kept: list[list[float]] = []
+
+    def hidden(*arguments: Any) -> float:
+        kept.append(_row_losses(closure(*arguments), rows) if rows else [])
+        return 0.0
+
+    seen = look_weights(site, hidden, batch, samples, stay)
+    with np.errstate(over="ignore"):  # counts as 0, like what is infinite
+        rises = np.array(rises_by_row(site.kind, kept, samples), np.float32)
+    return seen, rises.tolist()
 
 
 def _row_losses(losses: Any, count: int) -> list[float]:

@@ -245,10 +245,15 @@ def _check_parts(config: TrainConfig) -> None:
     Raises:
         UserError: naming the option that wants it.
     """
-    whole = undivided(config.looks, config.modified, config.private)
-    if config.rows_at_once is not None and whole is not None:
+    whole, size = undivided(config.looks, config.modified), config.rows_at_once
+    if config.private and size not in (None, 1):
         raise UserError(
-            f"--rows-at-once is {config.rows_at_once}: a step with --{whole} sees all its rows at once: leave one of them out"
+            f"--rows-at-once is {size}: a step with --private runs each row by itself: in company the last bits of a row's loss "
+            "tell of the others: leave it out"
+        )
+    if size is not None and whole is not None:
+        raise UserError(
+            f"--rows-at-once is {size}: a step with --{whole} sees all its rows at once: leave one of them out"
         )
 
 
@@ -336,11 +341,12 @@ def _privately(config: TrainConfig) -> TrainConfig:
         ("objective", config.objective, "loss", "what is bounded for each row is its loss"),
         ("start", config.start, ("auto", "base"), "it is fitted to training rows without noise"),
         ("backoff", config.backoff, False, "it takes steps back by the losses of training rows, without noise"),
+        ("max_minutes", config.max_minutes, None, "how long steps take depends on the rows that were drawn, and the log would show how many there were in that time"),
         ("cache", config.cache, None, "it shows what the model makes of training rows to other runs, and takes it from them"),
     ):  # fmt: skip
         if value not in (good if isinstance(good, tuple) else (good,)):
             use = good[-1] if isinstance(good, tuple) else good
-            option = f"--{name}"
+            option = f"--{name.replace('_', '-')}"
             advice = "leave it out" if use in (None, False) else f"choose {option} {use}"
             raise UserError(f"{option} is {value!r}, with --private: {why}: {advice}")
     return replace(config, start="base")

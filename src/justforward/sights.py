@@ -66,8 +66,12 @@ class Sight:
         return raw + struct.pack("<I", zlib.crc32(raw))
 
     @classmethod
-    def unpack(cls, raw: bytes) -> Sight:
+    def unpack(cls, raw: bytes, finite: bool = True) -> Sight:
         """What `pack` made.
+
+        Args:
+            raw: the bytes.
+            finite: refuse numbers that are not.
 
         Raises:
             UserError: it was not made by `pack`, or is damaged, or has a number that is not finite.
@@ -84,7 +88,7 @@ class Sight:
         if len(raw) != _HEAD.size + 4 * samples * rows + 4:
             raise UserError(f"a sight of {len(raw)} bytes: not those of {samples} x {rows} rises")
         rises = np.frombuffer(raw, "<f4", samples * rows, _HEAD.size).reshape(samples, rows)
-        if not (np.isfinite(rises).all() and math.isfinite(loss)):
+        if finite and not (np.isfinite(rises).all() and math.isfinite(loss)):
             raise UserError("a sight with a number that is not finite")
         first, apart, first_row, rows_apart = places
         return cls(
@@ -325,9 +329,10 @@ def put_together(sights: Iterable[Sight], step: int, samples: int, of: int) -> V
         for sample, values in zip(sight.samples, sight.rises, strict=True):
             mine = rises.setdefault(sample, {})
             for row, value in zip(sight.rows, values, strict=True):
-                if mine.setdefault(row, value) != value:
+                kept = mine.setdefault(row, value)
+                if kept != value and not (math.isnan(kept) and math.isnan(value)):
                     raise UserError(
-                        f"two sights of step {step} differ in row {row}, sample {sample}: {mine[row]} and {value}"
+                        f"two sights of step {step} differ in row {row}, sample {sample}: {kept} and {value}"
                     )
     sizes = [len(sight.samples) * len(sight.rows) for sight in known]
     loss = math.fsum(sight.loss * size for sight, size in zip(known, sizes, strict=True)) / sum(

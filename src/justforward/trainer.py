@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,9 +30,10 @@ from transformers.utils import logging
 
 from justforward.beside import is_whole, load_beside, save_beside
 from justforward.card import correct
+from justforward.drawn import DrawnTrainer, noise_of
 from justforward.errors import NonFiniteLoss, UserError
 from justforward.loop import LOG, LoopMeZO, SavesAtStepEnd, put_log, set_aside, what_lacks
-from justforward.rowwise import MicroBatches, RowwiseTrainer
+from justforward.rowwise import MicroBatches
 from justforward.stored import as_stored, is_half
 from justforward.training_arguments import MeZOConfig, MeZOSeq2SeqConfig
 from justforward.trajectory import read_log
@@ -79,7 +79,7 @@ def check_workers(args: MeZOConfig) -> None:
             )
 
 
-class MeZOTrainer(RowwiseTrainer):
+class MeZOTrainer(DrawnTrainer):
     """`transformers.Trainer` that tunes with forward passes: its arguments, callbacks, evaluation, checkpoints and logs.
 
     `args` is a `MeZOConfig`. The optimizer is a `MeZO` of the whole model, made from it; only parameters that require
@@ -93,6 +93,9 @@ class MeZOTrainer(RowwiseTrainer):
     Processes of torchrun take each step together: every one looks with the micro-batches that Trainer gives it, they send each other
     scalars, and each moves its own copy of the weights, which is not wrapped. The process that saves writes the log. They wait
     `ddp_timeout` seconds for each other.
+
+    With `private` the rows of a step are drawn in secret and looked at one by one, their losses are nowhere, and `epsilon` is in the logs;
+    training ends before it is more than was planned. What of it may be shown to others is in docs/privacy.md.
 
     The model is in train mode, as with Trainer, and `compute_loss` sees it so (trl files its metrics by that), but it computes in
     eval mode, without dropout, while it looks.
@@ -125,6 +128,7 @@ class MeZOTrainer(RowwiseTrainer):
                 "create_scheduler): leave it out"
             )
         self.args.mezo()  # what cannot be read is refused now
+        self.check_private()
         self._workers: Workers | None = None
         self._micro: list[tuple[Any, Any]] = []
         self._skipped_in_a_row = 0
@@ -155,8 +159,10 @@ class MeZOTrainer(RowwiseTrainer):
                     "torch_compile with weights of 16 bits: there parameters intercept operations, which a compiled model "
                     "does not call: load the model in float32, or leave torch_compile out"
                 )
-            writes = bool(self.args.should_save)
-            self.optimizer = LoopMeZO(whole, self._log_folder, writes=writes, **self.args.mezo())
+            writes, mezo = bool(self.args.should_save), self.args.mezo()
+            if self.args.private:
+                mezo["private"] = self._private()
+            self.optimizer = LoopMeZO(whole, self._log_folder, writes=writes, **mezo)
         if not isinstance(self.optimizer, LoopMeZO):
             raise UserError(
                 f"the optimizer is a {type(self.optimizer).__name__}: MeZOTrainer makes its own MeZO from args"
@@ -202,6 +208,9 @@ class MeZOTrainer(RowwiseTrainer):
         optimizer: LoopMeZO = self.optimizer
         by_row = self.args.estimator == "activation"
         optimizer.check_free()
+        if self.args.private:
+            self._private_step(model)
+            return math.nan
         try:
             if by_row:
                 self._rows_checked = self._rows_checked or self._check_rows(model, micro)
@@ -252,6 +261,7 @@ class MeZOTrainer(RowwiseTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the steps that were skipped since the last time."""
+        self._told(logs)
         if "loss" in logs and self._skipped_since_logged:
             logs["skipped_steps"] = self._skipped_since_logged
             self._skipped_since_logged = 0
@@ -264,6 +274,8 @@ class MeZOTrainer(RowwiseTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Those of the looks: Trainer's count is that of three forwards."""
+        if self.args.private:
+            return 0  # it would tell how long the rows of a step were
         looks = forwards_of(self.args.looks, self.args.num_samples)
         return int(super().floating_point_ops(inputs)) * looks // 3
 
@@ -282,6 +294,7 @@ class MeZOTrainer(RowwiseTrainer):
                 has no meaning here.
         """
         self.args.check()
+        self.check_private(trial)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_checkpoint()
         if isinstance(resume_from_checkpoint, str | os.PathLike):
@@ -321,6 +334,9 @@ class MeZOTrainer(RowwiseTrainer):
                 "the tuned weights were changed since train() ended: a new log begins with them"
             )
             self.optimizer = None  # its grid and its log are of the others
+        saved = None if resume_from_checkpoint is None else Path(resume_from_checkpoint) / LOG
+        self._noise = noise_of(saved) if self.args.private and saved else None
+        self._planned = max_steps
         self.create_optimizer()
         with as_stored(self.model):  # accelerate puts the weights where they are to be
             prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
@@ -335,6 +351,8 @@ class MeZOTrainer(RowwiseTrainer):
             self._workers = Workers(
                 self.optimizer, timeout=float(self.args.ddp_timeout), data=self._said_of_data()
             )
+        if self.args.private:
+            self._plan(max_steps - self.state.global_step)
         return prepared
 
     def _said_of_data(self) -> str:
@@ -361,7 +379,7 @@ class MeZOTrainer(RowwiseTrainer):
         """Trainer's; a checkpoint gets a copy of the log."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.optimizer.writes:
-            shutil.copyfile(self.optimizer.path, Path(output_dir) / LOG)
+            self.optimizer.copy_log(Path(output_dir) / LOG)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with as_stored(self.model):

@@ -42,6 +42,33 @@ REFUSED = {
     "adam_beta2": "say it in the rule: rule='adam(beta2=...)' or 'rmsprop(beta2=...)'",
     "adam_epsilon": "say it in the rule: rule='adam(eps=...)' or 'rmsprop(eps=...)'",
 }
+PRIVATE = ("target_epsilon", "target_delta", "noise_multiplier", "clip")
+# Fields that must be so in a private run, and why.
+VOIDING: dict[str, tuple[Any, str]] = {
+    "estimator": (
+        "weight",
+        "in activation space each row has directions of its own, so the log would show which rows took part: use "
+        "estimator='weight'",
+    ),
+    "modified": (
+        None,
+        "it measures layers by the losses of training rows, without noise: leave it out",
+    ),
+    "load_best_model_at_end": (
+        False,
+        "the log would become that of the best step, and say less than was spent: leave it out; each checkpoint has its log, choose "
+        "one by public rows",
+    ),
+    "train_sampling_strategy": (
+        "random",
+        "the rows of a private step are a Poisson sample: leave it out",
+    ),
+    "include_num_input_tokens_seen": (
+        "no",
+        "how many tokens a step has tells which rows it had: leave it out",
+    ),
+    "save_on_each_node": (False, "what was spent is counted in one log: leave it out"),
+}
 # Fields that save memory of backpropagation: without effect, so scripts may keep them.
 NEEDLESS = ("gradient_checkpointing", "activation_checkpointing")
 
@@ -68,6 +95,13 @@ class MeZOConfig(TrainingArguments):
         modified: "variance" or "expectation", with parameters as in "variance(by=looks, every=100)" (`Modified`).
         blocks: "layers", or regular expressions with spaces between them, one a block (`Blocks`).
         block_order: cyclic, or random.
+        private: protect the training rows by differential privacy (docs/privacy.md): with target_epsilon or noise_multiplier, in weight
+            space. Rows are a Poisson sample, and the batch size, with accumulation, is how many a step has on average; each row's loss is what
+            Trainer says of a batch of it alone.
+        target_epsilon: private: find the noise with which all planned steps cost no more than this.
+        target_delta: private: at which delta epsilon is counted (default 1e-5, or a tenth of 1 / training rows if that is less).
+        noise_multiplier: private: standard deviation of the noise, in units of what one row can change.
+        clip: private: the length that a row's projected gradients are clipped to (default: they are scaled to length 1).
         max_skipped_steps: a step whose loss is NaN or infinite is not taken; after more than so many in a row training ends with
             `NonFiniteLoss`.
 
@@ -93,6 +127,11 @@ class MeZOConfig(TrainingArguments):
     modified: str | None = _said(None, "Look along unlike layers at unlike lengths.")
     blocks: str | None = _said(None, "Look along and move one block a step.")
     block_order: str = _said("cyclic", "cyclic, or random.")
+    private: bool = _said(False, "Protect the training rows by differential privacy.")
+    target_epsilon: float | None = _said(None, "Private: what all steps may cost.")
+    target_delta: float | None = _said(None, "Private: at which delta epsilon is counted.")
+    noise_multiplier: float | None = _said(None, "Private: deviation of the noise.")
+    clip: float | None = _said(None, "Private: length that a row's answers are clipped to.")
     max_skipped_steps: int = _said(10, "So many steps in a row may have a loss that is NaN.")
 
     def __post_init__(self) -> None:
@@ -134,6 +173,24 @@ class MeZOConfig(TrainingArguments):
             raise UserError(
                 f"MeZOConfig: max_skipped_steps is {self.max_skipped_steps}: it must be at least 0"
             )
+        self._check_private()
+
+    def _check_private(self) -> None:
+        for name in () if self.private else PRIVATE:
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"MeZOConfig: {name} is {getattr(self, name)!r}: it is for private=True: say that too, or leave it out"
+                )
+        if not self.private:
+            return
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise UserError(
+                "MeZOConfig: private takes either target_epsilon or noise_multiplier: give one of them"
+            )
+        for name, (value, reason) in VOIDING.items():
+            if getattr(self, name) != value:
+                shown = getattr(self, name)
+                raise UserError(f"MeZOConfig: {name} is {shown!r}, with private: {reason}")
 
     def mezo(self) -> dict[str, Any]:
         """Arguments of `MeZO`.

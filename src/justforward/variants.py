@@ -315,9 +315,9 @@ def check_variants(
         )
 
 
-def undivided(looks: str, modified: object, private: object) -> str | None:
-    """What makes an estimate see all its rows at once, if anything does: "private", "looks one-point" or "modified"."""
-    given = {"private": private, "looks one-point": looks == "one-point", "modified": modified}
+def undivided(looks: str, modified: object) -> str | None:
+    """What makes an estimate see all its rows at once, if anything does: "looks one-point" or "modified"."""
+    given = {"looks one-point": looks == "one-point", "modified": modified}
     return next((name for name, value in given.items() if value), None)
 
 
@@ -329,13 +329,18 @@ def check_shared(
     Raises:
         UserError: looks are one-point, or the estimate is modified or private, or the weights are in shards.
     """
+    if private:
+        raise UserError(
+            "look, combine: private estimates cannot be shared: what is seen of a row has no noise yet, and noise is added once: "
+            "let justforward.Workers take the steps, in processes that are all yours"
+        )
     if sharded:
         raise UserError(
             "look, Workers: of a model in shards each process has parts alone: call opt.step in all, its loss is their mean"
         )
-    if undivided(looks, modified, private):
+    if undivided(looks, modified):
         raise UserError(
-            "look, combine: modified, one-point and private estimates cannot be shared by workers"
+            "look, combine: modified and one-point estimates cannot be shared by workers"
         )
 
 

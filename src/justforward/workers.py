@@ -50,11 +50,14 @@ class Workers:
     log of the one that is furthest. All end together: where one is gone, silent, fails or differs, every other one says
     which, and nobody takes the step. The log has all steps before.
 
+    With `private`, `opt.private.draw()` gives all of them the same rows, which one has drawn, and a step has one noise, of the same one.
+    What they send each other has none: all of them, and the network between them, must be its owner's who has the rows.
+
     Args:
         opt: the optimizer of this worker; of the same base model and settings in all. One worker of each machine
             should write a log, and no two the same file.
         rows_at_once: rows that go through the model at once. Losses have the same bits for any number of workers; more
-            rows are faster, as long as there are enough parts for all workers.
+            rows are faster, as long as there are enough parts for all workers. With `private` it must be 1.
         populations: into how many parts the samples of a step are divided; each is looked along with all rows. The
             number of workers must be a multiple.
         check_every: compare the weights that are tuned after so many steps, by their hash; 0 for never.
@@ -82,7 +85,7 @@ class Workers:
         data: Any = "",
         group: dist.ProcessGroup | Peers | None = None,
     ) -> None:
-        check_shared(opt.looks, opt.modified, opt.private, opt.weights.sharded)
+        check_shared(opt.looks, opt.modified, None, opt.weights.sharded)
         self.opt = opt
         self._peers = group if isinstance(group, Peers) else Peers(group)
         self.rank, self.size = self._peers.rank, self._peers.size
@@ -93,6 +96,11 @@ class Workers:
         ):
             if not isinstance(value, int) or value < least:
                 raise UserError(f"{name} is {value!r}: it must be a whole number from {least}")
+        if opt.private is not None and rows_at_once > 1:
+            raise UserError(
+                f"rows_at_once is {rows_at_once}, with private: rows that go through the model together change the last bits of each "
+                "other's losses: leave it out"
+            )
         if self.size % populations:
             raise UserError(
                 f"populations is {populations}, with {self.size} workers: their number must be a multiple of it"
@@ -112,6 +120,7 @@ class Workers:
             "estimator": opt.estimator,
             "looks": opt.looks,
             "blocks": None if opt.blocks is None else opt.blocks.settings(),
+            "private": None if opt.private is None else opt.private.settings(),
             **self._rates(),
             "what is tuned": _layout(opt),
             "rows_at_once": rows_at_once,
@@ -121,6 +130,8 @@ class Workers:
         }
         self._compare(settings, "at the start", "give all the same", START_SECONDS)
         self._catch_up()
+        if opt.private is not None:
+            opt.private.join(self._first_draws)
         if self.size == 1:
             return
         whole = isinstance(opt.model, nn.Module)
@@ -151,15 +162,16 @@ class Workers:
             of: how many rows the step's batch has.
 
         Returns:
-            The mean loss of all looks.
+            The mean loss of all looks; NaN with `private`.
 
         Raises:
             NonFiniteLoss: in all workers, if it was in one. The weights are as before.
             UserError: a worker is gone, silent, has failed or differs, naming it; or as `MeZO.look`.
         """
-        if of is not None and (not isinstance(of, int) or of < 1):
+        least = int(self.opt.private is None)  # a private sample may be empty
+        if of is not None and (not isinstance(of, int) or of < least):
             raise UserError(
-                f"of is {of!r}: it must be a whole number from 1, the rows of the batch"
+                f"of is {of!r}: it must be a whole number from {least}, the rows of the batch"
             )
         with Shield() as shield:
             step = self._together(partial(shield.call, loss_fn), batch, of)
@@ -184,10 +196,17 @@ class Workers:
         failure: BaseException | None = None
         try:
             digest: list[int] = []
-            if of is None:
+            drawn = None if self.opt.private is None else self.opt.private.waiting()
+            if of is None and drawn == 0:
+                of = 0  # what the batch is then made of is nobody's business
+            elif of is None:
                 _, of = change_rows(batch, partial(_digest, digest))
                 mine = self.rows(of)
                 batch, _ = change_rows(batch, lambda x: x[mine.start : mine.stop])
+            if drawn is not None and of != drawn:
+                raise UserError(
+                    f"private: the batch has {of} rows, and {drawn} were drawn: step with all of them and no others"
+                )
             intent |= {
                 "rows of the batch": of,
                 "the batch": f"{zlib.crc32(repr(digest).encode()):08x}",
@@ -258,7 +277,8 @@ class Workers:
                 where = body[_LOSS.size :].decode()
                 raise NonFiniteLoss(self.opt.steps, _LOSS.unpack_from(body)[0], where)
             if kind == _SIGHT:
-                sights.append(Sight.unpack(body))
+                # private rows count as nothing there, and stop nobody
+                sights.append(Sight.unpack(body, finite=self.opt.private is None))
         if len({intended for intended, _ in heads}) > 1:
             self._compare(intent, when, "give all the same; " + _AGAIN, self._timeout)
         return sights
@@ -278,6 +298,10 @@ class Workers:
     def agree(self, value: Any) -> Any:
         """What worker 0 gives, in all of them: for what clocks or unlike machines decide. Anything that JSON knows."""
         return self._peers.decide(value, self._timeout, f"after {self.opt.steps} steps: {_AGAIN}")
+
+    def _first_draws(self, draw: Callable[[], Any]) -> Any:
+        """What worker 0 draws, in all of them."""
+        return self.agree(draw() if self.rank == 0 else None)
 
     def close(self) -> None:
         """Close the log, and leave the group if it was joined here."""
