@@ -80,6 +80,7 @@ def _one(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate sets another number where this is not said
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
