@@ -185,12 +185,30 @@ def test_eval_of_an_unfinished_run(run: TrainConfig) -> None:
     assert steps == 8
     found = quiet(evaluate, EvalConfig(run=run.out))
     assert (
-        found["step"] == kept_step(folder, folder.read_config()) in (0, 3, 6)
+        found["step"] == kept_step(folder, folder.read_config(), pytest.fail) in (0, 3, 6)
     )  # the ninth is no more
     assert found["fingerprint"] == replayed(run, found["step"])
-    assert kept_step(folder, replace(run, keep="last")) == 8
+    assert kept_step(folder, replace(run, keep="last"), pytest.fail) == 8
     (folder.path / "metrics.jsonl").unlink()
-    assert kept_step(folder, run) == 8
+    said: list[str] = []
+    assert kept_step(folder, folder.read_config(), said.append) == 8
+    assert "no validation in metrics.jsonl to tell the best step by: this is the last one, 8" in said[0]  # fmt: skip
+
+
+def test_a_run_handed_on_without_its_metrics(finished: tuple[TrainConfig, Result], run: TrainConfig, tmp_path: Path) -> None:  # fmt: skip
+    """The result says which step its figures are of; without it there is a note."""
+    _, result = finished
+    assert result["kept_step"] < 10
+    (Path(run.out) / "metrics.jsonl").unlink()
+    found = quiet(evaluate, EvalConfig(run=run.out))
+    assert (found["step"], found["fingerprint"]) == (result["kept_step"], result["fingerprint"])
+    made = quiet(rebuild, ReplayConfig(run.out, str(tmp_path / "made")))
+    assert (made["steps"], made["accuracy"]) == (result["kept_step"], result["accuracy"])
+    (Path(run.out) / "result.json").unlink()
+    said = io.StringIO()
+    assert evaluate(EvalConfig(run=run.out), Progress(said))["step"] == 10
+    assert "note: " in said.getvalue()
+    assert "this is the last one, 10" in said.getvalue()
 
 
 # ------------------------------------------------------------------------------------------- replay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,28 @@ from justforward.tuners import attach, merged
 Result = dict[str, Any]
 
 
-def kept_step(folder: RunFolder, config: TrainConfig) -> int:
+def kept_step(folder: RunFolder, config: TrainConfig, note: Callable[[str], None]) -> int:
     """The step whose model a run keeps; of an unfinished run, as it would be if it ended now.
 
+    Args:
+        folder, config: of the run.
+        note: called with a sentence where nothing is left that tells, and it is the last step.
+
     Raises:
-        UserError: the log or the metrics are damaged.
+        UserError: the log, the metrics or the result are damaged.
     """
     steps = len(read_log(folder.log).steps)
     kept = step_kept(config, folder.read_metrics()[0], steps)
-    return kept["step"] if kept is not None else steps
+    if kept is not None:
+        return int(kept["step"])
+    if config.keep == "best":  # of a folder that was handed on without its metrics
+        result = folder.read_result() or {}
+        if (result.get("status"), result.get("steps")) == ("finished", steps):
+            return int(result["kept_step"])
+        note(
+            f"note: {folder.path} has no validation in metrics.jsonl to tell the best step by: this is the last one, {steps}"
+        )
+    return steps
 
 
 def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
@@ -81,7 +95,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
     scorer.prepare(rows)
     step: int | None = None
     if folder is not None and run is not None:
-        step = kept_step(folder, run)
+        step = kept_step(folder, run, note)
         _offload(model, folder, config.offload)
         replay_log(model, folder.log, step, Snapshots(folder.snapshots, note))
     note(f"scoring {len(rows)} rows of {data} ({_SPLITS[split]})")
@@ -256,7 +270,7 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
     folder.check_run()
     run = folder.read_config()
     check_new(Path(config.out), "choose another --out")
-    steps = _steps(config.steps, folder, run)
+    steps = _steps(config.steps, folder, run, note)
     if config.merge and run.tuner != "lora":
         raise UserError(
             f"{folder.path}: --merge adds a LoRA into the weights, and the run's tuner is {run.tuner!r}: leave it out"
@@ -273,6 +287,11 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
     replay_log(model, folder.log, steps, Snapshots(folder.snapshots, note))
     took = time.monotonic() - clock
     tuned = fingerprint(model)
+    if config.merge and run.dtype != "float32":
+        note(
+            f"note: the sum of weights and LoRA is rounded to {run.dtype}, as the weights are: scores may differ from the run's, "
+            "which the adapter (without --merge) keeps"
+        )
     save_model(merged(model) if config.merge else model, tokenizer, config.out)
     result = folder.read_result() or {}
     scored = result.get("kept_step") == steps  # the figures that train measured are of this model
@@ -293,10 +312,12 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
 _SAVED = dict.fromkeys(("lora", "prefix", "prompt"), "adapter")
 
 
-def _steps(asked: str | None, folder: RunFolder, run: TrainConfig) -> int:
+def _steps(
+    asked: str | None, folder: RunFolder, run: TrainConfig, note: Callable[[str], None]
+) -> int:
     last = len(read_log(folder.log).steps)
     if asked is None:
-        return kept_step(folder, run)
+        return kept_step(folder, run, note)
     if asked == "last":
         return last
     if asked == "best":
