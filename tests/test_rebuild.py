@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -193,6 +194,22 @@ def test_eval_of_an_unfinished_run(run: TrainConfig) -> None:
     said: list[str] = []
     assert kept_step(folder, folder.read_config(), said.append) == 8
     assert "no validation in metrics.jsonl to tell the best step by: this is the last one, 8" in said[0]  # fmt: skip
+
+
+def test_rows_that_have_gone(run: TrainConfig, tmp_path: Path) -> None:  # fmt: skip
+    """Nobody has named them now: the run is named, and where the path is from."""
+    folder = RunFolder(run.out)
+    for data, here in (("rows.csv", " here, and the path is from where train was started"), (str(tmp_path / "rows.csv"), "")):  # fmt: skip
+        folder.write_config(replace(folder.read_config(), data=data))
+        said = re.escape(f"{run.out}: the run's rows are {data!r}: no such file{here}: give --data with where they are")  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            quiet(evaluate, EvalConfig(run=run.out))
+        with pytest.raises(UserError, match=said):
+            quiet(train, replace(folder.read_config(), out=run.out, resume=True))
+        named = quiet(evaluate, EvalConfig(run=run.out, data=run.data))
+        assert named["split"] == "test"
+    with pytest.raises(UserError, match=r"^else\.csv: no such file: check the path"):
+        quiet(evaluate, EvalConfig(run=run.out, data="else.csv"))
 
 
 def test_a_run_handed_on_without_its_metrics(finished: tuple[TrainConfig, Result], run: TrainConfig, tmp_path: Path) -> None:  # fmt: skip

@@ -18,7 +18,7 @@ from justforward.keeping import step_kept
 from justforward.models import load_model, save_model
 from justforward.ondisk import keep_on_disk
 from justforward.playback import fingerprint
-from justforward.prepare import read_data, split_rows, use_threads
+from justforward.prepare import check_there, read_data, split_rows, use_threads
 from justforward.progress import Progress
 from justforward.published import Published, scored_rows
 from justforward.ranges import check_ranges
@@ -72,6 +72,8 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
         folder = RunFolder(config.run)
         folder.check_run()
         run = folder.read_config()
+        if config.data is None:
+            check_there(folder, run.data)
     source, base, data, task, name = _inputs(config, run)
     if run is None and config.offload is not None:
         raise UserError(
