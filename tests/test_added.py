@@ -214,6 +214,16 @@ def test_a_run_goes_on_as_it_began(config: TrainConfig) -> None:
     assert again["fingerprint"] == whole["fingerprint"]
 
 
+def test_another_start_or_tuner_is_named_as_what_it_is(config: TrainConfig) -> None:
+    """And not what the run's own has brought with it, such as --lora-targets."""
+    go(config)
+    kept = replace(RunFolder(config.out).read_config(), resume=True)
+    for option, was in (({"tuner": "full"}, "lora"), ({"start": "base"}, "deep")):
+        ((name, value),) = option.items()
+        with pytest.raises(UserError, match=f"--{name} is '{was}' in the run and '{value}' now"):
+            go(replace(kept, **option))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -98,6 +98,8 @@ def _open(config: TrainConfig, progress: Progress, team: Team) -> Session | Resu
         config = replace(config, **filled)
         if config.data == old.data:
             check_there(folder, old.data)
+        # else what belongs to the run's own tuner or start would be said to be in the way of another
+        check_same(old, config, str(folder.path), ("tuner", "start"))
     config = resolved(config)
     check_names(config)
     task = task_of(config)
