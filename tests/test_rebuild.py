@@ -139,6 +139,25 @@ def test_another_file_loses_the_rows_that_the_run_has_seen(
         quiet(evaluate, EvalConfig(run=config.out, data=str(seen)))
 
 
+def test_rows_are_known_whatever_else_of_them_is_shown(
+    finished: tuple[TrainConfig, Result], tmp_path: Path
+) -> None:
+    """A template with another column makes no row of the run's a new one."""
+    config, _ = finished
+    for name in ("text", "film"):
+        data = tmp_path / f"{name}.csv"
+        rows = [f"{i}: seen,{row}" for i, row in enumerate([*ROWS, "a new one,neg", "another,pos"])]
+        data.write_text(f"title,{name},label\n" + "\n".join(rows))
+        for template in (f"{{title}} {{{name}}} It was", f"{{{name}}} It was"):
+            said = io.StringIO()
+            found = evaluate(EvalConfig(run=config.out, data=str(data), template=template), Progress(said))  # fmt: skip
+            # the file's own columns alone say nothing of a text in a column of another name
+            known = name == "text" or "title" not in template
+            assert (found["rows"], found["dropped"]) == ((14, 48) if known else (62, 0))
+            warned = "rows which the run has seen may be among these" in said.getvalue()
+            assert warned == (not known)
+
+
 def _lines_of(config: TrainConfig, split: str) -> list[int]:
     from justforward.data import read_examples
     from justforward.prepare import split_rows, task_of

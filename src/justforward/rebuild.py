@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from justforward.adapters import base_of, load_adapter
 from justforward.config import WORKERS, EvalConfig, ReplayConfig, TrainConfig
-from justforward.data import Example
+from justforward.data import Example, read_examples
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder, best_step, check_new, row_hash
@@ -83,7 +84,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
     dtype = (config.dtype or "float32") if run is None else run.dtype
     use_threads(config.threads)
     examples, digest = read_data(name, data, task, note)
-    split, rows, dropped = _rows(config, folder, run, data, examples, digest)
+    split, rows, dropped = _rows(config, folder, run, data, examples, digest, task, note)
     if base is None:
         model, tokenizer = load_model(source, note, quantize, dtype)
     else:
@@ -207,6 +208,8 @@ def _rows(
     data: str,
     found: list[Example] | Published,
     digest: str,
+    task: Task,
+    note: Callable[[str], None],
 ) -> tuple[str, list[Example], int]:
     """Which split to score, its rows, and how many were left out because the run has seen them."""
     examples = found.examples if isinstance(found, Published) else found
@@ -247,7 +250,8 @@ def _rows(
     seen = folder.read_seen()
     if isinstance(found, Published):
         examples = scored_rows(found)
-    rows = [example for example in examples if row_hash(example) not in seen]
+    shown = _as_shown(run, data, examples, task, note)
+    rows = [e for e, own in zip(examples, shown, strict=True) if row_hash(own) not in seen]
     if not rows:
         raise UserError(
             f"{data}: the run was trained or validated on all {len(examples)} rows: give others"
@@ -257,6 +261,27 @@ def _rows(
         rows,
         len(examples) - len(rows),
     )
+
+
+def _as_shown(
+    run: TrainConfig,
+    data: str,
+    examples: list[Example],
+    task: Task,
+    note: Callable[[str], None],
+) -> list[Example]:
+    """Rows as the run's own template shows them: by that it knows those that it has seen."""
+    if run.task is not None or set(task_of(run).fields) == set(task.fields):
+        return examples
+    try:
+        own = read_examples(data, replace(task, template=task_of(run).template))
+    except UserError:  # it has not these columns; under other names, maybe
+        own = examples
+        if len(task_of(run).fields) != len(task.fields):
+            note(
+                f"note: {data} has not all columns of the run's template, so that rows which the run has seen may be among these"
+            )
+    return own
 
 
 def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
