@@ -162,7 +162,8 @@ def test_what_is_in_its_way() -> None:
     assert (
         added_hindrance(scorer_for("llama", 2), row, 0.5, 1) is None
     )  # only the difference counts
-    assert written_by(scorer, row, 0.5) == ["down_proj", "o_proj"]
+    wanted = [f"base_model.model.model.layers.1.{n}" for n in ("self_attn.o_proj", "mlp.down_proj")]
+    assert written_by(scorer, row, 0.5) == wanted
     tokenizer = make_tokenizer(MASKED["bert"])
     masked = Scorer(make_model("bert"), tokenizer, Task("{text} It was {mask}.", {"neg": "bad", "pos": "good"}))  # fmt: skip
     said = added_hindrance(masked, rows(1, 2)[0], 0.5, 8)
@@ -213,11 +214,27 @@ def test_a_run_goes_on_as_it_began(config: TrainConfig) -> None:
     assert again["fingerprint"] == whole["fingerprint"]
 
 
+def test_another_start_or_tuner_is_named_as_what_it_is(config: TrainConfig) -> None:
+    """And not what the run's own has brought with it, such as --lora-targets."""
+    go(config)
+    kept = replace(RunFolder(config.out).read_config(), resume=True)
+    for option, was in (({"tuner": "full"}, "lora"), ({"start": "base"}, "deep")):
+        ((name, value),) = option.items()
+        with pytest.raises(UserError, match=f"--{name} is '{was}' in the run and '{value}' now"):
+            go(replace(kept, **option))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"labels": {"neg": "not good", "pos": "great"}}, "label word 'not good' is 2 tokens"),
         ({"lora_targets": "c_attn"}, "--lora-targets leaves out c_proj, which writes to the res"),
+        # of the lower layer alone; and of the upper one only what reads
+        (
+            {"lora_targets": r"h\.0\."},
+            "--lora-targets finds none of the upper layers' maps that wr",
+        ),
+        ({"lora_targets": r"h\.0\.|c_attn"}, "--lora-targets finds none of the upper layers' maps"),
     ],
 )
 def test_where_it_cannot_be(config: TrainConfig, options: Any, said: str) -> None:

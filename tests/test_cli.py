@@ -500,6 +500,31 @@ def test_another_config_is_not_resumed(run: Run, options: dict[str, Any], other:
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
+def test_a_place_at_home_where_no_shell_has_seen_it(
+    run: Run, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a folder called ~ would be made, for somebody to remove."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    given = {n[2:].replace("-", "_"): v for n, v in options.items() if n not in ("--out", "--data")}
+    file = tmp_path / "given.yaml"
+    file.write_text(yaml.safe_dump({**given, "model": str(given["model"]), "data": "~/rows.csv"}))
+    code, _, err = run("train", "--config", file, "--out=~/run", "--max-forwards", 4)
+    assert code == 0, err
+    assert (tmp_path / "run" / "result.json").is_file()
+    assert run("eval", "--run=~/run")[0] == 0
+    assert run("train", "--resume", "--out=~/run")[0] == 0
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("option", ["--model", "--data", "--out", "--task"])
+def test_a_path_that_is_none(run: Run, options: dict[str, Any], option: str) -> None:
+    """Such as a text in the place of one."""
+    long = "a film, " * 100
+    said = error(run("train", *flat({**options, option: long})))
+    assert said.startswith(("a film, a film, ", f"{option[2:]} 'a film, a film, ", f"--{option[2:]}"))  # fmt: skip
+
+
 def test_a_second_session_is_refused(run: Run, options: dict[str, Any]) -> None:
     assert run("train", *flat(options))[0] == 0
     first = RunFolder(options["--out"])

@@ -22,7 +22,7 @@ from conftest import lines_of as lines
 from conftest import refusal, small_run
 from conftest import trained as go
 from justforward import gauge
-from justforward.config import ReplayConfig, TrainConfig
+from justforward.config import InspectConfig, ReplayConfig, TrainConfig
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder
@@ -32,6 +32,7 @@ from justforward.models import load_model
 from justforward.outcome import Interrupted
 from justforward.progress import Progress
 from justforward.rebuild import rebuild
+from justforward.report import inspect_run, spell_inspect
 from justforward.rules import parse
 from justforward.schedules import gauge_forwards
 from justforward.session import Session
@@ -239,6 +240,8 @@ def test_killed_before_it_has_found_anything(config: TrainConfig, tmp_path: Path
     assert not Path(part.out).exists()
     left = replace(part, out=str(tmp_path / "left"))
     assert RunFolder(left.out).read_config().lr is None
+    shown = inspect_run(InspectConfig(run=left.out))
+    assert "lr not found yet (" in spell_inspect(shown)
     again, said = go(replace(left, resume=True))
     assert "after 10 forwards" in said
     assert again["fingerprint"] == whole["fingerprint"]

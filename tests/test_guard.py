@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import justforward as jf
 from conftest import lines_of as lines
 from conftest import trained as go
-from justforward.config import ReplayConfig, TrainConfig
+from justforward.config import InspectConfig, ReplayConfig, TrainConfig
 from justforward.data import Example
 from justforward.errors import NonFiniteLoss
 from justforward.evaluate import Evaluation
@@ -44,6 +44,7 @@ from justforward.outcome import Interrupted, turning
 from justforward.prepare import judged, stop_reason
 from justforward.progress import Progress
 from justforward.rebuild import rebuild
+from justforward.report import inspect_run
 from justforward.session import Session
 from justforward.settings import resolved
 from justforward.snapshots import RunOptimizer
@@ -235,6 +236,7 @@ def test_a_run_goes_back_and_on_at_half_the_rate(config: TrainConfig, tmp_path: 
     assert "the loss has risen to" in said
     assert "at 0.5 of the learning rate" in said
     assert result["forwards"] == 400  # what was in vain counts
+    assert inspect_run(InspectConfig(run=config.out))["forwards"] == 400
     metrics = lines(config)
     steps = [m for m in metrics if m["kind"] == "step"]
     assert [m["step"] for m in steps] == list(range(1, result["steps"] + 1))

@@ -180,7 +180,7 @@ def test_a_run_that_gains_nothing_keeps_its_start(
     assert result["loss"] == pytest.approx(result["before_loss"], abs=1e-6)  # the base on its grid
     assert f"step {result['best_step']} is the best in validation, but" in said
     folder = RunFolder(config.out)
-    assert kept_step(folder, folder.read_config()) == 0
+    assert kept_step(folder, folder.read_config(), pytest.fail) == 0
     quietly = Progress(io.StringIO())
     found = evaluate(EvalConfig(run=config.out), quietly)
     assert found["fingerprint"] == result["fingerprint"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -138,6 +139,25 @@ def test_another_file_loses_the_rows_that_the_run_has_seen(
         quiet(evaluate, EvalConfig(run=config.out, data=str(seen)))
 
 
+def test_rows_are_known_whatever_else_of_them_is_shown(
+    finished: tuple[TrainConfig, Result], tmp_path: Path
+) -> None:
+    """A template with another column makes no row of the run's a new one."""
+    config, _ = finished
+    for name in ("text", "film"):
+        data = tmp_path / f"{name}.csv"
+        rows = [f"{i}: seen,{row}" for i, row in enumerate([*ROWS, "a new one,neg", "another,pos"])]
+        data.write_text(f"title,{name},label\n" + "\n".join(rows))
+        for template in (f"{{title}} {{{name}}} It was", f"{{{name}}} It was"):
+            said = io.StringIO()
+            found = evaluate(EvalConfig(run=config.out, data=str(data), template=template), Progress(said))  # fmt: skip
+            # the file's own columns alone say nothing of a text in a column of another name
+            known = name == "text" or "title" not in template
+            assert (found["rows"], found["dropped"]) == ((14, 48) if known else (62, 0))
+            warned = "rows which the run has seen may be among these" in said.getvalue()
+            assert warned == (not known)
+
+
 def _lines_of(config: TrainConfig, split: str) -> list[int]:
     from justforward.data import read_examples
     from justforward.prepare import split_rows, task_of
@@ -185,12 +205,46 @@ def test_eval_of_an_unfinished_run(run: TrainConfig) -> None:
     assert steps == 8
     found = quiet(evaluate, EvalConfig(run=run.out))
     assert (
-        found["step"] == kept_step(folder, folder.read_config()) in (0, 3, 6)
+        found["step"] == kept_step(folder, folder.read_config(), pytest.fail) in (0, 3, 6)
     )  # the ninth is no more
     assert found["fingerprint"] == replayed(run, found["step"])
-    assert kept_step(folder, replace(run, keep="last")) == 8
+    assert kept_step(folder, replace(run, keep="last"), pytest.fail) == 8
     (folder.path / "metrics.jsonl").unlink()
-    assert kept_step(folder, run) == 8
+    said: list[str] = []
+    assert kept_step(folder, folder.read_config(), said.append) == 8
+    assert "no validation in metrics.jsonl to tell the best step by: this is the last one, 8" in said[0]  # fmt: skip
+
+
+def test_rows_that_have_gone(run: TrainConfig, tmp_path: Path) -> None:  # fmt: skip
+    """Nobody has named them now: the run is named, and where the path is from."""
+    folder = RunFolder(run.out)
+    for data, here in (("rows.csv", " here, and the path is from where train was started"), (str(tmp_path / "rows.csv"), "")):  # fmt: skip
+        folder.write_config(replace(folder.read_config(), data=data))
+        said = re.escape(f"{run.out}: the run's rows are {data!r}: no such file{here}: give --data with where they are")  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            quiet(evaluate, EvalConfig(run=run.out))
+        with pytest.raises(UserError, match=said):
+            quiet(train, replace(folder.read_config(), out=run.out, resume=True))
+        named = quiet(evaluate, EvalConfig(run=run.out, data=run.data))
+        assert named["split"] == "test"
+    with pytest.raises(UserError, match=r"^else\.csv: no such file: check the path"):
+        quiet(evaluate, EvalConfig(run=run.out, data="else.csv"))
+
+
+def test_a_run_handed_on_without_its_metrics(finished: tuple[TrainConfig, Result], run: TrainConfig, tmp_path: Path) -> None:  # fmt: skip
+    """The result says which step its figures are of; without it there is a note."""
+    _, result = finished
+    assert result["kept_step"] < 10
+    (Path(run.out) / "metrics.jsonl").unlink()
+    found = quiet(evaluate, EvalConfig(run=run.out))
+    assert (found["step"], found["fingerprint"]) == (result["kept_step"], result["fingerprint"])
+    made = quiet(rebuild, ReplayConfig(run.out, str(tmp_path / "made")))
+    assert (made["steps"], made["accuracy"]) == (result["kept_step"], result["accuracy"])
+    (Path(run.out) / "result.json").unlink()
+    said = io.StringIO()
+    assert evaluate(EvalConfig(run=run.out), Progress(said))["step"] == 10
+    assert "note: " in said.getvalue()
+    assert "this is the last one, 10" in said.getvalue()
 
 
 # ------------------------------------------------------------------------------------------- replay

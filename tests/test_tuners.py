@@ -670,7 +670,9 @@ def test_the_adapter_is_pefts(settings: Any, architecture: str, tuner: str, tmp_
 def test_a_merged_model(settings: Any, architecture: str, tmp_path: Path) -> None:
     asked = settings(architecture, "lora", keep="last")
     quiet(train, asked)
-    quiet(rebuild, ReplayConfig(asked.out, str(tmp_path / "merged"), merge=True))
+    said = io.StringIO()
+    rebuild(ReplayConfig(asked.out, str(tmp_path / "merged"), merge=True), Progress(said))
+    assert "is rounded to" not in said.getvalue()
     loaded, _ = load_model(tmp_path / "merged")
     wanted = scores(rebuilt(asked), architecture)
     torch.testing.assert_close(scores(loaded, architecture), wanted, atol=2e-5, rtol=1e-5)
@@ -682,6 +684,14 @@ def test_a_merged_model(settings: Any, architecture: str, tmp_path: Path) -> Non
     ]
     assert len(changed) == (2 if architecture == "gpt2" else 4)
     assert all("attn" in name for name in changed)
+
+
+def test_a_sum_that_is_rounded_to_16_bits_is_said_to_be(settings: Any, tmp_path: Path) -> None:
+    asked = settings("gpt2", "lora", dtype="bfloat16", max_forwards=4)
+    quiet(train, asked)
+    said = io.StringIO()
+    rebuild(ReplayConfig(asked.out, str(tmp_path / "merged"), merge=True), Progress(said))
+    assert "note: the sum of weights and LoRA is rounded to bfloat16" in said.getvalue()
 
 
 def test_a_head_is_saved_whole(settings: Any, tmp_path: Path) -> None:

@@ -46,10 +46,10 @@ def _signals(labels: int) -> int:
 
 
 def written_by(scorer: Scorer, row: Example, share: float) -> list[str]:
-    """The last parts of the names of the maps that write to the stream."""
+    """The names of the maps of the upper layers that write to the stream, in order."""
     stream = stream_of(scorer, row, share)
     assert stream is not None
-    return sorted({name.removesuffix(_BASE).split(".")[-1] for name in stream.writers})
+    return [name.removesuffix(_BASE) for name in stream.writers]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Exit codes: 0; 2 for input that cannot be used (one line on stderr); 130 after C
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -48,6 +49,10 @@ COMMANDS: dict[str, type[Any]] = {
 }
 # Settings that are true where they are named.
 FLAGS = ("calibrate", "gradient_checkpointing", "private", "resume", "merge", "json")
+
+
+# Settings that are files or folders; `load_model` looks for a model at home itself.
+PLACES = ("out", "run", "data", "task", "base", "cache", "offload", "plot", "key_file", "folder")
 
 
 class Parser(ArgumentParser):
@@ -174,6 +179,7 @@ def _with_run(argv: list[str]) -> list[str]:
     place = places[-1]
     follows = argv[place + 1 : place + 2]
     out = argv[place].partition("=")[2] if "=" in argv[place] else "".join(follows)
+    out = _at_home("out", out)
     if again and not os.path.isfile(os.path.join(out, "config.yaml")):
         return argv  # it had not begun
     if not os.path.isdir(out):
@@ -184,6 +190,12 @@ def _with_run(argv: list[str]) -> list[str]:
     if not os.path.isfile(config):
         raise UserError(f"{out}: not a run folder: config.yaml is missing")
     return ["train", "--config", config, *argv[1:], *(["--resume"] if again else [])]
+
+
+def _at_home(name: str, value: Any) -> Any:
+    """``~/runs`` where no shell has seen it: in a --config file, or behind ``--out=``. Else a folder called ~ would be made."""
+    is_place = name in PLACES and isinstance(value, str) and value.startswith("~/")
+    return os.path.expanduser(value) if is_place else value
 
 
 def _check_yaml(argv: list[str]) -> None:
@@ -365,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = values[command].as_dict()
         files = given.pop("config", None)
         source = str(files[-1]) if files else None
-        config = COMMANDS[command](**given)
+        config = COMMANDS[command](**{name: _at_home(name, v) for name, v in given.items()})
     except SystemExit as stop:  # --help, --version
         return stop.code if isinstance(stop.code, int) else 2
     except UserError as error:
@@ -381,6 +393,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(command, config, source)
     except UserError as error:
         _say(f"error: {error}")
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename)
+        _say(f"error: {name[:60]}... has {len(name)} characters: no path is so long: check it")
         return 2
     except NonFiniteLoss as error:
         _say(f"error: {error}; the run up to there is in {config.out}")

@@ -18,7 +18,7 @@ import torch
 
 import justforward
 from justforward.catalog import load
-from justforward.config import TrainConfig
+from justforward.config import WORKERS, TrainConfig
 from justforward.data import Example, Splits, read_examples, split_examples
 from justforward.directions import FAMILIES
 from justforward.errors import UserError
@@ -59,6 +59,25 @@ def use_threads(threads: int | None) -> None:
     """Let torch (and the kernels, which follow it) use so many CPU threads."""
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def check_there(folder: RunFolder, data: str) -> None:
+    """Refuse to go on without a run's rows, which nobody has named now.
+
+    Args:
+        folder: of the run.
+        data: as its configuration has it.
+
+    Raises:
+        UserError: there is no such file or folder.
+    """
+    path = Path(data)
+    if data in (HUB, WORKERS) or path.exists():
+        return
+    here = "" if path.is_absolute() else " here, and the path is from where train was started"
+    raise UserError(
+        f"{folder.path}: the run's rows are {data!r}: no such file{here}: give --data with where they are"
+    )
 
 
 def read_data(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from justforward.adapters import base_of, load_adapter
 from justforward.config import WORKERS, EvalConfig, ReplayConfig, TrainConfig
-from justforward.data import Example
+from justforward.data import Example, read_examples
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.folder import RunFolder, best_step, check_new, row_hash
@@ -17,7 +19,7 @@ from justforward.keeping import step_kept
 from justforward.models import load_model, save_model
 from justforward.ondisk import keep_on_disk
 from justforward.playback import fingerprint
-from justforward.prepare import read_data, split_rows, use_threads
+from justforward.prepare import check_there, read_data, split_rows, use_threads
 from justforward.progress import Progress
 from justforward.published import Published, scored_rows
 from justforward.ranges import check_ranges
@@ -32,15 +34,28 @@ from justforward.tuners import attach, merged
 Result = dict[str, Any]
 
 
-def kept_step(folder: RunFolder, config: TrainConfig) -> int:
+def kept_step(folder: RunFolder, config: TrainConfig, note: Callable[[str], None]) -> int:
     """The step whose model a run keeps; of an unfinished run, as it would be if it ended now.
 
+    Args:
+        folder, config: of the run.
+        note: called with a sentence where nothing is left that tells, and it is the last step.
+
     Raises:
-        UserError: the log or the metrics are damaged.
+        UserError: the log, the metrics or the result are damaged.
     """
     steps = len(read_log(folder.log).steps)
     kept = step_kept(config, folder.read_metrics()[0], steps)
-    return kept["step"] if kept is not None else steps
+    if kept is not None:
+        return int(kept["step"])
+    if config.keep == "best":  # of a folder that was handed on without its metrics
+        result = folder.read_result() or {}
+        if (result.get("status"), result.get("steps")) == ("finished", steps):
+            return int(result["kept_step"])
+        note(
+            f"note: {folder.path} has no validation in metrics.jsonl to tell the best step by: this is the last one, {steps}"
+        )
+    return steps
 
 
 def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
@@ -58,6 +73,8 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
         folder = RunFolder(config.run)
         folder.check_run()
         run = folder.read_config()
+        if config.data is None:
+            check_there(folder, run.data)
     source, base, data, task, name = _inputs(config, run)
     if run is None and config.offload is not None:
         raise UserError(
@@ -67,7 +84,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
     dtype = (config.dtype or "float32") if run is None else run.dtype
     use_threads(config.threads)
     examples, digest = read_data(name, data, task, note)
-    split, rows, dropped = _rows(config, folder, run, data, examples, digest)
+    split, rows, dropped = _rows(config, folder, run, data, examples, digest, task, note)
     if base is None:
         model, tokenizer = load_model(source, note, quantize, dtype)
     else:
@@ -81,7 +98,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
     scorer.prepare(rows)
     step: int | None = None
     if folder is not None and run is not None:
-        step = kept_step(folder, run)
+        step = kept_step(folder, run, note)
         _offload(model, folder, config.offload)
         replay_log(model, folder.log, step, Snapshots(folder.snapshots, note))
     note(f"scoring {len(rows)} rows of {data} ({_SPLITS[split]})")
@@ -191,6 +208,8 @@ def _rows(
     data: str,
     found: list[Example] | Published,
     digest: str,
+    task: Task,
+    note: Callable[[str], None],
 ) -> tuple[str, list[Example], int]:
     """Which split to score, its rows, and how many were left out because the run has seen them."""
     examples = found.examples if isinstance(found, Published) else found
@@ -231,7 +250,8 @@ def _rows(
     seen = folder.read_seen()
     if isinstance(found, Published):
         examples = scored_rows(found)
-    rows = [example for example in examples if row_hash(example) not in seen]
+    shown = _as_shown(run, data, examples, task, note)
+    rows = [e for e, own in zip(examples, shown, strict=True) if row_hash(own) not in seen]
     if not rows:
         raise UserError(
             f"{data}: the run was trained or validated on all {len(examples)} rows: give others"
@@ -241,6 +261,27 @@ def _rows(
         rows,
         len(examples) - len(rows),
     )
+
+
+def _as_shown(
+    run: TrainConfig,
+    data: str,
+    examples: list[Example],
+    task: Task,
+    note: Callable[[str], None],
+) -> list[Example]:
+    """Rows as the run's own template shows them: by that it knows those that it has seen."""
+    if run.task is not None or set(task_of(run).fields) == set(task.fields):
+        return examples
+    try:
+        own = read_examples(data, replace(task, template=task_of(run).template))
+    except UserError:  # it has not these columns; under other names, maybe
+        own = examples
+        if len(task_of(run).fields) != len(task.fields):
+            note(
+                f"note: {data} has not all columns of the run's template, so that rows which the run has seen may be among these"
+            )
+    return own
 
 
 def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
@@ -256,7 +297,7 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
     folder.check_run()
     run = folder.read_config()
     check_new(Path(config.out), "choose another --out")
-    steps = _steps(config.steps, folder, run)
+    steps = _steps(config.steps, folder, run, note)
     if config.merge and run.tuner != "lora":
         raise UserError(
             f"{folder.path}: --merge adds a LoRA into the weights, and the run's tuner is {run.tuner!r}: leave it out"
@@ -273,6 +314,11 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
     replay_log(model, folder.log, steps, Snapshots(folder.snapshots, note))
     took = time.monotonic() - clock
     tuned = fingerprint(model)
+    if config.merge and run.dtype != "float32":
+        note(
+            f"note: the sum of weights and LoRA is rounded to {run.dtype}, as the weights are: scores may differ from the run's, "
+            "which the adapter (without --merge) keeps"
+        )
     save_model(merged(model) if config.merge else model, tokenizer, config.out)
     result = folder.read_result() or {}
     scored = result.get("kept_step") == steps  # the figures that train measured are of this model
@@ -293,10 +339,12 @@ def rebuild(config: ReplayConfig, progress: Progress | None = None) -> Result:
 _SAVED = dict.fromkeys(("lora", "prefix", "prompt"), "adapter")
 
 
-def _steps(asked: str | None, folder: RunFolder, run: TrainConfig) -> int:
+def _steps(
+    asked: str | None, folder: RunFolder, run: TrainConfig, note: Callable[[str], None]
+) -> int:
     last = len(read_log(folder.log).steps)
     if asked is None:
-        return kept_step(folder, run)
+        return kept_step(folder, run, note)
     if asked == "last":
         return last
     if asked == "best":

@@ -10,6 +10,7 @@ from typing import Any
 from justforward.budget import spent_by
 from justforward.config import InspectConfig, TrainConfig
 from justforward.folder import Metric, RunFolder, best_step, value_of, writing
+from justforward.guard import lost_forwards
 from justforward.progress import spell_seconds
 from justforward.ranges import check_ranges
 from justforward.schedules import forwards_until
@@ -131,6 +132,7 @@ def inspect_run(config: InspectConfig) -> Result:
     log = read_log(folder.log)
     metrics, torn = folder.read_metrics()
     steps = len(log.steps)
+    lost = lost_forwards(metrics)
     metrics = sorted((m for m in metrics if m["step"] <= steps), key=lambda m: m["step"])
     lines = {m["step"]: m for m in metrics if m["kind"] in ("step", "private")}
     result = folder.read_result()
@@ -178,7 +180,7 @@ def inspect_run(config: InspectConfig) -> Result:
         "stopped_by": result["stopped_by"] if result else None,
         "result": result,
         "steps": steps,
-        "forwards": forwards_until(run, steps, len(log.header["groups"])),
+        "forwards": forwards_until(run, steps, len(log.header["groups"])) + lost,
         "max_forwards": run.max_forwards,
         "seconds": max((m["seconds"] for m in metrics), default=0.0),
         "privacy": _privacy(run, log),
@@ -209,6 +211,11 @@ def _privacy(run: TrainConfig, log: Log) -> Result | None:
     return {"epsilon": epsilon, "delta": run.target_delta, **log.header["settings"]["private"]}
 
 
+def _rate(value: float | None) -> str:
+    """Of a run that was killed before `gauge` found it there is none yet."""
+    return "not found yet" if value is None else f"{value:g}"
+
+
 def spell_inspect(found: Result) -> str:
     """`inspect_run` as text."""
     words = ", ".join(f"{label}={word}" for label, word in found["labels"].items())
@@ -228,8 +235,8 @@ def spell_inspect(found: Result) -> str:
         + (f"modified by {found['modified']}, " if found["modified"] else "")
         + (f"blocks {found['blocks']} ({found['block_order']}), " if found["blocks"] else "")
         + (f"objective {found['objective']}, " if found["objective"] != "loss" else "")
-        + f"lr {found['lr']:g} "
-        f"({found['lr_schedule']}), eps {found['eps']:g}, samples {found['num_samples']}, "
+        + f"lr {_rate(found['lr'])} "
+        f"({found['lr_schedule']}), eps {_rate(found['eps'])}, samples {found['num_samples']}, "
         f"batch {found['batch_size']}, seed {found['seed']}",
         f"run       {found['status']}"
         + (f" ({found['stopped_by']})" if found["stopped_by"] else "")

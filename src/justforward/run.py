@@ -21,6 +21,7 @@ from justforward.moments import compile_kernels
 from justforward.outcome import Interrupted, Result
 from justforward.prepare import (
     check_names,
+    check_there,
     environment_now,
     read_data,
     split_rows,
@@ -95,6 +96,10 @@ def _open(config: TrainConfig, progress: Progress, team: Team) -> Session | Resu
             if getattr(config, name) is None or (name, getattr(config, name)) == ("start", "auto")
         }
         config = replace(config, **filled)
+        if config.data == old.data:
+            check_there(folder, old.data)
+        # else what belongs to the run's own tuner or start would be said to be in the way of another
+        check_same(old, config, str(folder.path), ("tuner", "start"))
     config = resolved(config)
     check_names(config)
     task = task_of(config)

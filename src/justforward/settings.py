@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -427,8 +428,15 @@ def kept_values(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if key not in NOT_KEPT}
 
 
-def check_same(old: TrainConfig, new: TrainConfig, where: str) -> None:
+def check_same(
+    old: TrainConfig, new: TrainConfig, where: str, names: Collection[str] | None = None
+) -> None:
     """Refuse to resume a run with settings that would have changed what was already done.
+
+    Args:
+        old, new: what the run was begun with, and what is asked for now.
+        where: the run's folder.
+        names: of the settings that are looked at; None for all.
 
     Raises:
         UserError: naming the option and both values.
@@ -439,9 +447,11 @@ def check_same(old: TrainConfig, new: TrainConfig, where: str) -> None:
     if new.target_epsilon is not None:
         free.discard("max_forwards")
     for field in fields(TrainConfig):
+        if field.name in free or (names is not None and field.name not in names):
+            continue
         a, b = getattr(old, field.name), getattr(new, field.name)
         same = list(a.items()) == list(b.items()) if isinstance(a, dict) else a == b
-        if field.name not in free and not same:
+        if not same:
             option = field.name.replace("_", "-")
             sets = "schedules" if new.target_epsilon is None else "noise for the target"
             why = f", which sets the {sets}" if field.name == "max_forwards" else ""

@@ -135,17 +135,24 @@ def _targets(
     why = added_hindrance(scorer, row, share, config.lora_rank)
     if why is not None:
         return given, why
-    ends = {name.split(".")[-1] for name in find_targets(scorer.model, given)}
+    found = find_targets(scorer.model, given)
+    ends = {name.split(".")[-1] for name in found}
     writers = written_by(scorer, row, share)
-    missing = [name for name in writers if name not in ends]
+    kinds = sorted({name.split(".")[-1] for name in writers})
     if given is not None:
-        said = (
-            f"--lora-targets leaves out {missing[0]}, which writes to the residual stream"
-            if missing
-            else None
-        )
-        return given, said
-    return rf"\.({'|'.join(sorted({*ends, *writers}))})$", None
+        missing = next((kind for kind in kinds if kind not in ends), None)
+        if missing is not None:
+            return (
+                given,
+                f"--lora-targets leaves out {missing}, which writes to the residual stream",
+            )
+        if not set(writers) & set(found):
+            return (
+                given,
+                f"--lora-targets finds none of the upper layers' maps that write to the residual stream, such as {writers[-1]}",
+            )
+        return given, None
+    return rf"\.({'|'.join(sorted({*ends, *kinds}))})$", None
 
 
 def share_fitted(layers: Layers | None) -> float:

@@ -127,7 +127,7 @@ def keep_start(
 def merged(model: Any) -> PreTrainedModel:
     """The base model with its LoRA added into the weights; what `attach` gave is used up.
 
-    The sum is rounded to float32, so scores change in their last digits.
+    The sum is rounded as the weights are: to float32, where scores change in their last digits, or to 16 bits.
     """
     whole: PreTrainedModel = model.merge_and_unload()
     return whole
