@@ -13,6 +13,7 @@ Where several rows would repeat a long prompt, it is encoded once and its keys a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from justforward.cached import Encoded, can_share
+from justforward.cached import Encoded, can_share, reach
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.models import inner_model
-from justforward.prompts import Batch, Prompts, Row
+from justforward.prompts import Batch, Prompts, Row, before_text
 from justforward.tasks import Task
 
 if TYPE_CHECKING:
@@ -150,8 +151,11 @@ class CausalPrompts(Prompts):
         while length < most and first[length] == last[length]:
             length += 1
         saved = length * (len(rows) - 1)
-        worth = saved >= WORTH_SHARING and can_share(self.model, self.accepts)
-        return first[:length] if worth else []
+        if saved < WORTH_SHARING or not can_share(self.model, self.accepts):
+            return []
+        # the padding of shorter rows stands behind the beginning, and takes places of a window
+        places = max(len(row.prompt) + self._room(row.choices) for row in rows)
+        return first[:length] if before_text(self.model) + places <= reach(self.model) else []
 
     def _sequences(self, rows: list[list[list[int]]]) -> Batch:
         """Padded on the left, [B, L], or [B, R, L] where there are R > 1 sequences a row."""
@@ -270,6 +274,23 @@ class CausalPrompts(Prompts):
         return found
 
     # --------------------------------------------------------------------------------- tokenisation
+
+    def _context_length(self) -> int | None:
+        """Positions that the model has; behind a prefix or soft prompt no more than every layer looks back over.
+
+        The padding of shorter rows stands between it and their text: in a longer sequence they would see less of it than
+        they do alone.
+        """
+        positions = super()._context_length()
+        if not before_text(self.model):
+            return positions
+        window = reach(self.model)
+        if not window:
+            raise UserError(
+                f"a {self.model.config.model_type} model keeps a state that runs through all that it reads, also the "
+                "padding between a prompt before the text and the text of a short row: use --tuner lora"
+            )
+        return positions if window == math.inf else int(min(window, positions or window))
 
     def null_row(self, example: Example, row: Row) -> Row:
         """The row asked without its content, for calibration: `Task.null_prompt`."""

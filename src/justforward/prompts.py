@@ -85,7 +85,7 @@ class Prompts(ABC):
         self.task = task
         self.max_length = max_length
         positions = self._context_length()
-        self.context = None if positions is None else positions - _before_text(model)
+        self.context = None if positions is None else positions - before_text(model)
         self.vocabulary = len(_embedding_weight(model))
         self.padding = self._padding()
         self.before, self.behind = self._specials()
@@ -385,7 +385,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _before_text(model: PreTrainedModel) -> int:
+def before_text(model: PreTrainedModel) -> int:
     """Positions that a prefix or a soft prompt takes."""
     peft = getattr(model, "active_peft_config", None)
     return getattr(peft, "num_virtual_tokens", None) or 0
