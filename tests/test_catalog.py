@@ -567,6 +567,8 @@ OWN = {
         ({"labels": {"ham": True, "spam": "x"}}, "labels has 'ham': True, not texts: put quotes around yes"),
         ({"masked_labels": {"ham": "a", "eggs": "b"}}, "label 'eggs' is in one of labels and masked_labels only"),
         ({"label": {"values": {0: "ham", 1: "eggs"}}}, "the value '1' is called 'eggs', which has no word"),
+        ({"label": {"from": "text"}}, "field 'text' is read from 'text', where the right answer is"),
+        ({"label": [{"from": "kind"}, {"from": "sort"}], "fields": {"text": {"from": ["body", "sort"]}}}, "is read from 'sort', where the right"),
         ({"label": {"values": {0: ["ham"], 1: "spam"}}}, "the value '0' is called ['ham'], which has no word"),
         ({"label": {"values": {0: {"ham": 1}}}}, "the value '0' is called {'ham': 1}, which has no word"),
         ({"label": {"value": {}}}, "label: key 'value' is unknown: did you mean values"),

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # Prompt tokens that sharing must save: a second forward pass reads all weights again.
 WORTH_SHARING = 256
+FEWER = 8  # tokens that a demonstration may lose at its ends where it is joined to others
 MOST_LOGITS = 2**26  # numbers in the logits of one pass over options
 
 
@@ -349,10 +350,11 @@ class CausalPrompts(Prompts):
         text, separator = self._text(example.fields), self.task.separator
         lengths = [length + len(self._bare(separator)) for _, length in self._shots]
         count = len(lengths)
-        while (
-            limit is not None and count and len(tokens) + sum(lengths[-count:]) + room > limit + 8
-        ):
-            count -= 1  # joined up, tokens may be a few fewer
+        # joined up, each may take a few tokens less: what surely does not fit is left out without trying
+        while limit is not None and count:
+            if len(tokens) + sum(lengths[-count:]) + room <= limit + FEWER * (count + 1):
+                break
+            count -= 1
         while count:
             texts = [shown for shown, _ in self._shots[-count:]]
             joined = self._dressed(self._bare(separator.join([*texts, text])))
