@@ -207,3 +207,20 @@ def test_what_is_before_a_text_is_within_the_window(tuner: Any) -> None:
         scorer("gemma", 10).encode(rows)
     with pytest.raises(UserError, match=r"lfm2 model .*--tuner lora"):
         scorer("lfm", 0)
+
+
+def test_a_model_that_reads_padding_is_told_of() -> None:
+    import transformers as t
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = t.RwkvForCausalLM(
+            t.RwkvConfig(vocab_size=340, hidden_size=16, num_hidden_layers=2, context_length=64)
+        ).eval()
+        for weight in model.parameters():  # biases and norms of a new model are the same everywhere
+            weight.data.add_(0.3 * torch.randn(weight.shape))
+    with pytest.warns(UserWarning, match="a rwkv model scores a row otherwise where"):
+        scorer = Scorer(model, make_tokenizer(), TASKS["classification"])
+    rows = examples("classification")
+    alone = torch.cat([scorer.scores(scorer.encode([row])) for row in rows])
+    assert not torch.allclose(scorer.scores(scorer.encode(rows)), alone, atol=1e-3)

@@ -367,3 +367,20 @@ def test_a_model_without_a_cache_is_refused() -> None:
     scorer.prompts.accepts = scorer.prompts.accepts - {"past_key_values"}
     with pytest.raises(UserError, match="OPTForCausalLM keeps no keys and values to write texts"):
         written(scorer)
+
+
+def test_a_model_that_takes_a_cache_and_hands_out_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """RecurrentGemma's forward has the argument all the same."""
+    scorer = made("opt")
+    forward = scorer.model.forward
+
+    def without(*args: Any, **given: Any) -> Any:
+        output = forward(*args, **given)
+        output.past_key_values = None
+        return output
+
+    monkeypatch.setattr(scorer.model, "forward", without)
+    with pytest.raises(UserError, match="OPTForCausalLM keeps no keys and values to write texts"):
+        written(scorer)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from justforward.errors import UserError
 from justforward.models import inner_model
 
 if TYPE_CHECKING:
@@ -76,7 +77,11 @@ class Encoded:
 
     @classmethod
     def of(cls, model: PreTrainedModel, batch: dict[str, Tensor], accepts: set[str]) -> Encoded:
-        """Read prompts: ``input_ids``, ``attention_mask``, ``position_ids`` [N, L]. One forward pass."""
+        """Read prompts: ``input_ids``, ``attention_mask``, ``position_ids`` [N, L]. One forward pass.
+
+        Raises:
+            UserError: the model hands out no keys and values.
+        """
         ids, mask = batch["input_ids"], batch["attention_mask"]
         arguments: dict[str, Any] = {
             "input_ids": ids,
@@ -86,7 +91,11 @@ class Encoded:
             "logits_to_keep": 1,
         }
         output = model(**{k: v for k, v in arguments.items() if k in accepts})
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise UserError(
+                f"{type(inner_model(model)).__name__} keeps no keys and values to write texts with: give another model"
+            )
         # a prefix that peft has put before the prompts: its tokens count as read, and as positions
         before = int(cache.get_seq_length()) - ids.shape[1]
         mask = torch.cat([mask.new_ones(len(mask), before), mask], dim=1)

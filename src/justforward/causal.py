@@ -103,6 +103,9 @@ class CausalPrompts(Prompts):
         self._shots = [
             (text, len(self._bare(text))) for text in map(self._shown_row, demonstrations)
         ]
+        # those that count positions by themselves, or keep a state
+        if self.together and ("position_ids" not in self.accepts or not reach(model)):
+            self._watch_padding()
 
     # -------------------------------------------------------------------------------------- batches
 
