@@ -9,8 +9,10 @@ import torch
 
 from conftest import make_model, make_tokenizer
 from justforward import causal, tuners
+from justforward.cached import can_share, reach
 from justforward.config import TrainConfig
 from justforward.data import Example
+from justforward.errors import UserError
 from justforward.evaluate import Scorer
 from justforward.prompts import Row
 from justforward.tasks import Task
@@ -86,3 +88,139 @@ def test_a_prompt_keeps_a_token_of_its_own(tiny_opt: Any, monkeypatch: pytest.Mo
     others = [Row([4, 6, 7], words, 0), *rows]
     assert "start_ids" not in scorer.prompts.batch(others, common=True)
     assert "start_ids" not in scorer.prompts.batch(rows[:1], common=True)  # nothing to save
+
+
+# ------------------------------------------------------------------------- models that look back so far only
+
+WINDOW = 6
+SMALL: dict[str, Any] = {
+    "vocab_size": 340,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+
+
+def of_another_family(name: str, window: int = WINDOW) -> Any:
+    """A causal model with layers that look back over `window` places, or that keep a state."""
+    import transformers as t
+
+    mixed = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": window}
+    configs: dict[str, Any] = {
+        "mistral": lambda: t.MistralConfig(**SMALL, sliding_window=window),
+        "gemma": lambda: t.Gemma3TextConfig(**SMALL, **mixed, head_dim=8),
+        "gpt-neo": lambda: t.GPTNeoConfig(
+            vocab_size=340,
+            hidden_size=16,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global", "local"], 1]],
+            window_size=window,
+            max_position_embeddings=128,
+            initializer_range=0.3,
+        ),
+        "lfm": lambda: t.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = t.AutoModelForCausalLM.from_config(configs[name]())
+    return model.eval()
+
+
+def by_itself(model: Any, scorer: Scorer, row: Example) -> list[float]:
+    """Score of each choice, from the bare model: one sequence at a time, without padding."""
+    scorer.prepare([row])
+    known = scorer._known[scorer._numbers[id(row)]][1]
+    found = []
+    for choice in known.choices:
+        logits = model(input_ids=torch.tensor([known.prompt + choice])).logits[0].float()
+        told = logits.log_softmax(-1)[len(known.prompt) - 1 : -1]
+        each = told[range(len(choice)), choice]
+        found.append(float(each.mean() if scorer.task.score == "mean" else each.sum()))
+    return found
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("family", ["mistral", "gemma", "gpt-neo", "lfm"])
+def test_what_a_row_is_scored_does_not_depend_on_those_beside_it(
+    family: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding behind a common beginning takes places of a window; a state cannot be repeated for several rows."""
+    model, rows = of_another_family(family), examples(kind)
+    scorer = Scorer(model, make_tokenizer(), TASKS[kind], demonstrations=rows[:2])
+    monkeypatch.setattr(causal, "WORTH_SHARING", 1)
+    batch = scorer.encode(rows, common=True)
+    with torch.no_grad():
+        expected = torch.tensor([by_itself(model, scorer, row) for row in rows])
+    torch.testing.assert_close(scorer.scores(batch), expected, rtol=1e-4, atol=1e-4)
+    if kind == "generation":
+        asked = scorer.encode(rows, "none", common=True)
+        alone = [scorer.predict(scorer.encode([row], "none"))[0] for row in rows]
+        assert scorer.predict(asked) == alone
+
+
+def test_a_beginning_is_shared_as_long_as_all_is_within_the_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(causal, "WORTH_SHARING", 1)
+    rows = examples("generation")
+    for window, shared in ((128, True), (WINDOW, False)):
+        model = of_another_family("gemma", window)
+        assert reach(model) == window
+        scorer = Scorer(model, make_tokenizer(), TASKS["generation"], demonstrations=rows[:2])
+        assert can_share(model, scorer.prompts.accepts)
+        assert ("start_ids" in scorer.encode(rows, "none", common=True)) is shared
+    room = TASKS["generation"].max_new_tokens
+    longest = max(scorer.length(row) for row in rows)
+    for window in (longest + room, longest + room - 1):
+        scorer = Scorer(
+            of_another_family("gemma", window),
+            make_tokenizer(),
+            TASKS["generation"],
+            demonstrations=rows[:2],
+        )
+        shared = window == longest + room
+        assert ("start_ids" in scorer.encode(rows, "none", common=True)) is shared
+    assert reach(make_model("llama")) == float("inf")
+    assert reach(of_another_family("lfm")) == 0
+
+
+@pytest.mark.parametrize("tuner", ["prefix", "prompt"])
+def test_what_is_before_a_text_is_within_the_window(tuner: Any) -> None:
+    rows = examples("classification")
+    config = TrainConfig("m", "d", "o", tuner=tuner, prefix_length=3, prompt_length=3)
+
+    def scorer(family: str, window: int) -> Scorer:
+        model = tuners.attach(of_another_family(family, window), make_tokenizer(), config)
+        return Scorer(model, make_tokenizer(), TASKS["classification"])
+
+    wide = scorer("gemma", 32)
+    together = wide.scores(wide.encode(rows))
+    alone = torch.cat([wide.scores(wide.encode([row])) for row in rows])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"m:0: the text makes .* context is 7"):
+        scorer("gemma", 10).encode(rows)
+    with pytest.raises(UserError, match=r"lfm2 model .*--tuner lora"):
+        scorer("lfm", 0)
+
+
+def test_a_model_that_reads_padding_is_told_of() -> None:
+    import transformers as t
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = t.RwkvForCausalLM(
+            t.RwkvConfig(vocab_size=340, hidden_size=16, num_hidden_layers=2, context_length=64)
+        ).eval()
+        for weight in model.parameters():  # biases and norms of a new model are the same everywhere
+            weight.data.add_(0.3 * torch.randn(weight.shape))
+    with pytest.warns(UserWarning, match="a rwkv model scores a row otherwise where"):
+        scorer = Scorer(model, make_tokenizer(), TASKS["classification"])
+    rows = examples("classification")
+    alone = torch.cat([scorer.scores(scorer.encode([row])) for row in rows])
+    assert not torch.allclose(scorer.scores(scorer.encode(rows)), alone, atol=1e-3)

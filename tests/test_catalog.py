@@ -567,6 +567,10 @@ OWN = {
         ({"labels": {"ham": True, "spam": "x"}}, "labels has 'ham': True, not texts: put quotes around yes"),
         ({"masked_labels": {"ham": "a", "eggs": "b"}}, "label 'eggs' is in one of labels and masked_labels only"),
         ({"label": {"values": {0: "ham", 1: "eggs"}}}, "the value '1' is called 'eggs', which has no word"),
+        ({"label": {"from": "text"}}, "field 'text' is read from 'text', where the right answer is"),
+        ({"label": [{"from": "kind"}, {"from": "sort"}], "fields": {"text": {"from": ["body", "sort"]}}}, "is read from 'sort', where the right"),
+        ({"label": {"values": {0: ["ham"], 1: "spam"}}}, "the value '0' is called ['ham'], which has no word"),
+        ({"label": {"values": {0: {"ham": 1}}}}, "the value '0' is called {'ham': 1}, which has no word"),
         ({"label": {"value": {}}}, "label: key 'value' is unknown: did you mean values"),
         ({"label": "spam"}, "label is 'spam': it must be a mapping"),
         ({"fields": {"text": {"from": "body", "change": "reverse"}}}, "field text has the change 'reverse': known are strip"),
@@ -608,6 +612,10 @@ WHOLE = b"name: a\ntitle: b\nlabels: {a: X, b: Y}\nsplits:\n  test: t.csv\ntempl
         (b"name: a\nkind:\n  poem\n", "own.yml:2: kind is 'poem'"),
         (b"name: a\nlabels: {a: b}\nsplits:\n  test: a.csv\n  train: 7\n", "own.yml:5: splits: train is 7"),
         (b"name: a\nlabels: {a: b}\nfields:\n  x:\n    change: up\n", "own.yml:5: field x has the change 'up'"),
+        (b"name: a\nlabels: {a: b}\nfields:\n  x: 3\n", "own.yml:4: field x: from is 3"),
+        (b"name: a\nsplits: {test: t.csv}\nkind: choice\noptions: 3\n", "own.yml:4: options: from is 3"),
+        (b"name: a\nsplits: {test: t.csv}\nkind: choice\nanswers:\n  [3]\n", "own.yml:4: answers: from is [3]"),
+        (b"name: a\nlabels:\n", "own.yml:2: labels are missing"),
         (WHOLE + b"metrics:\n  [bleu]\n", "own.yml:7: metric 'bleu' is unknown for kind"),
         (WHOLE + b"positive: c\n", "own.yml:7: positive is 'c': it must be one of the labels (a, b)"),
         (WHOLE + b"masked_template: it {text}\n", "own.yml:7: masked_template needs {mask}"),
@@ -632,6 +640,14 @@ def test_files_refused(tmp_path: Path, content: bytes | None, said: str) -> None
         load(str(path))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_demonstrations_may_stand_without_anything_between(tmp_path: Path) -> None:
+    for given, separator in (("", ""), ("' | '", " | "), (None, "\n\n")):
+        path = tmp_path / "own.yml"
+        line = b"" if given is None else f"separator: {given or chr(39) * 2}\n".encode()
+        path.write_bytes(WHOLE + line)
+        assert load(str(path)).task_for().separator == separator
 
 
 def test_unknown_names() -> None:

@@ -114,6 +114,12 @@ def test_labels_that_yaml_reads_as_something_else(text: str) -> None:
         labels_of(yaml.safe_load(text))
 
 
+@pytest.mark.parametrize("text", ["{a: [b], c: d}", "{a: b, c: {d: e}}"])
+def test_labels_that_are_no_words(text: str) -> None:
+    with pytest.raises(UserError, match="is no word: give the text of one"):
+        labels_of(yaml.safe_load(text))
+
+
 # ----------------------------------------------------------------------------------------- resolved
 
 

@@ -460,6 +460,22 @@ def test_as_many_demonstrations_as_fit(tiny_opt: Any, tokenizer: Any, task: Task
     assert len(set(counts)) >= 3
 
 
+@pytest.mark.parametrize("separator", [" ", ". ", "\n\n"])
+def test_demonstrations_that_are_shorter_joined_up_fit(tiny_opt: Any, separator: str) -> None:
+    """Where each loses tokens to the separator, many lose many."""
+    tokenizer = make_tokenizer("metaspace")
+    task = Task("{text} was", {"neg": "bad", "pos": "good"}, separator=separator)
+    shots = [Example({"text": "it"}, "pos", "rows.csv", i) for i in range(12)]
+    text = "it was good"
+    for max_length in range(20, CONTEXT + 1):
+        scorer = with_shots(tiny_opt, tokenizer, task, shots=shots, max_length=max_length)
+        scorer.prompts.rows([Example({"text": "the end"}, "neg", "rows.csv", 2)])
+        whole = [separator.join([*[text] * count, "the end was"]) for count in range(13)]
+        lengths = [1 + len(scorer.prompts._bare(one)) + scorer.prompts.after for one in whole]
+        fit = max(count for count, length in enumerate(lengths) if length <= max_length)
+        assert scorer.prompts.demonstrations_shown == [fit]
+
+
 def scorer_text(tokenizer: Any, task: Task, example: Example) -> str:
     word = task.labels.get(example.label, example.label)
     return f"{example.fields['text'].rstrip()} It was {word}"

@@ -212,6 +212,26 @@ def test_end_of_text(chosen: list[Tensor]) -> None:
     assert many.texts[0] == str(scorer.tokenizer.decode(first[:3])).strip()
 
 
+def test_special_tokens_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As T5's <extra_id_0>, which would be a word to F1; but what ends a text may be one."""
+    scorer = made("llama", kind="metaspace")
+    tokenizer = scorer.tokenizer
+    told = tokenizer("the film was great", add_special_tokens=False)["input_ids"]
+    script = [1, 0, *told, 1, *told]
+    assert tokenizer.convert_ids_to_tokens([1, 0]) == ["<s>", "<unk>"]
+
+    def next_of(logits: Tensor, sampling: Any, keys: Any, place: int) -> Tensor:
+        return torch.full((len(logits),), script[place])
+
+    monkeypatch.setattr(module, "_next", next_of)
+    both = written(scorer, TEXTS[:1], max_new_tokens=len(script))
+    assert both.texts[0].split() == ["the", "film", "was", "great"] * 2
+    assert both.texts[0] == str(tokenizer.decode(script, skip_special_tokens=True)).strip()
+    ended = written(scorer, TEXTS[:1], stop=("great<s>",), max_new_tokens=len(script))
+    assert ended.texts == ["the film was"]
+    assert ended.forwards == 3 + len(told)
+
+
 def test_rows_that_have_ended_wait_for_the_others() -> None:
     scorer = made("gpt2")
     whole = written(scorer).texts
@@ -345,5 +365,22 @@ def test_broken_weights_are_said(sampling: Sampling, broken: float) -> None:
 def test_a_model_without_a_cache_is_refused() -> None:
     scorer = made("opt")
     scorer.prompts.accepts = scorer.prompts.accepts - {"past_key_values"}
+    with pytest.raises(UserError, match="OPTForCausalLM keeps no keys and values to write texts"):
+        written(scorer)
+
+
+def test_a_model_that_takes_a_cache_and_hands_out_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """RecurrentGemma's forward has the argument all the same."""
+    scorer = made("opt")
+    forward = scorer.model.forward
+
+    def without(*args: Any, **given: Any) -> Any:
+        output = forward(*args, **given)
+        output.past_key_values = None
+        return output
+
+    monkeypatch.setattr(scorer.model, "forward", without)
     with pytest.raises(UserError, match="OPTForCausalLM keeps no keys and values to write texts"):
         written(scorer)

@@ -149,6 +149,8 @@ HEAD = "model: smollm2\ntasks: {sst2: {data: data}}\n"
         ("methods:\n  foo: {}", 4, "methods.foo: begins with none of zero-shot, icl, probe"),
         ("methods:\n  mezolora: {}", 4, "methods.mezolora: begins with none of"),
         ("methods:\n  x: {method: sgd}", 4, "methods.x.method: 'sgd' is none of zero-shot"),
+        ("methods:\n  x: {method: [mezo]}", 4, "methods.x.method: ['mezo'] is none of zero-shot"),
+        ("methods: {mezo: }\njobs:", 4, "jobs: None: it must be at least 1"),
         ("methods:\n  mezo:\n    lrr: 1", 5, "methods.mezo.lrr: no option of justforward train: did you mean lr?"),
         ("methods:\n  probe: {max_forwards: 3}", 4, "methods.probe.max_forwards: no option of justforward baseline"),
         ("methods:\n  mezo:\n    eps: 1\n    lr: x", 6, "methods.mezo.lr: --lr is 'x': it must be a number"),

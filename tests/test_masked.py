@@ -398,6 +398,32 @@ def test_other_families_are_scored(kind: str) -> None:
         torch.testing.assert_close(row, expected, atol=2e-4, rtol=1e-5)
 
 
+def test_a_model_that_reads_padding_is_told_of() -> None:
+    import transformers as hf
+
+    config = hf.ConvBertConfig(
+        vocab_size=1024,
+        hidden_size=16,
+        embedding_size=8,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_ratio=1,
+        conv_kernel_size=9,
+        initializer_range=0.5,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = hf.ConvBertForMaskedLM(config).eval()
+        for weight in model.parameters():  # biases and norms of a new model are the same everywhere
+            weight.data.add_(0.3 * torch.randn(weight.shape))
+    with pytest.warns(UserWarning, match="a convbert model scores a row otherwise where"):
+        scorer = Scorer(model, make_tokenizer("wordpiece"), Task(TEMPLATE, WORDS))
+    alone = torch.cat([scorer.scores(scorer.encode([row])) for row in rows()])
+    assert not torch.allclose(scorer.scores(scorer.encode(rows())), alone, atol=1e-3)
+
+
 # -------------------------------------------------------------------------- the command line, examples
 
 

@@ -199,6 +199,15 @@ def _drop_bags(value: dict[str, Any], line: int, path: Path) -> list[Bag]:
         return [bag for row in rows for bag in _drop_bags(row, line, path)]
     if number not in (None, ""):
         return [(text_of(number, "an answer", line, path),)]
+    for key, shape, kind in (
+        ("spans", list, "a list of texts"),
+        ("date", dict, "day, month and year"),
+    ):
+        if value.get(key) and not isinstance(value[key], shape):
+            raise UserError(
+                f"{path}:{line}: an answer's {key!r} is {short(json.dumps(value[key]))}: it must be {kind}: "
+                "give the row as it was published"
+            )
     if spans:
         return [tuple(text_of(span, "an answer", line, path) for span in spans)]
     parts = [str((date or {}).get(key) or "") for key in ("day", "month", "year")]

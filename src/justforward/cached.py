@@ -7,25 +7,53 @@ cache before the prompt, and while looking in activation space: a row's directio
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from justforward.errors import UserError
 from justforward.models import inner_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Of transformers' layers of a cache those that keep nothing else, or those of another layer.
+KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+
 
 def can_share(model: PreTrainedModel, accepts: set[str]) -> bool:
-    """Whether the model hands out keys and values and takes them back, with positions."""
+    """Whether the model hands out keys and values, nothing else, and takes them back, with positions."""
     if not {"past_key_values", "position_ids", "use_cache"} <= accepts:
         return False
     # gradient checkpointing computes layers twice, and so keeps none of what they computed
     layers = inner_model(model).modules()
-    return not any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+        return False
+    return reach(model) > 0
+
+
+def reach(model: PreTrainedModel) -> float:
+    """How many places of a sequence every layer looks back over, its own included: infinity where none has a window.
+
+    Padding takes places too. Where it stands between a beginning and its text, as in `Encoded.after`, a text of so many
+    places with it is read as without; a longer one would see less of its beginning than it does by itself. 0 where a layer
+    keeps something else than keys and values, such as a recurrent state, which cannot be repeated for several rows.
+    """
+    from transformers.cache_utils import DynamicCache
+
+    config: Any = inner_model(model).config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    if not {type(layer).__name__ for layer in layers} <= KEYS_AND_VALUES:
+        return 0
+    windows = [each.sliding_window for each in layers if hasattr(each, "sliding_window")]
+    if "local" in getattr(
+        config, "attention_layers", ()
+    ):  # GPT-Neo's, which keep all they do not look at
+        windows.append(config.window_size)
+    return min(windows, default=math.inf)
 
 
 @dataclass
@@ -49,7 +77,11 @@ class Encoded:
 
     @classmethod
     def of(cls, model: PreTrainedModel, batch: dict[str, Tensor], accepts: set[str]) -> Encoded:
-        """Read prompts: ``input_ids``, ``attention_mask``, ``position_ids`` [N, L]. One forward pass."""
+        """Read prompts: ``input_ids``, ``attention_mask``, ``position_ids`` [N, L]. One forward pass.
+
+        Raises:
+            UserError: the model hands out no keys and values.
+        """
         ids, mask = batch["input_ids"], batch["attention_mask"]
         arguments: dict[str, Any] = {
             "input_ids": ids,
@@ -59,7 +91,11 @@ class Encoded:
             "logits_to_keep": 1,
         }
         output = model(**{k: v for k, v in arguments.items() if k in accepts})
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise UserError(
+                f"{type(inner_model(model)).__name__} keeps no keys and values to write texts with: give another model"
+            )
         # a prefix that peft has put before the prompts: its tokens count as read, and as positions
         before = int(cache.get_seq_length()) - ids.shape[1]
         mask = torch.cat([mask.new_ones(len(mask), before), mask], dim=1)

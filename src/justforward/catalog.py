@@ -109,6 +109,15 @@ class _Mapping(dict[Hashable, Any]):
     lines: dict[str, int]
 
 
+def _spelled_out(given: Any, of: Any, key: str) -> Any:
+    """A mapping as it is; what else is written behind `key` of the mapping `of` as {from: that}, in the key's line."""
+    if isinstance(given, dict):
+        return given
+    found = _Mapping({"from": given})
+    found.lines = {"from": of.lines[key]}
+    return found
+
+
 class _Loader(yaml.SafeLoader):
     """Keys are texts as they are written, so that true and 1 are two; one given twice is refused."""
 
@@ -278,9 +287,10 @@ def _declaration(path: Path, values: dict[Any, Any]) -> Declaration:
     labels = check.words("labels") or {}
     if kind == "classification" and not labels:
         raise UserError(
-            f"{where}: labels are missing: give the word of each label, such as "
+            f"{check.at('labels')}: labels are missing: give the word of each label, such as "
             "labels: {negative: terrible, positive: great}"
         )
+    separator = check.words_or_none("separator")
     declared = Declaration(
         name=name,
         where=where,
@@ -307,7 +317,7 @@ def _declaration(path: Path, values: dict[Any, Any]) -> Declaration:
         null=check.words_or_none("null"),
         stop=check.endings("stop") or ("\n",),
         max_new_tokens=check.count("max_new_tokens", 50),
-        separator=check.words_or_none("separator") or "\n\n",
+        separator="\n\n" if separator is None else separator,
         hub=check.text("hub"),
         notes=check.text("notes") or "",
     )
@@ -357,9 +367,8 @@ def _fields(top: _Check) -> dict[str, Field]:
             raise UserError(
                 f"{where}: fields has {name!r}, which cannot be a field's name: choose another"
             )
-        inner = given if isinstance(given, dict) else {"from": given}
         known = ("from", "change", "values", "replace")
-        check = _Check(top.file, inner, known, f"field {name}")
+        check = _Check(top.file, _spelled_out(given, value, name), known, f"field {name}")
         values = {spelled(k): v for k, v in (check.words("values") or {}).items()}
         replace = check.words("replace") or {}
         fields[name] = Field(check.texts("from") or (name,), _changes(check), values, replace)
@@ -380,9 +389,8 @@ def _options(top: _Check) -> Options | None:
     value, where = top.values.get("options"), top.at("options")
     if value is None:
         return None
-    inner = value if isinstance(value, dict) else {"from": value}
     known = ("from", "columns", "text", "into", "at", "change", "replace")
-    check = _Check(top.file, inner, known, "options")
+    check = _Check(top.file, _spelled_out(value, top.values, "options"), known, "options")
     places, columns = check.texts("from"), check.texts("columns")
     if bool(places) == bool(columns):
         raise UserError(
@@ -406,8 +414,8 @@ def _answers(top: _Check) -> Answers | None:
     value, where = top.values.get("answers"), top.at("answers")
     if value is None:
         return None
-    inner = value if isinstance(value, dict) else {"from": value}
-    check = _Check(top.file, inner, ("from", "also", "one", "within"), "answers")
+    known = ("from", "also", "one", "within")
+    check = _Check(top.file, _spelled_out(value, top.values, "answers"), known, "answers")
     places = check.texts("from")
     if not places:
         raise UserError(f"{where}: answers: from is missing: name the column that holds them")
@@ -435,7 +443,7 @@ def _label(top: _Check, labels: dict[str, str]) -> tuple[LabelColumn, ...]:
                 f"{where}: label {place!r}: values must be a mapping of value: label, drop a list"
             )
         for published, name in values.items():
-            if name not in labels:
+            if not isinstance(name, str) or name not in labels:
                 raise UserError(
                     f"{where}: label {place!r}: the value {published!r} is called {name!r}, which "
                     f"has no word: add it to the labels ({', '.join(labels)})"

@@ -13,6 +13,7 @@ Where several rows would repeat a long prompt, it is encoded once and its keys a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from justforward.cached import Encoded, can_share
+from justforward.cached import Encoded, can_share, reach
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.models import inner_model
-from justforward.prompts import Batch, Prompts, Row
+from justforward.prompts import Batch, Prompts, Row, before_text
 from justforward.tasks import Task
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 # Prompt tokens that sharing must save: a second forward pass reads all weights again.
 WORTH_SHARING = 256
+FEWER = 8  # tokens that a demonstration may lose at its ends where it is joined to others
 MOST_LOGITS = 2**26  # numbers in the logits of one pass over options
 
 
@@ -101,6 +103,9 @@ class CausalPrompts(Prompts):
         self._shots = [
             (text, len(self._bare(text))) for text in map(self._shown_row, demonstrations)
         ]
+        # those that count positions by themselves, or keep a state
+        if self.together and ("position_ids" not in self.accepts or not reach(model)):
+            self._watch_padding()
 
     # -------------------------------------------------------------------------------------- batches
 
@@ -150,8 +155,11 @@ class CausalPrompts(Prompts):
         while length < most and first[length] == last[length]:
             length += 1
         saved = length * (len(rows) - 1)
-        worth = saved >= WORTH_SHARING and can_share(self.model, self.accepts)
-        return first[:length] if worth else []
+        if saved < WORTH_SHARING or not can_share(self.model, self.accepts):
+            return []
+        # the padding of shorter rows stands behind the beginning, and takes places of a window
+        places = max(len(row.prompt) + self._room(row.choices) for row in rows)
+        return first[:length] if before_text(self.model) + places <= reach(self.model) else []
 
     def _sequences(self, rows: list[list[list[int]]]) -> Batch:
         """Padded on the left, [B, L], or [B, R, L] where there are R > 1 sequences a row."""
@@ -271,6 +279,23 @@ class CausalPrompts(Prompts):
 
     # --------------------------------------------------------------------------------- tokenisation
 
+    def _context_length(self) -> int | None:
+        """Positions that the model has; behind a prefix or soft prompt no more than every layer looks back over.
+
+        The padding of shorter rows stands between it and their text: in a longer sequence they would see less of it than
+        they do alone.
+        """
+        positions = super()._context_length()
+        if not before_text(self.model):
+            return positions
+        window = reach(self.model)
+        if not window:
+            raise UserError(
+                f"a {self.model.config.model_type} model keeps a state that runs through all that it reads, also the "
+                "padding between a prompt before the text and the text of a short row: use --tuner lora"
+            )
+        return positions if window == math.inf else int(min(window, positions or window))
+
     def null_row(self, example: Example, row: Row) -> Row:
         """The row asked without its content, for calibration: `Task.null_prompt`."""
         text = self.task.null_prompt(example.fields)
@@ -328,10 +353,11 @@ class CausalPrompts(Prompts):
         text, separator = self._text(example.fields), self.task.separator
         lengths = [length + len(self._bare(separator)) for _, length in self._shots]
         count = len(lengths)
-        while (
-            limit is not None and count and len(tokens) + sum(lengths[-count:]) + room > limit + 8
-        ):
-            count -= 1  # joined up, tokens may be a few fewer
+        # joined up, each may take a few tokens less: what surely does not fit is left out without trying
+        while limit is not None and count:
+            if len(tokens) + sum(lengths[-count:]) + room <= limit + FEWER * (count + 1):
+                break
+            count -= 1
         while count:
             texts = [shown for shown, _ in self._shots[-count:]]
             joined = self._dressed(self._bare(separator.join([*texts, text])))

@@ -151,7 +151,7 @@ class Declaration:
         """Template and label words for one kind of model, or those given; loss None: the declared one, or the kind's.
 
         Raises:
-            UserError: the declaration has no template for it.
+            UserError: the declaration has no template for it, or it shows what is to be answered.
         """
         own = self.template if kind == "causal" else self.masked_template
         template = own if template is None else template
@@ -163,7 +163,7 @@ class Declaration:
             )
         words = self.labels if kind == "causal" else self.masked_labels or self.labels
         usual: Loss = "vocabulary" if self.kind == "generation" else "choices"
-        return Task(
+        task = Task(
             template=template,
             labels=dict(words if labels is None else labels),
             truncation=truncation,
@@ -179,6 +179,24 @@ class Declaration:
             positive=self.positive,
             group=self.group,
         )
+        for name in task.fields:
+            told = set(self._places(name)) & set(self._answered_at())
+            if told:
+                raise UserError(
+                    f"template {template!r}: field {name!r} is read from {min(told)!r}, where the right answer is, which "
+                    "would show it to the model: leave it out"
+                )
+        return task
+
+    def _places(self, name: str) -> tuple[str, ...]:
+        """Where a field of a template is read."""
+        return self.fields[name].places if name in self.fields else (name,)
+
+    def _answered_at(self) -> tuple[str, ...]:
+        """Where a row says what is right."""
+        if self.kind == "classification":
+            return tuple(column.place for column in self.label)
+        return () if self.answers is None else (*self.answers.places, *(self.answers.also or ()))
 
     @property
     def kinds(self) -> tuple[ModelKind, ...]:

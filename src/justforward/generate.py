@@ -47,7 +47,7 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Generated:
-    """Texts, one a row, without what ended them; and how many forward passes of the batch they took."""
+    """Texts, one a row, without what ended them and without special tokens; and how many forward passes of the batch they took."""
 
     texts: list[str]
     forwards: int
@@ -97,7 +97,8 @@ def generate(
         str(tokenizer.decode(tokens[row])) if text is None else text
         for row, text in enumerate(texts)
     ]
-    return Generated([text.strip() for text in finished], forwards)
+    special = _special_words(tokenizer)
+    return Generated([_without(text, special).strip() for text in finished], forwards)
 
 
 def _begun(
@@ -127,6 +128,20 @@ def _ended(
     text = str(tokenizer.decode(tokens))
     found = [at for at in (text.find(one) for one in stop) if at >= 0]
     return text[: min(found)] if found else None
+
+
+def _special_words(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Names of tokens that are no text, such as T5's <extra_id_0>; those of their own that a tokenizer has besides, too."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {*tokenizer.all_special_tokens, *(each.content for each in added if each.special)}
+
+
+def _without(text: str, words: set[str]) -> str:
+    """A text without these. They are taken out last: what ends a text may be one of them, or hold one."""
+    for word in words:
+        if word:
+            text = text.replace(word, "")
+    return text
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -188,7 +188,7 @@ def plan(config: CompareConfig, source: str | None = None) -> Grid:
 def _plan(config: CompareConfig) -> Grid:
     if config.threads is not None and config.threads < 1:
         raise _Refused(("threads",), f"{config.threads}: it must be at least 1")
-    if config.jobs < 1:
+    if type(config.jobs) is not int or config.jobs < 1:  # empty in a file: None
         raise _Refused(("jobs",), f"{config.jobs}: it must be at least 1")
     try:
         check_source(config.model)
@@ -349,7 +349,7 @@ def _method(name: str, given: Any, seeds: tuple[int, ...]) -> tuple[str, Options
                 keys, f"begins with none of {_list(METHODS)}: say which it is, as method"
             )
         kind = max(found, key=len)
-    if kind not in METHODS:
+    if not isinstance(kind, str) or kind not in METHODS:
         raise _Refused((*keys, "method"), f"{kind!r} is none of {_list(METHODS)}")
     if count is not None and (type(count) is not int or not 1 <= count <= len(seeds)):
         raise _Refused(

@@ -70,6 +70,8 @@ class MaskedPrompts(Prompts):
         self._check_room()
         self._choices = torch.tensor([word[0] for word in self.words])
         self._body = self._find_body()
+        if self._body is not None:  # what cannot be tried the rows will tell
+            self._watch_padding()
 
     def batch(self, rows: Sequence[Row], common: bool = False) -> Batch:
         """``input_ids`` and ``attention_mask`` [B, L], padded on the right; ``mask_position`` [B]."""

@@ -112,7 +112,7 @@ class Objective:
             found = self._function(list(predictions), references)
         except Exception as error:
             raise UserError(
-                f"--objective {self.name} raised {type(error).__name__}: {error} "
+                f"--objective {self.name} raised {type(error).__name__}: {' '.join(str(error).split())} "
                 f"(rows: {self._culprit(examples, predictions, references) or where})"
             ) from error
         return self._numbers(found, examples, where)
@@ -137,9 +137,11 @@ class Objective:
         if hasattr(found, "tolist"):  # numpy
             found = found.tolist()
         if isinstance(found, bool | int | float):
-            if math.isfinite(found):
+            if _is_usable(found):
                 return float(found)
-            raise UserError(f"--objective {self.name} returned {found} (rows: {where})")
+            raise UserError(
+                f"--objective {self.name} returned {found} (rows: {where}): it must be {_USABLE}"
+            )
         if not isinstance(found, list | tuple) or len(found) != len(examples):
             shape = (
                 f"{len(found)} values" if isinstance(found, list | tuple) else type(found).__name__
@@ -148,11 +150,11 @@ class Objective:
                 f"--objective {self.name} returned {shape} for {len(examples)} rows: it must return one number a "
                 "row, or one for all"
             )
-        values = [value.item() if hasattr(value, "item") else value for value in found]
+        values = [_plain(value) for value in found]
         for example, value in zip(examples, values, strict=True):
-            if not isinstance(value, bool | int | float) or not math.isfinite(value):
+            if not isinstance(value, bool | int | float) or not _is_usable(value):
                 raise UserError(
-                    f"--objective {self.name} returned {value!r} for {example.where}: it must be a finite number"
+                    f"--objective {self.name} returned {value!r} for {example.where}: it must be {_USABLE}"
                 )
         return [float(value) for value in values]
 
@@ -167,6 +169,23 @@ class Objective:
             except Exception:
                 return example.where
         return None
+
+
+def _plain(value: Any) -> Any:
+    """A number of torch or numpy as one of Python's; of several at once the list."""
+    if not hasattr(value, "tolist"):
+        return value
+    several = value.tolist()
+    return several[0] if isinstance(several, list) and len(several) == 1 else several
+
+
+_MOST = torch.finfo(torch.float32).max
+_USABLE = "a finite number that float32 holds"
+
+
+def _is_usable(value: float) -> bool:
+    """Whether a look can be told it: looks count in float32."""
+    return abs(value) <= _MOST  # also of an int beyond all floats; nan is not
 
 
 def _load(name: str) -> Function:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 ENCODE_AT_ONCE = 512
+# Nats by which a score may differ with padding by rounding alone, in float32 and in 16 bits.
+ROUNDING, ROUNDING_HALF = 0.01, 0.1
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Prompts(ABC):
         self.task = task
         self.max_length = max_length
         positions = self._context_length()
-        self.context = None if positions is None else positions - _before_text(model)
+        self.context = None if positions is None else positions - before_text(model)
         self.vocabulary = len(_embedding_weight(model))
         self.padding = self._padding()
         self.before, self.behind = self._specials()
@@ -118,6 +122,28 @@ class Prompts(ABC):
     @abstractmethod
     def _word_tokens(self, word: str) -> list[int]:
         """Tokens of a label word as it stands where the answer is."""
+
+    def _watch_padding(self) -> None:
+        """Warn of a model that mixes what it reads with the padding beside it: whatever the mask says, what a row is scored
+        then depends on the rows of its batch.
+        """
+        one, longer = self._tokens(
+            [dict.fromkeys(self.task.fields, text) for text in ("a", "a a a a")]
+        )
+        if max(one + longer) >= self.vocabulary or len(longer) >= (self.context or math.inf):
+            return  # the rows will say what is wrong
+        choices = self.words or [one[:1]]
+        rows = [Row(one, choices, 0), Row(longer, choices, 0)]
+        with eval_mode(self.model), torch.no_grad():
+            alone = self.scores(self.batch(rows[:1]))[0]
+            beside = self.scores(self.batch(rows))[0]
+        rounding = ROUNDING if self.model.dtype == torch.float32 else ROUNDING_HALF
+        if float((alone - beside).abs().max()) > rounding:
+            warnings.warn(
+                f"a {self.model.config.model_type} model scores a row otherwise where shorter or longer ones are in its "
+                "batch, for it reads padding too: figures depend on the size of batches",
+                stacklevel=2,
+            )
 
     # ------------------------------------------------------------------------------- tokenisation
 
@@ -385,7 +411,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _before_text(model: PreTrainedModel) -> int:
+def before_text(model: PreTrainedModel) -> int:
     """Positions that a prefix or a soft prompt takes."""
     peft = getattr(model, "active_peft_config", None)
     return getattr(peft, "num_virtual_tokens", None) or 0

@@ -40,6 +40,8 @@ def labels_of(labels: str | dict[str, str]) -> dict[str, str]:
                 raise UserError(
                     f"labels: YAML reads {label!r}: {word!r} here: put quotes around yes, no, true, null"
                 )
+            if isinstance(value, list | dict):
+                raise UserError(f"labels: {label!r}: {word!r} is no word: give the text of one")
         out[str(label)] = str(word)
     return out
 

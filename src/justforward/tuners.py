@@ -323,7 +323,7 @@ def real_activations(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Te
             or pairs[0][0].shape[1] != tokens.shape[1]:  # fmt: skip
         raise UserError(
             f"--tuner is 'prefix': the layers of a {model.config.model_type} model do not all keep keys and "
-            "values of one shape for every token: use --tuner lora or prompt"
+            "values of one shape for every token: use --tuner lora"
         )
     return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
