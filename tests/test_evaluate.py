@@ -273,6 +273,19 @@ def test_truncation_keeps_the_template(tiny_model: Any, any_tokenizer: Any, side
         assert scorer.scores(scorer.encode(rows([LONG]))).isfinite().all()
 
 
+def test_rows_that_are_shortened_are_counted(tiny_opt: Any, tokenizer: Any) -> None:
+    said: list[str] = []
+    some = rows(["a film", LONG, LONG])
+    scorer = Scorer(tiny_opt, tokenizer, Task("{text} It was", SINGLE), max_length=20)
+    scorer.prepare(some[:2], said.append)
+    scorer.prepare(some, said.append)
+    scorer.prepare(some, said.append)
+    which = (
+        "rows are longer than max_length (20 tokens): the text of their longest field was shortened"
+    )
+    assert said == [f"note: 1 of 2 {which}", f"note: 1 of 1 {which}"]
+
+
 @given(
     st.text(st.characters(codec="utf-8"), max_size=60),
     st.text(st.characters(codec="utf-8"), max_size=60),

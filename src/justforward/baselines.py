@@ -243,7 +243,7 @@ class _Bench:
         self.model = attach(self.model, self.tokenizer, run)
         choose_tuned(self.model, config.tune)
         scorer = self._scorer()
-        scorer.prepare(splits.train)
+        scorer.prepare(splits.train, self.progress.note)
         minutes = math.inf if config.max_minutes is None else config.max_minutes
         steps = config.max_steps or MAX_STEPS
         settings = Settings(
@@ -287,11 +287,8 @@ class _Bench:
             demonstrations=demonstrations,
             calibrate=self.config.calibrate,
         )
-        for rows in (
-            self.splits.test,
-            self.splits.validation,
-        ):  # a bad one is found before the work
-            scorer.prepare(rows)
+        # a bad one is found before the work
+        scorer.prepare([*self.splits.test, *self.splits.validation], self.progress.note)
         return scorer
 
     def _validated(self, scorer: Scorer) -> Result:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Literal
@@ -129,17 +129,29 @@ class Scorer:
 
     # ------------------------------------------------------------------------------------ public
 
-    def prepare(self, examples: Sequence[Example]) -> None:
+    def prepare(
+        self, examples: Sequence[Example], note: Callable[[str], None] | None = None
+    ) -> None:
         """Tokenises rows ahead of their first batch, so that a bad one is found before training.
+
+        Args:
+            note: told how many of the rows were shortened, if any.
 
         Raises:
             UserError: a row longer than the context, or than max_length with its text left out;
                 naming its file and line.
         """
         new = list({id(e): e for e in examples if id(e) not in self._numbers}.values())
+        before = self.prompts.shortened
         for example, row in zip(new, self.prompts.rows(new), strict=True):
             self._numbers[id(example)] = len(self._known)
             self._known.append((example, row))
+        shortened = self.prompts.shortened - before
+        if shortened and note is not None:
+            note(
+                f"note: {shortened} of {len(new)} rows are longer than max_length ({self.max_length} tokens): the text of their "
+                "longest field was shortened"
+            )
 
     def digest(self, examples: Sequence[Example]) -> str:
         """sha256 of the tokens of some rows, and of a few texts: two tokenizers that agree in it make the same batches of them."""

@@ -65,7 +65,7 @@ class Own:
         model = attach(model, tokenizer, config)
         choose_layers(model, config)
         self.scorer = Scorer(model, tokenizer, self.task, config.max_length)
-        self.scorer.prepare(self.train)
+        self.scorer.prepare(self.train, self.note)
         return MeZO(model, log=log, resume=resume, **optimizer_options(config))
 
     def batch(self, step: int, first: int, stop: int, of: int) -> Any:

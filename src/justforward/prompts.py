@@ -88,6 +88,7 @@ class Prompts(ABC):
         self.tokenizer = tokenizer
         self.task = task
         self.max_length = max_length
+        self.shortened = 0  # how many rows have been
         positions = self._context_length()
         self.context = None if positions is None else positions - before_text(model)
         self.vocabulary = len(_embedding_weight(model))
@@ -323,6 +324,7 @@ class Prompts(ABC):
         change the tokens around it; what is still too much is dropped in a further round.
         """
         assert self.max_length is not None
+        self.shortened += 1
         shown = [name for _, name in self.task.pieces if name is not None]
         cuts = {name: self._cuts(example.fields[name]) for name in self.task.fields}
         keep = {name: len(cuts[name]) - 1 for name in cuts}

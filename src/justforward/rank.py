@@ -70,7 +70,7 @@ def measure(
         UserError: a row does not fit, the loss cannot be differentiated twice, or is not finite.
     """
     scorer = Scorer(model, tokenizer, task, config.max_length)
-    scorer.prepare(examples)
+    scorer.prepare(examples, progress.note)
     optimizer = MeZO(model, lr=1.0, eps=config.eps, seed=config.seed)
     objective = Objective(
         optimizer.weights.tensors,

@@ -95,7 +95,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Result:
     if max_length is None and run is not None:
         max_length = run.max_length
     scorer = Scorer(model, tokenizer, task, max_length)
-    scorer.prepare(rows)
+    scorer.prepare(rows, note)
     step: int | None = None
     if folder is not None and run is not None:
         step = kept_step(folder, run, note)

@@ -137,8 +137,8 @@ class Session:
         choose_layers(self.model, self.config)
         self.depth = Depth(self.model) if self.config.layers == "auto" else None
         if rows:  # tokenised now, so that a bad row is found before anything is written
-            for split in (self.splits.test, self.splits.validation, self.splits.train):
-                self.scorer.prepare(split)
+            held = [*self.splits.test, *self.splits.validation, *self.splits.train]
+            self.scorer.prepare(held, self.progress.note if first else None)
         if first:
             for note in self.splits.notes:
                 self.progress.note(f"note: {note}")
