@@ -43,6 +43,9 @@ def resident():
 model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512,
     num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4)).eval()
 model(input_ids=torch.zeros(8, 64, dtype=torch.long)).logits.sum().backward()
+if sys.argv[1] == "1":
+    from justforward.blocks import warm
+    warm()
 base = resident()
 from justforward.directions import FAMILIES, compile_kernels
 compile_kernels(FAMILIES["gaussian"])
@@ -130,6 +133,7 @@ def device_of(
     flops: str | None = None,
     overhead: str | None = None,
     dtype: torch.dtype = torch.float32,
+    packed: bool = False,
 ) -> Device:
     """The device that is described, and for what is not said this machine, measured.
 
@@ -138,6 +142,7 @@ def device_of(
         memory, overhead: sizes (`parse_size`).
         bandwidth, flops: rates (`parse_rate`).
         dtype: of the matrix products that are measured.
+        packed: the process that is measured unpacks a .gguf's matrices.
 
     Raises:
         UserError: a size or rate cannot be read.
@@ -183,7 +188,7 @@ def device_of(
         )
     else:
         taken, sources["overhead"] = (
-            measure_overhead(),
+            measure_overhead(packed),
             "measured here: a process with a model of nothing",
         )
     return Device(kind, size, moves, works, sweep, taken, sources)
@@ -200,8 +205,11 @@ def _memory(where: torch.device) -> int:
 
 
 @cache
-def measure_overhead() -> Overhead:
+def measure_overhead(packed: bool = False) -> Overhead:
     """What a process takes before its model, by one that has none; on Linux only, elsewhere a figure from there.
+
+    Args:
+        packed: with what unpacks a .gguf's matrices.
 
     Raises:
         UserError: the process fails.
@@ -209,7 +217,9 @@ def measure_overhead() -> Overhead:
     if not Path("/proc/self/statm").is_file():
         return Overhead(430_000_000, 104_000_000)  # Linux, Python 3.11, torch 2.13, transformers 5
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _ALONE], capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", _ALONE, str(int(packed))],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no word"]
