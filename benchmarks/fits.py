@@ -77,6 +77,7 @@ def config_of(name: str) -> Any:
     }[name]()
 
 
+TOKENS = 49_152  # of SmolLM2, whose tokenizer is loaded; the others have none
 PACKED = "smollm2-gguf"  # SmolLM2 as its .gguf stores it, --quantize gguf
 MODELS = ("smollm2", PACKED, "opt", "gpt2", "llama", "bert")
 
@@ -237,7 +238,7 @@ def main() -> None:
             batch_size=ROWS,
             length=LENGTH,
             quantize="gguf" if packed else None,
-            device=device_of("cpu", packed=packed),
+            device=device_of("cpu", packed=packed, tokens=TOKENS if whole else 0),
             methods=tuple(m for m in METHODS if whole or m.name in FEWER),
             limits=False,
         )

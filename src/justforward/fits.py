@@ -145,7 +145,7 @@ def plan(
     if quantize is not None:
         _check_quantised(what, quantize, dtype)
     packed = quantize == "gguf"
-    device = device or device_of(dtype=FORMATS[dtype], packed=packed)
+    device = device or device_of(dtype=FORMATS[dtype], packed=packed, tokens=what.tokens)
     if packed and device.kind == "gpu":
         raise UserError(
             "--quantize is 'gguf', which unpacks on a CPU: give --device cpu, or leave --quantize out"
@@ -375,6 +375,7 @@ def fits(config: FitsConfig) -> Forecast:
         config.overhead,
         FORMATS[config.dtype],
         packed=config.quantize == "gguf",
+        tokens=what.tokens,
     )
     return plan(
         what,

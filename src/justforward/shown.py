@@ -55,7 +55,8 @@ def spell_fits(found: Forecast) -> str:
         f"{device.kind}: {size(device.memory)} ({device.sources['memory']}); {device.bandwidth / 1e9:.4g} GB/s "
         f"({device.sources['bandwidth']}); {device.flops / 1e12:.4g} TFLOP/s ({device.sources['flops']}); a look "
         f"{device.sweep * 1e9:.2g} ns a weight ({device.sources['sweep']}); besides the model "
-        f"{size(device.overhead.base)}, with compiled directions {size(device.overhead.base + device.overhead.kernels)} "
+        f"{size(device.overhead.base)}, with compiled directions {size(device.overhead.base + device.overhead.kernels)}, with a drawn LoRA "
+        f"{size(device.overhead.base + device.overhead.drawn)} "
         f"({device.sources['overhead']})",
     ]
     if found.stand_in is not None:

@@ -73,6 +73,12 @@ class Plan:
     assumed: tuple[str, ...] = ()
     header: Header | None = None
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has; 0 where the configuration does not say it."""
+        found = getattr(self.config.get_text_config(), "vocab_size", 0)
+        return max(found, 0) if isinstance(found, int) else 0
+
     @cached_property
     def context(self) -> int | None:
         """The most tokens that a text may have, if the configuration bounds them."""
