@@ -137,13 +137,14 @@ def plan(
         UserError: there is no such model, a length that it does not have, or a quantisation that train refuses too, or
             that is of a .gguf where there is none.
     """
+    _check_stored(quantize, dtype)
     what = read_plan(model, quantize) if isinstance(model, str) else model
     if what.context is not None and length > what.context:
         raise UserError(
             f"--length is {length}: {what.name} has a context of {what.context} tokens: give at most that"
         )
     if quantize is not None:
-        _check_quantised(what, quantize, dtype)
+        _check_quantised(what, quantize)
     packed = quantize == "gguf"
     device = device or device_of(dtype=FORMATS[dtype], packed=packed, tokens=what.tokens)
     if packed and device.kind == "gpu":
@@ -195,12 +196,16 @@ def plan(
     return found
 
 
-def _check_quantised(what: Plan, quantize: str, dtype: str) -> None:
-    """What `load_model` and `train` refuse."""
-    if dtype != "float32":
+def _check_stored(quantize: str | None, dtype: str) -> None:
+    """What train refuses whatever the model, before that is looked at."""
+    if quantize is not None and dtype != "float32":
         raise UserError(
             f"--dtype is {dtype!r}: what --quantize leaves as it is stays float32: leave it out"
         )
+
+
+def _check_quantised(what: Plan, quantize: str) -> None:
+    """What `load_model` and `train` refuse."""
     if what.kind == "seq2seq":
         raise UserError(
             f"--quantize is {quantize!r}: {what.name} is an encoder-decoder, whose layers are not quantised: leave it out"
@@ -366,6 +371,7 @@ def fits(config: FitsConfig) -> Forecast:
     """
     check_ranges(config)
     use_threads(config.threads)
+    _check_stored(config.quantize, config.dtype)
     what = read_plan(config.model, config.quantize)
     device = device_of(
         config.device,
