@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +77,9 @@ def config_of(name: str) -> Any:
     }[name]()
 
 
-MODELS = ("smollm2", "opt", "gpt2", "llama", "bert")
+TOKENS = 49_152  # of SmolLM2, whose tokenizer is loaded; the others have none
+PACKED = "smollm2-gguf"  # SmolLM2 as its .gguf stores it, --quantize gguf
+MODELS = ("smollm2", PACKED, "opt", "gpt2", "llama", "bert")
 
 
 def make(model_name: str, folder: str) -> None:
@@ -99,8 +102,9 @@ def child(model_name: str, method_name: str, rows: int, length: int, folder: str
     from justforward.tuners import attach
 
     torch.manual_seed(0)
-    if model_name == "smollm2":
-        loaded, tokenizer = load_model("smollm2")
+    if model_name in ("smollm2", PACKED):
+        quantize = "gguf" if model_name == PACKED else None
+        loaded, tokenizer = load_model("smollm2", quantize=quantize)
         model: Any = loaded
         kind: Any = "causal"
     else:
@@ -151,8 +155,19 @@ def child(model_name: str, method_name: str, rows: int, length: int, folder: str
 
         timed(step)
         del kept
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"bytes": peak, "seconds": min(seconds[1:])}))
+    print(json.dumps({"bytes": peak(), "seconds": min(seconds[1:])}))
+
+
+def peak() -> int:
+    """The most bytes that this process has had in memory: since it became this program, where the system says that.
+
+    What `getrusage` says includes what the process was made from had, which may be more.
+    """
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else []:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def make_batch(rows: int, length: int, vocabulary: int) -> dict[str, torch.Tensor]:
@@ -184,9 +199,9 @@ def measured(
 
 @contextmanager
 def written(model: str) -> Iterator[str]:
-    """A folder with the model's weights for as long as it is needed; an empty one for SmolLM2."""
+    """A folder with the model's weights for as long as it is needed; an empty one for SmolLM2, packed or not."""
     with tempfile.TemporaryDirectory() as folder:
-        if model != "smollm2":
+        if model not in ("smollm2", PACKED):
             _run("--make", model, folder)
         yield folder
 
@@ -212,14 +227,20 @@ def main() -> None:
     from justforward.rehearse import METHODS
     from justforward.skeleton import Plan
 
-    device = device_of("cpu")
     for name in given.models.split(","):
-        what: Any = name
-        if name != "smollm2":
+        whole = name in ("smollm2", PACKED)
+        packed = name == PACKED
+        what: Any = "smollm2"
+        if not whole:
             what = Plan(name, config_of(name), kind_of(name, config_of(name)))
-        methods = tuple(m for m in METHODS if name == "smollm2" or m.name in FEWER)
         found = plan(
-            what, batch_size=ROWS, length=LENGTH, device=device, methods=methods, limits=False
+            what,
+            batch_size=ROWS,
+            length=LENGTH,
+            quantize="gguf" if packed else None,
+            device=device_of("cpu", packed=packed, tokens=TOKENS if whole else 0),
+            methods=tuple(m for m in METHODS if whole or m.name in FEWER),
+            limits=False,
         )
         for row, seen in _each(name, found.rows):
             if given.json:
@@ -227,7 +248,7 @@ def main() -> None:
                                   "seconds": row.seconds, "seconds_measured": seen["seconds"]}), flush=True)  # fmt: skip
                 continue
             print(
-                f"{name:8} {row.method:42} predicted {row.memory / 1e6:6.0f} MB, measured {seen['bytes'] / 1e6:6.0f} MB, "
+                f"{name:12} {row.method:42} predicted {row.memory / 1e6:6.0f} MB, measured {seen['bytes'] / 1e6:6.0f} MB, "
                 f"ratio {row.memory / seen['bytes']:.2f}; {row.seconds:5.2f} s a step, measured {seen['seconds']:5.2f} s",
                 flush=True,
             )

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import MASKED, make_model, make_tokenizer
-from justforward import cli, kept, models
+from justforward import cli, kept, models, sources
 from justforward.data import Example
 from justforward.errors import UserError
 from justforward.evaluate import Scorer
@@ -512,9 +512,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 @pytest.mark.real
 def test_the_packaged_model() -> None:
     try:
-        importlib.metadata.distribution(models.PACKAGE)
+        importlib.metadata.distribution(sources.PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"{models.PACKAGE} is not installed: {models.INSTALL}")
+        pytest.skip(f"{sources.PACKAGE} is not installed: {sources.INSTALL}")
     model: Any
     model, tokenizer = load_model("smollm2")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -104,9 +104,13 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False if args[0].dtype == torch.bool else 0
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        result: Any
         of_experts = func._overloadpacket is _GROUPED and args[0].is_meta
         if of_experts:
             result, flops = _grouped(*args[:3])
+        elif func is torch.ops.aten._unique2.default and args[0].is_meta:
+            # as if no token came twice: the rows of a packed table that are unpacked
+            result, flops = _all_different(args[0]), 0
         else:
             result, flops = func(*args, **(kwargs or {})), 0
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
@@ -151,6 +155,11 @@ def _grouped(a: Tensor, b: Tensor, offsets: Tensor) -> tuple[Tensor, int]:
     # of each element of what is in groups, one product with a row or a column of the other's
     single, other = (a, b.shape[-1]) if a.dim() == 2 else (b, a.shape[1])
     return a.new_empty(shape), 2 * single.numel() * other
+
+
+def _all_different(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `torch.unique` makes if no value comes twice: values, places, and no counts."""
+    return x.new_empty(x.numel()), torch.empty_like(x), x.new_empty(0)
 
 
 def _bytes(x: Tensor) -> int:

@@ -47,6 +47,12 @@ def unpack(form: str, data: np.ndarray, rows: Tensor, out: Tensor) -> None:
     )
 
 
+def warm() -> None:
+    """Compile the kernels of two common forms, or load them from Numba's cache."""
+    for form, size in (("Q4_K", 144), ("Q6_K", 210)):
+        unpack(form, np.zeros((1, size), np.uint8), torch.zeros(1).long(), torch.empty(1, 256))
+
+
 def _compiled(fill: Any, data: Any, numbers: Any, room: Any, first: int, last: int) -> None:
     fill(data, numbers[first:last], room[first:last], HALVES)
 

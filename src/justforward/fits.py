@@ -135,16 +135,22 @@ def plan(
 
     Raises:
         UserError: there is no such model, a length that it does not have, or a quantisation that train refuses too, or
-            whose sizes are not known here.
+            that is of a .gguf where there is none.
     """
-    what = read_plan(model) if isinstance(model, str) else model
+    _check_stored(quantize, dtype)
+    what = read_plan(model, quantize) if isinstance(model, str) else model
     if what.context is not None and length > what.context:
         raise UserError(
             f"--length is {length}: {what.name} has a context of {what.context} tokens: give at most that"
         )
     if quantize is not None:
-        _check_quantised(what, quantize, dtype)
-    device = device or device_of(dtype=FORMATS[dtype])
+        _check_quantised(what, quantize)
+    packed = quantize == "gguf"
+    device = device or device_of(dtype=FORMATS[dtype], packed=packed, tokens=what.tokens)
+    if packed and device.kind == "gpu":
+        raise UserError(
+            "--quantize is 'gguf', which unpacks on a CPU: give --device cpu, or leave --quantize out"
+        )
     whole = build(what, FORMATS[dtype])
     parameters = count(whole)
     settings = Settings(
@@ -183,27 +189,31 @@ def plan(
         device,
         rows,
         [],
-        [*what.assumed, *_assumed(dtype, device)],
+        [*what.assumed, *_assumed(dtype, device, quantize)],
         "; ".join(what.assumed) or None,
     )
     found.advice.extend(_advice(found))
     return found
 
 
-def _check_quantised(what: Plan, quantize: str, dtype: str) -> None:
-    """What `load_model` and `train` refuse, and a .gguf's own forms, whose sizes are in its tensors and nowhere else."""
-    if dtype != "float32":
+def _check_stored(quantize: str | None, dtype: str) -> None:
+    """What train refuses whatever the model, before that is looked at."""
+    if quantize is not None and dtype != "float32":
         raise UserError(
             f"--dtype is {dtype!r}: what --quantize leaves as it is stays float32: leave it out"
         )
+
+
+def _check_quantised(what: Plan, quantize: str) -> None:
+    """What `load_model` and `train` refuse."""
     if what.kind == "seq2seq":
         raise UserError(
             f"--quantize is {quantize!r}: {what.name} is an encoder-decoder, whose layers are not quantised: leave it out"
         )
-    if quantize == "gguf":
+    if quantize == "gguf" and what.header is None:
         raise UserError(
-            f"--quantize is 'gguf': it keeps the matrices of a .gguf as they are stored, and what {what.name} stores is not read "
-            "here: take the size of the .gguf for the weights, or plan with int8"
+            f"--quantize is 'gguf': it keeps the matrices of a .gguf as they are stored, and {what.name} was planned without "
+            "one: give the path of one"
         )
 
 
@@ -211,7 +221,7 @@ def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def _assumed(dtype: str, device: Device) -> list[str]:
+def _assumed(dtype: str, device: Device, quantize: str | None) -> list[str]:
     out = [
         "rows of the same padded length; logits of one answer position a row, two label words of one token",
         "fused attention: scores of all pairs of tokens are never whole",
@@ -224,6 +234,11 @@ def _assumed(dtype: str, device: Device) -> list[str]:
                 if device.kind == "cpu"
                 else f"in {dtype}"
             )
+        )
+    if quantize == "gguf":
+        out.append(
+            "all of the .gguf's tensors stay in memory, mapped from the file: the system can take their pages back; matrices are "
+            f"unpacked to float32 where they are used, one, or {4 * SLICE >> 20} MiB of one, at a time"
         )
     if device.kind == "gpu":
         out.append(
@@ -356,7 +371,8 @@ def fits(config: FitsConfig) -> Forecast:
     """
     check_ranges(config)
     use_threads(config.threads)
-    what = read_plan(config.model)
+    _check_stored(config.quantize, config.dtype)
+    what = read_plan(config.model, config.quantize)
     device = device_of(
         config.device,
         config.memory,
@@ -364,6 +380,8 @@ def fits(config: FitsConfig) -> Forecast:
         config.flops,
         config.overhead,
         FORMATS[config.dtype],
+        packed=config.quantize == "gguf",
+        tokens=what.tokens,
     )
     return plan(
         what,

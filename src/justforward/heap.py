@@ -5,13 +5,15 @@ steps of AdamW on SmolLM2-135M have 2.5 GB alive and take 3.2. What is played th
 requests (glibc's manual, "Tunable Parameters"; malloc/malloc.c):
 
 - at or above a threshold a request gets pages of its own, which go back to the system when it is freed. The threshold
-  starts at 128 KiB and rises to the largest such request that was freed, up to 32 MiB;
+  starts at 128 KiB and rises to the largest such request that was freed, up to 32 MiB: before the first step by what imports and
+  the tokenizer have freed, to 2 MB without and to 4 or 8 with one of 49,152 tokens (`machine` measures it);
 - below it, the smallest free piece that is large enough is taken and the rest of it stays free, or the heap grows at its end;
 - what is freed is joined with free neighbours; a free end of more than twice the threshold goes back to the system.
 
 torch asks for addresses that 64 divides: malloc then looks for a piece that is larger by two such gaps, and frees what is left of
-them. Some of these gaps are then taken by something small that stays, so that pieces do not join again across them: how many
-follows from nothing that is known here. One in `LOST` is what seven measurements of two models say (`docs/fits.md`).
+them. Where gradients are asked for, some of these gaps are then taken by small pieces of their graph, which stay in it or in malloc's
+caches, so that pieces do not join again across them: how many follows from nothing that is known here. One in `LOST` is what
+seven measurements of two models say (`docs/fits.md`).
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ _PAGE, _ALIGNED = 4096, 64
 class Heap:
     """The heap of a process; sizes are bytes, pieces are known by what they are called.
 
+    Args:
+        threshold: from which size on a request gets pages of its own, at first.
+        graphed: gradients are asked for: small pieces of their graph stay in some gaps.
+
     Attributes:
         peak: the most that was taken from the system at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threshold: int = FIRST_THRESHOLD, graphed: bool = True) -> None:
         self.peak = 0
         self._taken = 0  # requests from the heap
         self._own: dict[int, int] = {}  # pieces with pages of their own
@@ -39,7 +45,7 @@ class Heap:
         self._end = self._resident = (
             0  # of the heap: where it ends, and how far the system has given memory
         )
-        self._threshold = FIRST_THRESHOLD
+        self._threshold, self._graphed = threshold, graphed
         self._places: dict[int, tuple[int, int]] = {}  # pieces in the heap: start and size
         self._free: list[tuple[int, int]] = []  # size and start
         self._starts: dict[int, int] = {}  # of free pieces, to their sizes
@@ -62,7 +68,7 @@ class Heap:
                 self._end += wanted
                 self._resident = max(self._resident, self._end)
             self._taken += 1
-            used = size + (_ALIGNED if self._taken % LOST == 0 else 0)
+            used = size + (_ALIGNED if self._graphed and self._taken % LOST == 0 else 0)
             if start + found == self._end:
                 self._end = start + used
             else:
@@ -104,9 +110,11 @@ class Heap:
         del self._starts[start], self._ends[start + size]
 
 
-def taken(events: Iterable[tuple[int, int]]) -> int:
-    """The peak of what (piece, size) take from the system; a size of -1 frees the piece."""
-    heap = Heap()
+def taken(
+    events: Iterable[tuple[int, int]], threshold: int = FIRST_THRESHOLD, graphed: bool = True
+) -> int:
+    """The peak of what (piece, size) take from the system; a size of -1 frees the piece. The rest is as for `Heap`."""
+    heap = Heap(threshold, graphed)
     for piece, size in events:
         if size < 0:
             heap.give(piece)

@@ -9,7 +9,7 @@ bytes alive do not fit, so that the answer does not depend on the batch that was
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from justforward.alive import Trace
+from justforward.alive import Event, Trace
 from justforward.heap import taken
 from justforward.machine import Device
 from justforward.rehearse import Method, Stage
@@ -69,9 +69,10 @@ class Account:
 
 def process_of(method: Method, device: Device) -> int:
     """What a process takes besides model and step."""
-    # LoRA's start is drawn by the same kernels as directions
-    kernels = method.way in ("weight", "activation") or method.tuner == "lora"
-    return device.overhead.base + kernels * device.overhead.kernels
+    overhead = device.overhead
+    if method.way in ("weight", "activation"):
+        return overhead.base + overhead.kernels
+    return overhead.base + (overhead.drawn if method.tuner == "lora" else 0)
 
 
 def account_of(
@@ -91,7 +92,9 @@ def account_of(
     """
     here = stage.run(method, rows, length)
     fixed = here.weights + here.kept + process_of(method, device)
-    heap = device.kind == "cpu"
+    heap = None
+    if device.kind == "cpu":
+        heap = partial(taken, threshold=device.overhead.threshold, graphed=method.first_order)
 
     def run(r: int, n: int) -> Trace:
         return stage.run(method, r, n).trace
@@ -118,11 +121,11 @@ def _curves(
     traces: list[Trace],
     run: Callable[[int], Trace],
     known: dict[int, Trace],
-    heap: bool,
+    heap: Callable[[Iterable[Event]], int] | None,
 ) -> Curves:
     """x -> the most bytes alive, and x -> the most that are taken for them, by the traces at start, start + step, and so on.
 
-    Where what happens there is not the same, `run` says it for each x.
+    Where what happens there is not the same, `run` says it for each x. Without a `heap`, what is alive is taken.
     """
     order = [[number for number, _ in trace.events] for trace in traces]
     alike = bool(traces) and all(numbers == order[0] for numbers in order)
@@ -140,12 +143,12 @@ def _curves(
 
     @cache
     def most(x: int) -> int:
-        if not heap:
+        if heap is None:
             return alive(x)
         if sizes is None or x in known:
-            return max(taken((known.get(x) or run(x)).events), alive(x))
+            return max(heap((known.get(x) or run(x)).events), alive(x))
         there = _at(sizes, (x - start) / step).tolist()
-        return max(taken(zip(order[0], there, strict=True)), alive(x))
+        return max(heap(zip(order[0], there, strict=True)), alive(x))
 
     return alive, most
 

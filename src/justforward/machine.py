@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,31 +33,76 @@ _UNITS = {"": 1, "B": 1} | {
     for i in ("", "i")
 }
 _PREFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+# Where a process that has a tokenizer of none begins: what its imports have freed (measured).
+START = 2_030_000
+_MOST_TOKENS = 300_000  # more than any tokenizer has
 LEAST_BARE = 1e6  # whoever gives fewer bytes without a unit means another one
 _SECONDS = 0.7  # of each measurement
-# What a process has in memory before its model: imports, a forward, a backward; then the kernels of the directions.
+# What a process has in memory before its model: imports, a forward, a backward; then the kernel that draws a LoRA's start, whose
+# compiler stays; then those of the directions, after which the compiler's memory is given back.
 _ALONE = """
-import json, sys, torch
+import ctypes, json, sys, torch
 import justforward.first_order, justforward.tuners, justforward.evaluate
 from transformers import AutoModelForCausalLM, LlamaConfig
+def own_pages(size):  # whether malloc asks the system for so much by itself
+    before = libc.mallinfo2().hblks
+    at = libc.malloc(size)
+    own = libc.mallinfo2().hblks > before
+    if not own:  # freed, it would be the new threshold
+        libc.free(at)
+    return own
+def threshold():  # from which size on it does
+    low, high = 1 << 17, 1 << 25
+    while high - low > 1 << 12:
+        middle = (low + high) // 2
+        low, high = (low, middle) if own_pages(middle) else (middle, high)
+    return high
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
+if sys.argv[2]:
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=sys.argv[2])
+    tokenizer("a text")
 model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512,
     num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4)).eval()
 model(input_ids=torch.zeros(8, 64, dtype=torch.long)).logits.sum().backward()
+if sys.argv[1] == "1":
+    from justforward.blocks import warm
+    warm()
 base = resident()
+libc = ctypes.CDLL(None)
+class Info(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_size_t) for n in ("arena", "ordblks", "smblks", "hblks", *"abcdef")]
+try:
+    libc.mallinfo2.restype, libc.malloc.restype = Info, ctypes.c_void_p
+    libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+    begin = threshold()
+except AttributeError:  # not glibc, or older than 2.33
+    begin = 2_030_000
+from justforward import noise
+noise.normal(0, 0, 0, 4096)
+drawn = resident() - base
 from justforward.directions import FAMILIES, compile_kernels
 compile_kernels(FAMILIES["gaussian"])
-print(json.dumps([base, max(resident() - base, 0)]))
+print(json.dumps([base, max(resident() - base, 0), max(drawn, 0), begin]))
 """
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """Bytes of a process besides its model: interpreter and libraries; and the compiled kernels of the directions."""
+    """Bytes of a process besides its model: interpreter and libraries; and the compiled kernels of the directions.
+
+    Attributes:
+        base: interpreter and libraries.
+        kernels: more, where looks are taken: the directions' kernels, the compiler's memory given back.
+        drawn: more, where none are and a LoRA is drawn: its kernel, and the compiler, which stays.
+        threshold: what malloc asks the system for by itself from this size on, when steps begin.
+    """
 
     base: int
     kernels: int
+    drawn: int = 0
+    threshold: int = START
 
 
 @dataclass(frozen=True)
@@ -130,6 +177,8 @@ def device_of(
     flops: str | None = None,
     overhead: str | None = None,
     dtype: torch.dtype = torch.float32,
+    packed: bool = False,
+    tokens: int = 0,
 ) -> Device:
     """The device that is described, and for what is not said this machine, measured.
 
@@ -138,6 +187,8 @@ def device_of(
         memory, overhead: sizes (`parse_size`).
         bandwidth, flops: rates (`parse_rate`).
         dtype: of the matrix products that are measured.
+        packed: the process that is measured unpacks a .gguf's matrices.
+        tokens: it has a tokenizer of so many; 0: of none.
 
     Raises:
         UserError: a size or rate cannot be read.
@@ -183,7 +234,7 @@ def device_of(
         )
     else:
         taken, sources["overhead"] = (
-            measure_overhead(),
+            measure_overhead(packed, tokens),
             "measured here: a process with a model of nothing",
         )
     return Device(kind, size, moves, works, sweep, taken, sources)
@@ -200,24 +251,50 @@ def _memory(where: torch.device) -> int:
 
 
 @cache
-def measure_overhead() -> Overhead:
+def measure_overhead(packed: bool = False, tokens: int = 0) -> Overhead:
     """What a process takes before its model, by one that has none; on Linux only, elsewhere a figure from there.
+
+    Args:
+        packed: with what unpacks a .gguf's matrices.
+        tokens: with a tokenizer of so many; 0: with none.
 
     Raises:
         UserError: the process fails.
     """
     if not Path("/proc/self/statm").is_file():
-        return Overhead(430_000_000, 104_000_000)  # Linux, Python 3.11, torch 2.13, transformers 5
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _ALONE], capture_output=True, text=True
-    )
+        return Overhead(
+            430_000_000, 104_000_000, 104_000_000
+        )  # Linux, Python 3.11, torch 2.13, transformers 5
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = Path(folder) / "tokenizer.json"
+        if tokens:
+            _write_tokenizer(tokenizer, min(tokens, _MOST_TOKENS))
+        given = [str(int(packed)), str(tokenizer) if tokens else ""]
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _ALONE, *given], capture_output=True, text=True
+        )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no word"]
         raise UserError(
             f"the memory of a process cannot be measured here ({last[0]}): give it with --overhead"
         )
-    base, kernels = json.loads(done.stdout.splitlines()[-1])
-    return Overhead(base, kernels)
+    return Overhead(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def _write_tokenizer(path: Path, tokens: int) -> None:
+    """A byte-pair tokenizer of so many tokens, each a pair of two before it; they are as long as those of real ones."""
+    drawn = random.Random(0)
+    names = [chr(0x100 + i) for i in range(min(tokens, 256))]
+    have, merges = set(names), []
+    while len(names) < tokens:
+        one, other = drawn.choice(names), drawn.choice(names[:256])
+        if one + other not in have:
+            have.add(one + other)
+            names.append(one + other)
+            merges.append([one, other])
+    model = {"type": "BPE", "vocab": {name: i for i, name in enumerate(names)}, "merges": merges}
+    settings = {"version": "1.0", "added_tokens": [], "model": model}
+    path.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _best(step: Callable[[], Any], where: torch.device) -> float:

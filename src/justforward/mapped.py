@@ -43,6 +43,7 @@ class Blocks:
 
     def __init__(self, data: np.ndarray, form: str, order: Tensor | None, transposed: bool) -> None:
         self.form, self.transposed = form, transposed
+        self.nbytes = _held(data.nbytes, order)
         self._data, self._order = data, order
 
     def unpack(self, rows: Tensor, out: Tensor) -> None:
@@ -58,6 +59,30 @@ class Blocks:
         step = max((1 << 24) // max(self._data.shape[1], 1), 1)
         for start in range(0, len(self._data), step):
             yield self._data[start : start + step].data
+
+
+class Outline:
+    """A matrix of a .gguf of which nothing but the size is there (`stored.Packed`), for models on the meta device.
+
+    Args:
+        form, order, transposed: as for `Blocks`.
+        size: bytes in the file.
+    """
+
+    def __init__(self, form: str, order: Tensor | None, transposed: bool, size: int) -> None:
+        self.form, self.transposed, self.nbytes = form, transposed, _held(size, order)
+
+    def unpack(self, rows: Tensor, out: Tensor) -> None:
+        """As if `out` was filled."""
+        out.zero_()
+
+    def parts(self) -> Iterator[Any]:
+        """Nothing that numbers would follow from."""
+        yield from ()
+
+
+def _held(size: int, order: Tensor | None) -> int:
+    return size + (0 if order is None else order.nbytes)
 
 
 @dataclass
@@ -81,9 +106,7 @@ class Header:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write it, and the model's config beside it."""
-        config = _config_of(self.config)
-        config.architectures = [self.saved_as]
-        config.save_pretrained(folder)
+        settings_of(self).save_pretrained(folder)
         (Path(folder) / HEADER).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
 
@@ -207,6 +230,47 @@ def build(
     return model
 
 
+def outline(model: PreTrainedModel, path: str, header: Header) -> None:
+    """Put in the place of a model's matrices, on the meta device, what `build` would, without numbers; freeze the model.
+
+    Args:
+        model: of the header's settings.
+        path: of the file, for messages.
+
+    Raises:
+        UserError: as `build`, for what is seen without the weights.
+    """
+    processor, same = _processor(header.architecture, header.config), _shared(model)
+    for name, form, shape, _, size in header.tensors:
+        found = _place(processor, name, (shape[0], shape[1]), header.names) if len(shape) == 2 else None  # fmt: skip
+        if found is None:
+            continue
+        target, order, transposed = found
+        _check_form(path, name, form)
+        if form == "F32" and order is None and not transposed:
+            continue  # which is a plain parameter, and as large
+        turned = shape[::-1] if transposed else shape
+        given = pack(Outline(form, order, transposed, size), turned, "meta")
+        for other in same.get(target, [target]):
+            _set(model, path, other, given)
+    model.requires_grad_(False)
+
+
+def _shared(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter, by its first."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return {found[0]: found for found in names.values()}
+
+
+def settings_of(header: Header) -> PretrainedConfig:
+    """transformers' configuration of a .gguf's model."""
+    config = _config_of(header.config)
+    config.architectures = [header.saved_as]
+    return config
+
+
 def _config_of(config: dict[str, Any]) -> PretrainedConfig:
     from transformers import AutoConfig
 
@@ -286,7 +350,7 @@ def _put_weights(
         )
 
 
-def _check_form(path: Path, name: str, form: str) -> None:
+def _check_form(path: str | Path, name: str, form: str) -> None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -297,7 +361,7 @@ def _check_form(path: Path, name: str, form: str) -> None:
         raise _unknown(path, name, form) from None
 
 
-def _unknown(path: Path, name: str, form: str) -> UserError:
+def _unknown(path: str | Path, name: str, form: str) -> UserError:
     return UserError(
         f"{path}: {name} is stored as {form}, which the package gguf cannot dequantise: give a .gguf of another form"
     )
@@ -374,7 +438,7 @@ def _convert(
         made["tensors"][answer[0]] = torch.from_numpy(np.copy(answer[1]))
 
 
-def _set(model: nn.Module, path: Path, target: str, given: nn.Parameter) -> None:
+def _set(model: nn.Module, path: str | Path, target: str, given: nn.Parameter) -> None:
     """Put a parameter in the place of one of that name."""
     parent, _, leaf = target.rpartition(".")
     module = model.get_submodule(parent)

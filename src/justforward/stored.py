@@ -53,10 +53,12 @@ class Packed(Protocol):
     Attributes:
         form: its name, for messages.
         transposed: the rows that it has are the columns of the parameter.
+        nbytes: what it takes.
     """
 
     form: str
     transposed: bool
+    nbytes: int
 
     def unpack(self, rows: Tensor, out: Tensor) -> None:
         """Fill `out`, float32 [n, columns], with the rows of these numbers, int64 [n]."""
@@ -78,7 +80,7 @@ class Stored(nn.Parameter):
         """A parameter of its own, stored and computed with alike."""
         packed = self._jf_packed
         if packed is not None:
-            return memo.setdefault(id(self), pack(packed, self.shape))
+            return memo.setdefault(id(self), pack(packed, self.shape, self.device.type))
         if id(self) not in memo:
             with _plain():
                 copied = nn.Parameter(plain(self).clone(), self.requires_grad)
@@ -116,7 +118,7 @@ class Stored(nn.Parameter):
                 if func is Tensor.detach:
                     packed = packed_in(args[0])
                     if packed is not None:
-                        return pack(packed, args[0].shape)
+                        return pack(packed, args[0].shape, args[0].device.type)
                     settle(args[0])
                 return func(*args, **kwargs)
             if func is Tensor.copy_ and isinstance(args[0], Stored):  # load_state_dict's
@@ -178,15 +180,17 @@ def make_stored(p: nn.Parameter, dtype: torch.dtype | None = None) -> None:
     p.__class__ = Stored
 
 
-def pack(packed: Packed, shape: Sequence[int]) -> nn.Parameter:
+def pack(packed: Packed, shape: Sequence[int], device: str = "cpu") -> nn.Parameter:
     """A frozen parameter whose numbers are packed: float32 for the model, and no memory but that of `packed`.
 
     Args:
         packed: what holds its numbers.
         shape: of the parameter, [rows, columns].
+        device: where it is computed with; meta: nowhere, to find out what that would take.
     """
     # whatever would go round what is below meets no numbers
-    p = nn.Parameter(torch.full((), torch.nan).expand(*shape), requires_grad=False)
+    numbers = torch.full((), torch.nan, device=device).expand(*shape)
+    p = nn.Parameter(numbers, requires_grad=False)
     make_stored(p)
     p._jf_packed = packed  # type: ignore[attr-defined]
     return p
@@ -295,12 +299,24 @@ _rooms = threading.local()
 
 def _room(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A buffer of this thread, used again; one of its own where a graph might keep it."""
-    if torch.is_grad_enabled() or device.type != "cpu" or dtype != torch.float32:
+    kind = device.type
+    if torch.is_grad_enabled() or kind not in ("cpu", "meta") or dtype != torch.float32:
         return torch.empty(size, dtype=dtype, device=device)
-    have: Tensor | None = getattr(_rooms, "room", None)
+    have: Tensor | None = _rooms.__dict__.get(kind)
     if have is None or len(have) < size:
-        _rooms.room = have = torch.empty(size, dtype=torch.float32)
+        have = torch.empty(size, dtype=torch.float32, device=device)
+        _rooms.__dict__[kind] = have
     return have[:size]
+
+
+@contextmanager
+def rehearsed() -> Iterator[None]:
+    """While inside, the buffer of the meta device is one of its own, which ends there."""
+    _rooms.__dict__.pop("meta", None)
+    try:
+        yield
+    finally:
+        _rooms.__dict__.pop("meta", None)
 
 
 def values(p: Tensor, first: int = 0, last: int | None = None, *, keep: bool = True) -> Tensor:
@@ -340,9 +356,9 @@ def _unpacked(p: Tensor, packed: Packed, first: int, last: int, keep: bool) -> T
     start, end = (0, p.shape[1]) if packed.transposed else (first, last)
     columns = p.shape[0] if packed.transposed else p.shape[1]
     size = (end - start) * columns
-    room = torch.empty(size) if keep else _room(size, torch.float32, p.device)
+    room = torch.empty(size, device=p.device) if keep else _room(size, torch.float32, p.device)
     out = room.view(end - start, columns)
-    packed.unpack(torch.arange(start, end), out)
+    packed.unpack(torch.arange(start, end, device=p.device), out)
     return out.T[first:last] if packed.transposed else out
 
 
@@ -419,7 +435,7 @@ def matmul(input: Any, other: Any) -> Tensor:
             y: Tensor = _Frozen.apply(input, (other,), False)  # type: ignore[no-untyped-call]
             return y
         if packed_in(other) is not None and _sliced(other):
-            y = torch.zeros(*input.shape[:-1], other.shape[1])
+            y = torch.zeros(*input.shape[:-1], other.shape[1], device=input.device)
             step = max(SLICE // other.shape[1], 1)
             for start in range(0, other.shape[0], step):
                 end = min(start + step, other.shape[0])
@@ -458,7 +474,7 @@ def embedding(
             y = F.embedding(input, weight, padding_idx)
             return y if dtype is None else y.to(dtype)
         used, place = torch.unique(input, return_inverse=True)  # in order
-        for one in used[:: max(len(used) - 1, 1)].tolist():
+        for one in map(int, used[:: max(len(used) - 1, 1)]):
             if not 0 <= one < weight.shape[0]:
                 raise UserError(
                     f"an embedding of {weight.shape[0]} rows is asked for row {one}: token ids go from 0 to {weight.shape[0] - 1}: "
