@@ -403,3 +403,13 @@ def test_options_refused(tiny_opt: Any) -> None:
 def test_a_masked_model_has_no_options() -> None:
     with pytest.raises(UserError, match="mask"):
         Scorer(make_model("bert"), make_tokenizer("wordpiece"), task())
+
+
+def test_a_model_that_counts_positions_from_its_padding_is_refused(tokenizer: Any) -> None:
+    """Of itself it begins at 2, where it is told to begin at 0."""
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
+    model = RobertaForCausalLM(RobertaConfig(vocab_size=1024, is_decoder=True, **small)).eval()
+    with pytest.raises(UserError, match="RobertaForCausalLM counts positions from its padding"):
+        Scorer(model, tokenizer, Task("{text} It was", {"neg": "bad", "pos": "good"}))

@@ -88,6 +88,12 @@ class CausalPrompts(Prompts):
                 f"can fill; {type(inner_model(model)).__name__} {self.unlike_masked}: end the template "
                 "where the answer follows, as in '{text} It was'"
             )
+        kinds = {type(module) for module in model.modules()} if self.together else set()
+        if any(hasattr(kind, "create_position_ids_from_input_ids") for kind in kinds):
+            raise UserError(
+                f"{type(inner_model(model)).__name__} counts positions from its padding token on, not from 0, and would be read "
+                "at places it does not know: give the masked model ({mask} in the template), or another causal one"
+            )
         super().__init__(model, tokenizer, task, max_length, demonstrations)
         if self.together:
             self.behind = []  # the answer comes there
