@@ -192,8 +192,10 @@ def test_config_file(run: Run, options: dict[str, Any], tmp_path: Path) -> None:
         (b"- lr\n", r"c\.yaml: not a mapping"),
         (b"# nothing yet\n", r"c\.yaml: not a mapping: write one 'option: value' a line"),
         (b"lr: \xff\n", r"c\.yaml: not UTF-8"),
-        (b"lr: fast\n", "--lr: 'fast' is not a finite number"),
-        (b"lr: .nan\n", "--lr is nan: it must be positive and finite"),
+        (b"seed: 1\nlr: fast\n", r"^[^ ]*c\.yaml:2: --lr: 'fast' is not a finite number"),
+        (b"lr: .nan\n", r"^[^ ]*c\.yaml:1: --lr is nan: it must be positive and finite"),
+        (b"\nmax_length: 0\n", r"^[^ ]*c\.yaml:2: --max-length is 0: it must be at least 1"),
+        (b"batch_size: 0\n", r"^--batch-size is -1: it must be at least 1"),  # the option decides
         (b"labels: {no: bad, yes: good}\n", "put quotes around yes, no, true, null"),
         (b"labels: [bad, good]\n", "is not label=word,label=word or a mapping"),
     ],
@@ -206,6 +208,7 @@ def test_config_refused(
         file.write_bytes(content)
     given = flat(options, labels=None) if content and b"labels" in content else flat(options)
     given = [part for part in given if part not in ("--lr", 3e-2)]
+    given += ["--batch-size=-1"] if content and b"batch_size" in content else []
     assert re.search(said, error(run("train", "--config", file, *given)))
     assert not options["--out"].exists()
 

@@ -198,9 +198,14 @@ def _at_home(name: str, value: Any) -> Any:
     return os.path.expanduser(value) if is_place else value
 
 
-def _check_yaml(argv: list[str]) -> None:
-    """Refuse a --config that is not a file of settings, naming file and line."""
+def _check_yaml(argv: list[str]) -> dict[str, str]:
+    """Refuse a --config that is not a file of settings, naming file and line.
+
+    Returns:
+        Where each setting that it decides is: file and line.
+    """
     command = argv[0] if argv else ""
+    places: dict[str, str] = {}
     for place, argument in enumerate(argv):
         option, equals, path = argument.partition("=")
         if option != "--config" or command not in COMMANDS:
@@ -233,6 +238,16 @@ def _check_yaml(argv: list[str]) -> None:
                     f"--config {path}:{key.start_mark.line + 1}: {key.value!r} is no setting of {command}: "
                     f"see justforward {command} --help"
                 )
+            places[f"--{key.value}"] = f"{path}:{key.start_mark.line + 1}"
+    said = {argument.partition("=")[0] for argument in argv}
+    return {option: place for option, place in places.items() if option not in said}
+
+
+def _located(error: UserError, places: dict[str, str]) -> str:
+    """What was wrong; with the line of a --config where that has a setting which was."""
+    named = re.match(r"(--[a-z-]+)(?= is |: )", str(error))
+    place = named and places.get(named[1].replace("-", "_").replace("__", "--", 1))
+    return f"{place}: {error}" if place else str(error)
 
 
 def _check_once(path: str, tree: yaml.MappingNode) -> None:
@@ -369,9 +384,10 @@ def _say(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    places: dict[str, str] = {}
     try:
         arguments = _with_run(_with_underscores(sys.argv[1:] if argv is None else argv))
-        _check_yaml(arguments)
+        places = _check_yaml(arguments)
         values = parser().parse_args(arguments)
         command: str = values.subcommand
         given = values[command].as_dict()
@@ -381,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version
         return stop.code if isinstance(stop.code, int) else 2
     except UserError as error:
-        _say(f"error: {error}")
+        _say(f"error: {_located(error, places)}")
         return 2
     except KeyboardInterrupt:
         _say("stopped")
@@ -392,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             return _run(command, config, source)
     except UserError as error:
-        _say(f"error: {error}")
+        _say(f"error: {_located(error, places)}")
         return 2
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
