@@ -339,6 +339,31 @@ def test_a_part_moves_as_the_whole_does(
     assert not torch.equal(found[0], theta[first * TILE :])
 
 
+def test_memory_that_runs_out_for_a_copy_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a copy from before a step put back after it."""
+    theta = [torch.randn(900).to(torch.bfloat16) for _ in range(2)]
+    parts = [nn.Parameter(x.clone(), requires_grad=False) for x in theta]
+    named = [(f"w{i}", part) for i, part in enumerate(parts)]
+    places = [Place(i, 2, False) for i in range(2)]
+    weights = Weights(named, [0, 0], FAMILIES["gaussian"], [1e-2], places)
+
+    def runs_out() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights._away[1], "keep", runs_out)
+        with pytest.raises(MemoryError):
+            weights.look(1, [1e-2], 1.0)
+    assert all(torch.equal(plain(p), x) for p, x in zip(parts, theta, strict=True))
+    weights.update([Move(0, np.array([3], np.uint64), np.ones((1, 1), np.float32), np.zeros(1, np.float32))])  # fmt: skip
+    moved = [plain(p).clone() for p in parts]
+    assert not torch.equal(moved[0], theta[0])
+    weights.look(1, [1e-2], 1.0)
+    assert not torch.equal(plain(parts[0]), moved[0])
+    weights.look(1, [1e-2], -1.0)
+    assert all(torch.equal(plain(p), x) for p, x in zip(parts, moved, strict=True))
+
+
 # ----------------------------------------------------------------------------------------------- refusals
 
 

@@ -51,6 +51,9 @@ class LookAway:
         self._lengths: dict[int, float] = {}
         self._known: dict[int, tuple[Any, Any]] = {}
 
+    def keep(self) -> None:
+        """Make room for what the next `move` needs: nothing."""
+
     def move(self, seed: int, length: float) -> None:
         """Go on along a direction; whole multiples of one length add up to 0 exactly."""
         length += self._lengths.pop(seed, 0.0)
@@ -132,22 +135,26 @@ class LookHere(LookAway):
         self.skip = skip
         self._kept: Tensor | None = None
 
+    def keep(self) -> None:
+        """Copy the part before it moves. Where memory runs out for one of them none has moved."""
+        if not self._lengths:
+            self._kept = plain(self._p).view(-1).clone()
+
     def move(self, seed: int, length: float) -> None:
         """See `LookAway.move`; back where it began, every bit is as it was."""
         flat = plain(self._p).view(-1)
-        if self._kept is None:
-            self._kept = flat.clone()
         super().move(seed, length)
         if self._lengths:
             for start in range(0, len(flat), SLICE):
                 end = min(start + SLICE, len(flat))
                 self.values(start, end, flat[start:end])
-        else:
+        elif self._kept is not None:
             flat.copy_(self._kept)
             self._kept = None
 
     def _base(self) -> Tensor:
-        return super()._base() if self._kept is None else self._kept
+        assert self._kept is not None
+        return self._kept
 
 
 def behind(array: Any, count: int) -> Any:

@@ -254,6 +254,9 @@ class Weights:
             times: whole number of lengths, negative to go back.
         """
         seeds = np.array([seed], np.uint64)
+        for i, away in self._away.items():
+            if eps[self.groups[i]]:
+                away.keep()
         calls: list[Callable[[int, int], None] | None] = []
         for i in range(len(self.tensors)):
             c = np.float32(eps[self.groups[i]])
