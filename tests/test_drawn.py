@@ -396,6 +396,16 @@ def test_searches_other_rows_and_a_library_that_is_missing(
         private_trainer(tmp_path)
 
 
+def test_weights_that_were_changed_do_not_begin_a_log_that_forgets(tmp_path: Path) -> None:
+    trainer = private_trainer(tmp_path)
+    trainer.train()
+    log = (tmp_path / "trajectory.jfl").read_bytes()
+    trainer.model.load_state_dict(make_model("llama").state_dict())
+    with pytest.raises(UserError, match=r"would not know what the answers in .*trajectory\.jfl"):
+        trainer.train()
+    assert (tmp_path / "trajectory.jfl").read_bytes() == log
+
+
 # ------------------------------------------------------------------------------------ two processes
 
 

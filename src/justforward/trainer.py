@@ -330,9 +330,13 @@ class MeZOTrainer(DrawnTrainer):
             and isinstance(old, LoopMeZO)
             and not old.was_left_alone()
         ):
-            logger.warning(
-                "the tuned weights were changed since train() ended: a new log begins with them"
-            )
+            changed = "the tuned weights were changed since train() ended"
+            if self.args.private:
+                raise UserError(
+                    f"private: {changed}, and a new log would not know what the answers in {old.path} have cost: make a trainer "
+                    "with another output_dir, and add its epsilon to that of this one"
+                )
+            logger.warning(f"{changed}: a new log begins with them")
             self.optimizer = None  # its grid and its log are of the others
         saved = None if resume_from_checkpoint is None else Path(resume_from_checkpoint) / LOG
         self._noise = noise_of(saved) if self.args.private and saved else None
