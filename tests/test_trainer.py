@@ -481,19 +481,23 @@ def test_the_newest_whole_checkpoint_is_resumed(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"eps": 2e-3}, r"groups is \[0.001\] in the log and \[0.002\] now"),
-        ({"seed": 1}, "the seed is 42 in the state and 1 here"),
-        ({"rule": "sgd"}, "the rule is"),
-        ({"estimator": "activation"}, "the family is"),
+        ({"seed": 1}, "seed is 42 in the log and 1 now"),
+        ({"rule": "sgd"}, "rule is 'rms"),
+        ({"estimator": "activation"}, "family is 'gaussian' in the log and 'rank1' now"),
+        ({"looks": "one-sided"}, "settings is"),
+        ({"blocks": "layers"}, "settings is"),
     ],
 )
 def test_other_settings_cannot_resume(tmp_path: Path, changes: Any, said: str) -> None:
     common: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     make_trainer(make_model("gpt2"), tmp_path, **common).train()
     log = (tmp_path / "trajectory.jfl").read_bytes()
-    trainer = make_trainer(make_model("gpt2"), tmp_path, **common, **changes)
+    model = make_model("gpt2")
+    trainer = make_trainer(model, tmp_path, **common, **changes)
     with pytest.raises(UserError, match=said):
         trainer.train(resume_from_checkpoint=True)
     assert (tmp_path / "trajectory.jfl").read_bytes() == log
+    assert jf.fingerprint(model) == jf.fingerprint(make_model("gpt2"))  # not the checkpoint's
 
 
 @pytest.mark.parametrize("only_model", [False, True])

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import logging
 
 from justforward.errors import UserError
+from justforward.groups import family_of
 from justforward.optim import MeZO
 from justforward.playback import check_header
 from justforward.private import count_answers
+from justforward.rules import parse
 from justforward.stored import plain
 from justforward.trajectory import Log, Step, Writer, read_log
+from justforward.variants import settings_of
 
 logger = logging.get_logger(__name__)
 
@@ -215,6 +219,27 @@ def longer_log(log: Log, path: Path) -> Log | None:
     found = read_log(path)
     same = found.header == log.header and found.steps[: len(log.steps)] == log.steps
     return found if same and len(found.steps) > len(log.steps) else None
+
+
+def check_settings(saved: Path, given: dict[str, Any]) -> None:
+    """Refuse a checkpoint's log of other settings than those that `MeZO` is given, before its weights are loaded.
+
+    Raises:
+        UserError: naming the first that differs, or that the log is damaged.
+    """
+    log = read_log(saved)
+    parts = {name: given[name] for name in ("modified", "blocks")}
+    expected = {
+        "seed": given["seed"],
+        "family": family_of(given["family"], given["estimator"]),
+        "rule": parse(given["rule"]).spec,
+        "settings": settings_of(given["estimator"], given["looks"], **parts),
+    }
+    said = {**log.header, "settings": dict(log.header["settings"])}
+    said["settings"].pop("private", None)  # whose noise the log decides
+    if len(said["groups"]) == 1 and not any(parts.values()):
+        expected["groups"] = [given["eps"]]
+    check_header(replace(log, header=said), expected)
 
 
 def what_lacks(checkpoint: Path) -> str:

@@ -32,7 +32,15 @@ from justforward.beside import is_whole, load_beside, save_beside
 from justforward.card import correct
 from justforward.drawn import DrawnTrainer, noise_of
 from justforward.errors import NonFiniteLoss, UserError
-from justforward.loop import LOG, LoopMeZO, SavesAtStepEnd, put_log, set_aside, what_lacks
+from justforward.loop import (
+    LOG,
+    LoopMeZO,
+    SavesAtStepEnd,
+    check_settings,
+    put_log,
+    set_aside,
+    what_lacks,
+)
 from justforward.rowwise import MicroBatches
 from justforward.stored import as_stored, is_half
 from justforward.training_arguments import MeZOConfig, MeZOSeq2SeqConfig
@@ -303,6 +311,7 @@ class MeZOTrainer(DrawnTrainer):
                 raise UserError(
                     f"{resume_from_checkpoint}: cannot be resumed: {lacks}: take another checkpoint"
                 )
+            check_settings(Path(resume_from_checkpoint) / LOG, self.args.mezo())
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
