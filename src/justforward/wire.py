@@ -27,7 +27,7 @@ from justforward.errors import UserError
 from justforward.sights import Sight
 from justforward.trajectory import Step
 
-PROTOCOL = 2
+PROTOCOL = 3
 KEY_VARIABLE = "JUSTFORWARD_KEY"
 LEAST_KEY = 16
 SESSION, PROOF = 16, 16
