@@ -238,15 +238,15 @@ def _check_yaml(argv: list[str]) -> dict[str, str]:
                     f"--config {path}:{key.start_mark.line + 1}: {key.value!r} is no setting of {command}: "
                     f"see justforward {command} --help"
                 )
-            places[f"--{key.value}"] = f"{path}:{key.start_mark.line + 1}"
-    said = {argument.partition("=")[0] for argument in argv}
+            places["--" + key.value.replace("_", "-")] = f"{path}:{key.start_mark.line + 1}"
+    said = {argument.partition("=")[0].replace("_", "-") for argument in argv}
     return {option: place for option, place in places.items() if option not in said}
 
 
 def _located(error: UserError, places: dict[str, str]) -> str:
     """What was wrong; with the line of a --config where that has a setting which was."""
     named = re.match(r"(--[a-z-]+)(?= is |: )", str(error))
-    place = named and places.get(named[1].replace("-", "_").replace("__", "--", 1))
+    place = named and places.get(named[1])
     return f"{place}: {error}" if place else str(error)
 
 

@@ -30,9 +30,6 @@ _LINES = {
 _DEVICES = {"24 GB": 24e9, "80 GB": 80e9, "8 x 80 GB": 640e9}
 
 
-_STORED = ", matrices as the .gguf stores them"
-
-
 def spell_fits(found: Forecast) -> str:
     """A forecast as text."""
     from rich.console import Console
@@ -41,16 +38,11 @@ def spell_fits(found: Forecast) -> str:
     counts, device = found.parameters, found.device
     head = "tied to it" if counts.tied else f"{counts.head:,}"
     bound = "" if found.context is None else f" (context {found.context:,})"
+    kept = {None: "", "gguf": ", matrices as the .gguf stores them"}
     lines = [
         f"{found.model}: {counts.total:,} parameters (embedding {counts.embedding:,}, head {head}, other matrices "
         f"{counts.matrices:,}, vectors {counts.vectors:,}), {found.kind}, {found.dtype}"
-        + (
-            ""
-            if found.quantize is None
-            else _STORED
-            if found.quantize == "gguf"
-            else f", linear maps in {found.quantize}"
-        ),
+        + kept.get(found.quantize, f", linear maps in {found.quantize}"),
         f"{found.batch_size} rows of {found.length} tokens{bound}",
         f"{device.kind}: {size(device.memory)} ({device.sources['memory']}); {device.bandwidth / 1e9:.4g} GB/s "
         f"({device.sources['bandwidth']}); {device.flops / 1e12:.4g} TFLOP/s ({device.sources['flops']}); a look "
