@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import justforward
-from justforward import noise
 from justforward.config import TrainConfig
 from justforward.durable import sync_folder
 from justforward.errors import UserError
 from justforward.folder import RunFolder, write_whole, writing
 from justforward.groups import family_of
-from justforward.playback import short
+from justforward.playback import said_of_settings, short
 from justforward.prepare import environment_now
 from justforward.recipe import Recipe
 from justforward.robust import drawn_in
@@ -210,15 +209,15 @@ class Conductor:
     def _expected(self) -> dict[str, Any]:
         """What the header of a log of this config says, as far as that is known without a model."""
         config = self.config
-        return {
-            "noise": noise.NOISE_VERSION,
-            "seed": config.seed,
-            "family": family_of(config.family, config.estimator),
-            "groups": [config.eps],
-            "rule": self.rule.spec,
-            "rule_state": self.rule.state_size,
-            "settings": settings_of(config.estimator, config.looks),
-        }
+        assert config.eps is not None  # resolved
+        return said_of_settings(
+            seed=config.seed,
+            family=family_of(config.family, config.estimator),
+            eps=[config.eps],
+            rule=self.rule,
+            rule_state=self.rule.state_size,
+            settings=settings_of(config.estimator, config.looks),
+        )
 
     def _found(self, header: dict[str, Any], rows: str | None, tokens: str) -> None:
         """The log is the last of the run's files: where this fails or is killed before, the next worker founds the run."""

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from justforward.errors import UserError
 from justforward.groups import family_of
 from justforward.optim import MeZO
-from justforward.playback import check_header
+from justforward.playback import check_header, said_of_settings
 from justforward.private import count_answers
 from justforward.rules import parse
 from justforward.stored import plain
@@ -151,7 +151,7 @@ class LoopMeZO(MeZO):
             )
         self.ahead = []
         if self.writes:
-            self.close_log()
+            self.let_go()
             self._new.unlink(missing_ok=True)
             longer = longer_log(log, path) if self.private is not None else None
             if longer is None:
@@ -162,14 +162,18 @@ class LoopMeZO(MeZO):
             self._writer = Writer.resume(read_log(path))
         self.path = path
 
+    def let_go(self) -> None:
+        """Seal the log and close it."""
+        self.close()
+        self._writer = None
+
     def close_log(self) -> None:
-        """Seal the log and let go of it, until it is opened again."""
+        """`let_go` at the end of a training, until the log is opened again."""
         if self.ahead:
             logger.warning(
                 f"{self.path}: has {len(self.ahead)} steps more than the weights, which were answered before: the next train() takes them first"
             )
-        self.close()
-        self._writer = None
+        self.let_go()
         self._left = self._sums()
 
     def was_left_alone(self) -> bool:
@@ -178,9 +182,8 @@ class LoopMeZO(MeZO):
 
     def _sums(self) -> list[int]:
         """Of each tuned tensor's bits, as integers."""
-        kinds = {4: torch.int32, 2: torch.int16}
-        flat = [plain(p).view(-1) for p in self.weights.tensors]
-        return [int(x.view(kinds[x.element_size()]).sum(dtype=torch.int64)) for x in flat]
+        halves = [plain(p).view(-1).view(torch.int16) for p in self.weights.tensors]
+        return [int(x.sum(dtype=torch.int64)) for x in halves]
 
 
 class SavesAtStepEnd(JITCheckpointCallback):
@@ -227,18 +230,20 @@ def check_settings(saved: Path, given: dict[str, Any]) -> None:
     Raises:
         UserError: naming the first that differs, or that the log is damaged.
     """
-    log = read_log(saved)
+    log, rule = read_log(saved), parse(given["rule"])
     parts = {name: given[name] for name in ("modified", "blocks")}
-    expected = {
-        "seed": given["seed"],
-        "family": family_of(given["family"], given["estimator"]),
-        "rule": parse(given["rule"]).spec,
-        "settings": settings_of(given["estimator"], given["looks"], **parts),
-    }
+    expected = said_of_settings(
+        seed=given["seed"],
+        family=family_of(given["family"], given["estimator"]),
+        eps=[given["eps"]],
+        rule=rule,
+        rule_state=rule.state_size + (given["looks"] == "one-point"),
+        settings=settings_of(given["estimator"], given["looks"], **parts),
+    )
     said = {**log.header, "settings": dict(log.header["settings"])}
     said["settings"].pop("private", None)  # whose noise the log decides
-    if len(said["groups"]) == 1 and not any(parts.values()):
-        expected["groups"] = [given["eps"]]
+    if len(said["groups"]) != 1 or any(parts.values()):  # how many there are depends on the model
+        del expected["groups"]
     check_header(replace(log, header=said), expected)
 
 

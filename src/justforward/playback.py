@@ -143,6 +143,28 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def said_of_settings(
+    *,
+    seed: int,
+    family: str,
+    eps: Sequence[float],
+    rule: Chain,
+    rule_state: int,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """What a log's header says that does not depend on the model."""
+    return {
+        "noise": noise.NOISE_VERSION,
+        "seed": seed,
+        "family": family,
+        "groups": [float(e) for e in eps],
+        "rule": rule.spec,
+        "rule_state": rule_state,
+        "momentum": [last.beta, last.window] if (last := rule.momentum) else [0.0, 1],
+        "settings": settings,
+    }
+
+
 def header_for(
     named: Sequence[tuple[str, Tensor]],
     groups: Sequence[int],
@@ -155,16 +177,13 @@ def header_for(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """All that a replay needs to know, and what resuming compares; but for the base (`begin`)."""
+    said = said_of_settings(
+        seed=seed, family=family, eps=eps, rule=rule, rule_state=rule_state, settings=settings
+    )
     return {
         "noise": noise.NOISE_VERSION,
         "base": "",
-        "seed": seed,
-        "family": family,
-        "groups": [float(e) for e in eps],
-        "rule": rule.spec,
-        "rule_state": rule_state,
-        "momentum": [last.beta, last.window] if (last := rule.momentum) else [0.0, 1],
-        "settings": settings,
+        **said,
         "tensors": [
             [name, list(tensor.shape), str(stored_dtype(tensor)), group]
             for (name, tensor), group in zip(named, groups, strict=True)

@@ -426,7 +426,7 @@ class MeZOTrainer(DrawnTrainer):
         if len(log.steps) == optimizer.steps:
             return
         self._load_optimizer_and_scheduler(best)
-        optimizer.close_log()
+        optimizer.let_go()
         if optimizer.writes:
             set_aside(optimizer.path)
         if len(log.steps) == optimizer.steps:
